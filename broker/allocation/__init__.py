@@ -1,0 +1,1 @@
+"""Allocation: a pure function from a snapshot of the market to its clearing."""

@@ -1,0 +1,153 @@
+"""The clearing: what a round decided, with the proof that it could hardly have decided better.
+
+`broker.allocation.solve` writes it, `broker.allocation.verify` checks it from the snapshot alone,
+the broker commits it, and `pricing.settlement` later charges by its rows. All rates are integer
+micro-credits per hour.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from pydantic import Field
+
+from broker.allocation.configuration import Configuration
+from broker.allocation.document import Document, Row
+
+CLEARING_VERSION: Final = 1
+# A link's capacity is counted in ten-thousandths of its bandwidth, so that link prices times use
+# are integers, whatever the link's speed.
+LINK_SHARES: Final = 10_000
+
+Status = Literal["optimal", "feasible", "empty"]
+Action = Literal["start", "keep", "renew", "move"]
+UnplacedCode = Literal[
+    "no_pool", "deadline", "barred", "budget_short", "bid_below_ask", "outbid", "fragmented", "uplift_short", "finished"
+]
+
+
+class PoolCharge(Row):
+    """What one pool's GPUs cost the buyer, and what the site gets, while the term runs.
+
+    `payout_micros_per_gpu_hour` is the price less the market's fee, never below the ask.
+    """
+
+    pool_id: str
+    site_id: str
+    gpus: int = Field(ge=1)
+    price_micros_per_gpu_hour: int = Field(ge=0)
+    payout_micros_per_gpu_hour: int = Field(ge=0)
+
+
+class LinkCharge(Row):
+    """What one directed link costs the buyer: congestion rent by the hour, egress by the byte.
+
+    Both are revenue of `from_site`, which pays its provider for the egress.
+    `egress_bytes_per_s` is predicted and bounds the reservation; charged is what was sent.
+    """
+
+    from_site: str
+    to_site: str
+    shares: int = Field(ge=0, description="ten-thousandths of the link's bandwidth")
+    rent_micros_per_hour: int = Field(ge=0)
+    egress_bytes_per_s: int = Field(ge=0)
+    egress_price_micros_per_gb: int = Field(ge=0)
+
+
+class LinkPrice(Row):
+    """The price of one ten-thousandth of a directed link's bandwidth for an hour."""
+
+    from_site: str
+    to_site: str
+    price_micros_per_share_hour: int = Field(ge=0)
+
+
+class Placement(Row):
+    """A configuration that a job won.
+
+    `value_micros_per_hour` is what the job's predicted progress is worth by its own bid, after
+    what a move destroys. The buyer pays the rows of `pools` and `links` less
+    `uplift_micros_per_hour`, which market equity adds. `term_s` is how long the price is locked;
+    a `keep` goes on under its lease as it stands, its term unchanged. `reservation_micros` is
+    the most that the term can cost the buyer.
+    """
+
+    job_id: str
+    job_version: int
+    action: Action
+    configuration: Configuration
+    value_micros_per_hour: int
+    pools: tuple[PoolCharge, ...]
+    links: tuple[LinkCharge, ...] = ()
+    uplift_micros_per_hour: int = Field(default=0, ge=0)
+    term_s: int = Field(ge=1)
+    reservation_micros: int = Field(ge=0)
+    samples_per_s: float = Field(gt=0)
+    why: str
+
+    @property
+    def charge_micros_per_hour(self) -> int:
+        """What the buyer pays per hour: GPUs and link rent, less uplift; egress comes by the byte."""
+        gross = sum(row.price_micros_per_gpu_hour * row.gpus for row in self.pools)
+        return gross + sum(row.rent_micros_per_hour for row in self.links) - self.uplift_micros_per_hour
+
+
+class Unplaced(Row):
+    """A job without a placement: the constraint that binds, and what would change it."""
+
+    job_id: str
+    code: UnplacedCode
+    sentence: str
+    bid_needed_micros_per_million_samples: int | None = None
+
+
+class Transfer(Row):
+    """What a site's capacity and links are worth to the federation (the Owen point)."""
+
+    site_id: str
+    rent_micros_per_hour: int = Field(ge=0)
+
+
+class Certificate(Row):
+    """How far the placements can be from the best, provable by anyone who holds the snapshot.
+
+    `bound` is the dual function at the published prices: no allocation of whole GPUs is worth
+    more. With exact integers, bound - welfare = regret_sum + slack_sum.
+    """
+
+    bound_micros_per_hour: int
+    welfare_micros_per_hour: int
+    gap_micros_per_hour: int = Field(ge=0)
+    lp_objective_micros_per_hour: float
+    regret_sum_micros_per_hour: int
+    slack_sum_micros_per_hour: int
+    uplift_micros_per_hour: int = Field(ge=0)
+    turnover_micros_per_hour: int = Field(ge=0)
+    checks: dict[str, bool]
+
+
+class Effort(Row):
+    """What the round's solver did, as counts: the same on every replay."""
+
+    columns: int = 0
+    links_priced: int = 0
+    price_rounds: int = 0
+    repair_columns: int = 0
+    repair_nodes: int = 0
+
+
+class Clearing(Document):
+    """The whole output of a round, in a canonical order: pools, links and jobs by id."""
+
+    version: Literal[1] = CLEARING_VERSION
+    round_number: int
+    snapshot_digest: str
+    status: Status
+    solver: str
+    prices: dict[str, int]
+    link_prices: tuple[LinkPrice, ...] = ()
+    placements: tuple[Placement, ...] = ()
+    unplaced: tuple[Unplaced, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+    certificate: Certificate
+    effort: Effort = Effort()

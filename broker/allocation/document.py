@@ -1,0 +1,42 @@
+"""Documents with one canonical spelling: what snapshots and clearings have in common.
+
+A document is a frozen pydantic model whose JSON has sorted keys and no spaces, so equal values
+give equal bytes and the SHA-256 of those bytes names the document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from broker.allocation.errors import DocumentError
+
+
+class Row(BaseModel):
+    """A frozen part of a document; unknown keys, NaN and infinities are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Document(Row):
+    """A whole document: canonical bytes, their digest, and the way back."""
+
+    def to_json(self) -> bytes:
+        """Return the canonical JSON: sorted keys, no spaces, ASCII."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the canonical JSON in hexadecimal."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """Return the document that `text` spells. Raises DocumentError where it is none."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            message = f"not a {cls.__name__.lower()}: {error}; check that it was written by this version of Hansa"
+            raise DocumentError(message) from None

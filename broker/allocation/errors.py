@@ -1,0 +1,23 @@
+"""The errors of allocation, each with a stable code that callers may rely on."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AllocationError(Exception):
+    """Something that allocation could not do; the message says what, why and what to do next."""
+
+    code: ClassVar[str] = "allocation.failed"
+
+
+class DocumentError(AllocationError):
+    """A snapshot or a clearing that does not read as one."""
+
+    code: ClassVar[str] = "allocation.document_invalid"
+
+
+class SolverError(AllocationError):
+    """The solver stopped without an answer that stands up to our own check."""
+
+    code: ClassVar[str] = "allocation.solver_failed"
