@@ -1,0 +1,106 @@
+"""Transactions: short reads, and writes that are serial however many processes write.
+
+SQLite (WAL, `BEGIN IMMEDIATE`, `synchronous=FULL`) on one host, PostgreSQL (`SERIALIZABLE`,
+retried within a bound) beyond it. Work is handed over as a function, so that a retry can run it
+again: it must do nothing but read and write its session. No network call is ever made inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from broker.errors import BusyError
+
+T = TypeVar("T")
+
+SQLITE_BUSY_TIMEOUT_S: Final = 20.0
+SERIALIZATION_RETRIES_MAX: Final = 20
+# PostgreSQL's codes for a transaction that must be run again: serialization failure, deadlock.
+_RETRY_SQLSTATES: Final = frozenset({"40001", "40P01"})
+
+CommitHook = Callable[[str], None]
+
+
+class Database:
+    """Opens transactions on one database URL.
+
+    `at_commit` is called with `before:NAME` and `after:NAME` around each named write: the fault
+    simulator and the kill tests crash there.
+    """
+
+    def __init__(self, url: str, *, at_commit: CommitHook | None = None) -> None:
+        """Connect to `url`, a SQLAlchemy URL for SQLite or PostgreSQL (pg8000)."""
+        self.url = url
+        self._at_commit = at_commit or (lambda _point: None)
+        self._is_sqlite = url.startswith("sqlite")
+        self.engine = _sqlite_engine(url) if self._is_sqlite else _postgresql_engine(url)
+
+    def read(self, work: Callable[[Session], T]) -> T:
+        """Run `work` on one consistent snapshot and return what it returns; it must not write."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            result = work(session)
+            session.rollback()
+            return result
+
+    def write(self, name: str, work: Callable[[Session], T]) -> T:
+        """Run `work` in one serial transaction, commit, and return what it returns.
+
+        `name` is the transaction's name in traces and crash points. `work` may run more than
+        once; an exception rolls back and passes on. Raises BusyError when others kept winning.
+        """
+        for _ in range(SERIALIZATION_RETRIES_MAX):
+            try:
+                with Session(self.engine, expire_on_commit=False) as session:
+                    if self._is_sqlite:
+                        session.connection(execution_options={"hansa_write": True})
+                    result = work(session)
+                    session.flush()
+                    self._at_commit(f"before:{name}")
+                    session.commit()
+            except DBAPIError as error:
+                if not _must_retry(error):
+                    raise
+                continue
+            self._at_commit(f"after:{name}")
+            return result
+        message = f"the database stayed busy during {name!r}; nothing was changed, try again"
+        raise BusyError(message)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def _sqlite_engine(url: str) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: object) -> None:  # noqa: ANN401  a DBAPI connection
+        # The driver's own BEGIN is deferred: two readers that then write would fail. Ours is explicit.
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:  # noqa: ANN401  a SQLAlchemy connection
+        writing = connection.get_execution_options().get("hansa_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+    return engine
+
+
+def _postgresql_engine(url: str) -> Engine:
+    return create_engine(url, isolation_level="SERIALIZABLE", pool_size=8, max_overflow=8, pool_pre_ping=True)
+
+
+def _must_retry(error: DBAPIError) -> bool:
+    original = error.orig
+    # pg8000 gives the server's answer as a mapping whose "C" is the SQLSTATE.
+    if original is not None and original.args and isinstance(original.args[0], dict):
+        return original.args[0].get("C") in _RETRY_SQLSTATES
+    return "database is locked" in str(original)

@@ -1,0 +1,48 @@
+"""The broker's settings: environment first (`HANSA_…`), then these defaults.
+
+Every duration that could stall a job derives from `heartbeat_s` and `liveness_s`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What an admin may set. `home` holds keys, artifacts, snapshots and the SQLite file."""
+
+    model_config = SettingsConfigDict(env_prefix="HANSA_", extra="ignore")
+
+    home: Path = Path(".hansa/broker")
+    database_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in home")
+    redis_url: str = Field(default="", description="Redis or Valkey; empty means no doorbell, beat alone")
+    public_url: str = Field(default="https://127.0.0.1:7400", description="where sites and tenants reach the API")
+    market_name: str = "hansa"
+
+    heartbeat_s: float = Field(default=5.0, gt=0, le=60)
+    liveness_s: float = Field(default=20.0, gt=0, le=600, description="an agent kills its ranks this long after")
+    liveness_margin_s: float = Field(default=10.0, gt=0, description="how much longer the broker waits")
+    proposal_s: float = Field(default=30.0, gt=0, description="an unconfirmed proposal falls through after this")
+    term_s: int = Field(default=3600, ge=10, le=7 * 86_400)
+    round_s: float = Field(default=5.0, gt=0, description="the beat of rounds when nothing rings")
+    barred_rounds: int = Field(default=20, ge=1, description="how long a vetoed configuration stays barred")
+    hub_lost_s: float = Field(default=6.0, gt=0, description="a hub unreachable for this long is moved")
+    attempts_max: int = Field(default=5, ge=1, description="lost or broken attempts before a job fails")
+    fee_basis_points: int = Field(default=0, ge=0, le=1000)
+
+    job_spec_bytes_max: int = 256 * 1024
+    workdir_bytes_max: int = 64 * 1024 * 1024
+    artifact_bytes_max: int = 16 * 1024**3
+    stream_bytes_max: int = Field(default=16 * 1024 * 1024, description="one log or metrics file of one lease")
+    jobs_queued_per_tenant_max: int = 10_000
+    site_certificate_s: int = 24 * 3600
+    attempt_certificate_s: int = 24 * 3600
+    snapshot_retention_rounds: int = 10_000
+
+    @property
+    def resolved_database_url(self) -> str:
+        """The database URL in force."""
+        return self.database_url or f"sqlite:///{self.home.resolve() / 'market.sqlite3'}"

@@ -1,0 +1,1 @@
+"""Pricing: pure economics of the market. No I/O, no clock, no randomness."""

@@ -1,0 +1,288 @@
+"""The wire contract between a site's agent and the broker.
+
+Agents dial out only. Every request but `enrol` is signed with the key of the site's certificate
+(`SignedRequest`); one heartbeat carries everything the site has to say and its answer everything
+the broker wants of it. Both sides are level-triggered: a heartbeat states what *is*, an answer
+states what *should be*, so a lost, doubled or late message changes nothing but the delay.
+
+Routes (all below `/site/v1`):
+    POST /enrol                              Enrolment          -> EnrolmentAnswer
+    POST /heartbeat                          Heartbeat          -> HeartbeatAnswer
+    GET  /artifacts/DIGEST                   Range              -> bytes
+    PUT  /artifacts/DIGEST?offset=&size=     bytes              -> ArtifactState
+    POST /leases/LEASE/EPOCH/streams/NAME?offset=  bytes        -> StreamState (NAME: log, metrics)
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from training.attempt import NewestCheckpoint
+from training.roundlog.signing import SignedDocument
+from training.roundlog.view import Address, Hash, ViewReport
+from training.spec import Digest, JobSpec, SiteId, SyncPlan
+
+PROTOCOL_VERSION: Final = 1
+ROUTE_PREFIX: Final = "/site/v1"
+
+POOLS_PER_SITE_MAX: Final = 64
+GPUS_PER_POOL_MAX: Final = 65_536
+LEASES_PER_SITE_MAX: Final = 10_000
+HEARTBEAT_BYTES_MAX: Final = 8_000_000
+STREAM_CHUNK_BYTES_MAX: Final = 1_000_000
+ARTIFACT_CHUNK_BYTES_MAX: Final = 4_000_000
+
+# A request older or newer than this on the broker's clock is refused: the signature's sequence
+# number stops replays, the window bounds how many numbers must be remembered.
+REQUEST_AGE_MS_MAX: Final = 15 * 60 * 1000
+SEQUENCE_WINDOW: Final = 256
+
+CERTIFICATE_HEADER: Final = "Hansa-Certificate"
+SEQUENCE_HEADER: Final = "Hansa-Sequence"
+TIME_HEADER: Final = "Hansa-Time-Ms"
+SIGNATURE_HEADER: Final = "Hansa-Signature"
+
+Pem = Annotated[str, StringConstraints(max_length=8192)]
+LeaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
+GpuId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:._-]{1,64}$")]
+Sentence = Annotated[str, StringConstraints(max_length=1000)]
+Micros = Annotated[int, Field(ge=0, le=10**15)]
+
+
+class Message(BaseModel):
+    """A part of the protocol: unknown fields are refused, so that a misspelling is found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Enrolment(Message):
+    """The first request of a new site, authorised by its one-time join token."""
+
+    protocol_version: int = PROTOCOL_VERSION
+    site_id: SiteId
+    join_token: str = Field(max_length=200)
+    csr_pem: Pem
+
+
+class EnrolmentAnswer(Message):
+    """The site's identity. `authority_key` is the key that signs views (Ed25519, hex)."""
+
+    certificate_pem: Pem
+    ca_pem: Pem
+    authority_key: Hash
+    heartbeat_s: float
+
+
+class PoolOffer(Message):
+    """One GPU type at this site. `flops_per_s` is measured per GPU, None where it was not."""
+
+    gpu_type: str
+    gpu_ids: tuple[GpuId, ...] = Field(max_length=GPUS_PER_POOL_MAX)
+    ask_micros_per_gpu_hour: Micros
+    flops_per_s: float | None = Field(default=None, gt=0)
+
+
+class LinkOffer(Message):
+    """The directed link from this site to `target`, and what the site asks for egress on it."""
+
+    target: SiteId
+    bandwidth_bits_per_s: float = Field(gt=0)
+    delay_s: float = Field(ge=0, le=60)
+    loss: float = Field(default=0.0, ge=0, lt=1)
+    egress_price_micros_per_gb: Micros = 0
+
+
+class Offer(Message):
+    """What a site sells. `listens` says that other sites' gateways may connect to this one."""
+
+    pools: tuple[PoolOffer, ...] = Field(max_length=POOLS_PER_SITE_MAX)
+    links: tuple[LinkOffer, ...] = Field(default=(), max_length=1000)
+    listens: bool = False
+    draining: bool = False
+    environment: dict[str, str] = Field(default_factory=dict, max_length=50, description="what the site runs, by name")
+
+
+class Confirmation(Message):
+    """The site accepts a proposed lease. The key and the request for its certificate are the attempt's."""
+
+    lease_id: LeaseId
+    epoch: int = Field(ge=1)
+    attempt_key: Hash
+    csr_pem: Pem
+    gateway_address: Address | None
+
+
+class Veto(Message):
+    """The site refuses a proposed lease by its own policy; the whole gang is void."""
+
+    lease_id: LeaseId
+    epoch: int = Field(ge=1)
+    code: str = Field(max_length=64)
+    reason: Sentence
+
+
+class AttemptPhase(enum.StrEnum):
+    """Where an attempt stands at its site. `exited` is final; its processes are dead."""
+
+    PREPARING = "preparing"
+    SETUP = "setup"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    EXITED = "exited"
+
+
+class ExitCause(enum.StrEnum):
+    """Why an attempt is over: the broker's next step depends on it."""
+
+    DONE = "done"  # the script ended by itself with exit code 0
+    SCRIPT = "script"  # the script failed: the tenant's affair
+    SETUP = "setup"  # its setup failed: the tenant's affair
+    BUNDLE = "bundle"  # its workdir cannot be unpacked: the tenant's affair
+    LIMIT = "limit"  # it broke a resource limit: the tenant's affair
+    EXCHANGE = "exchange"  # the round log was lost for longer than its patience: try again
+    ORDERED = "ordered"  # the broker or the owner ended the lease
+    EXPIRED = "expired"  # the liveness ran out: the site fenced itself
+    SITE = "site"  # something of the site's own broke: try elsewhere
+
+
+class GatewayReport(Message):
+    """What the attempt's gateway says of the round log."""
+
+    view_number: int = Field(ge=0)
+    sealed_round: int = Field(ge=0)
+    chain_hash: Hash
+    applied_round: int = Field(ge=0)
+    outer_hash: Hash | None
+    samples_done: int = Field(ge=0)
+    samples_by_site: dict[SiteId, int] = Field(default_factory=dict, max_length=64)
+    hub_lost_s: float | None = Field(default=None, ge=0)
+    waiting_for: tuple[SiteId, ...] = Field(default=(), max_length=64)
+
+
+class AttemptReport(Message):
+    """The state of one attempt, repeated in every heartbeat until its lease is gone."""
+
+    lease_id: LeaseId
+    epoch: int = Field(ge=1)
+    phase: AttemptPhase
+    cause: ExitCause | None = None
+    exit_code: int | None = None
+    detail: Sentence = ""
+    gateway: GatewayReport | None = None
+    promise: ViewReport | None = None
+    checkpoint: NewestCheckpoint | None = Field(default=None, description="stored at the broker already")
+    outputs: dict[str, Digest] = Field(default_factory=dict, max_length=100, description="stored at the broker already")
+
+
+class Usage(Message):
+    """What was delivered under a lease since the report before it.
+
+    Numbered from one without gaps: a number that the broker has seen is acknowledged and ignored.
+    """
+
+    lease_id: LeaseId
+    epoch: int = Field(ge=1)
+    sequence: int = Field(ge=1)
+    gpu_milliseconds: int = Field(ge=0, le=10**15)
+    samples: int = Field(ge=0, le=10**15)
+    egress_bytes: dict[SiteId, Annotated[int, Field(ge=0, le=10**18)]] = Field(default_factory=dict, max_length=64)
+
+
+class Heartbeat(Message):
+    """All that a site has to say. `boot` changes when the agent starts anew."""
+
+    protocol_version: int = PROTOCOL_VERSION
+    agent_version: str = Field(max_length=40)
+    boot: str = Field(max_length=64)
+    offer: Offer
+    confirmations: tuple[Confirmation, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
+    vetoes: tuple[Veto, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
+    attempts: tuple[AttemptReport, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
+    usage: tuple[Usage, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
+    renewal_csr_pem: Pem | None = Field(
+        default=None, description="sent when two thirds of the certificate's life are over"
+    )
+
+
+class LeasePhase(enum.StrEnum):
+    """What the broker wants of a lease. One that is missing from an answer is ended."""
+
+    PROPOSED = "proposed"
+    ACTIVE = "active"
+    ENDED = "ended"
+
+
+class CheckpointReference(Message):
+    """A checkpoint in the broker's artifact store, from which an attempt resumes."""
+
+    digest: Digest
+    size_bytes: int = Field(ge=0)
+    round_number: int = Field(ge=0)
+
+
+class AttemptOrder(Message):
+    """What to run under an active lease.
+
+    `view` is the newest issued view; `promise` asks the gateway to promise that number.
+    """
+
+    spec: JobSpec
+    sync: SyncPlan = Field(description="resolved: never auto")
+    seed: int = Field(ge=0)
+    weight_max: int = Field(ge=1)
+    certificate_pem: Pem
+    checkpoint: CheckpointReference | None = None
+    view: SignedDocument | None = None
+    promise: int | None = Field(default=None, ge=1)
+
+
+class LeaseOrder(Message):
+    """A lease as the broker wants it. `liveness_s` counts from when the heartbeat was *sent*."""
+
+    lease_id: LeaseId
+    job_id: LeaseId
+    tenant_id: str
+    epoch: int = Field(ge=1)
+    phase: LeasePhase
+    gpu_type: str
+    gpu_ids: tuple[GpuId, ...]
+    price_micros_per_gpu_hour: Micros
+    term_ends_ms: int
+    liveness_s: float = Field(gt=0)
+    spec: JobSpec | None = Field(default=None, description="with a proposal, for the owner's policy")
+    attempt: AttemptOrder | None = None
+
+
+class HeartbeatAnswer(Message):
+    """All that the broker wants of a site."""
+
+    leases: tuple[LeaseOrder, ...]
+    usage_acknowledged: dict[LeaseId, int] = Field(description="the highest number without a gap")
+    certificate_pem: Pem | None = None
+    heartbeat_s: float = Field(gt=0)
+
+
+class ArtifactState(Message):
+    """How much of an artifact the broker holds."""
+
+    digest: Digest
+    size_bytes: int
+    held_bytes: int
+    complete: bool
+
+
+class StreamState(Message):
+    """How much of a log or of the measurements the broker holds; `full` once the cap is reached."""
+
+    held_bytes: int
+    full: bool
+
+
+def request_bytes(method: str, path: str, body: bytes, *, sequence: int, time_ms: int) -> bytes:
+    """Return the bytes that a site signs for one request. `path` includes the query."""
+    digest = hashlib.sha256(body).hexdigest()
+    return f"hansa/site-request\0{method}\n{path}\n{digest}\n{sequence}\n{time_ms}".encode()

@@ -1,0 +1,44 @@
+"""The errors of the training package, each with a stable code that callers may rely on."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TrainingError(Exception):
+    """Something that training could not do; the message says what, why and what to do next."""
+
+    code: ClassVar[str] = "training.failed"
+
+
+class SpecError(TrainingError):
+    """A job specification that cannot be accepted as it stands.
+
+    `problems` lists each fault as (where, what): `where` is a JSON pointer such as
+    `/market/budget`, and `line` (from one) is set where the text that was read had lines.
+    """
+
+    code: ClassVar[str] = "spec.invalid"
+
+    def __init__(self, problems: list[tuple[str, str]], lines: dict[str, int] | None = None) -> None:
+        """Keep the faults; the message lists every one, with its line where it is known."""
+        self.problems = problems
+        self.lines = lines or {}
+        super().__init__("; ".join(self._sentence(where, what) for where, what in problems))
+
+    def _sentence(self, where: str, what: str) -> str:
+        line = self.lines.get(where)
+        place = where or "the job"
+        return f"line {line}, {place}: {what}" if line else f"{place}: {what}"
+
+
+class ExchangeError(TrainingError):
+    """The round log did not answer within the job's patience, or refused what was sent."""
+
+    code: ClassVar[str] = "exchange.failed"
+
+
+class SignatureError(TrainingError):
+    """A signed document that its signature, its signer or its form does not support."""
+
+    code: ClassVar[str] = "signature.invalid"

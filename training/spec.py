@@ -1,0 +1,185 @@
+"""What a job is: the one document that a tenant writes and every part of Hansa reads.
+
+A person writes YAML (`training.jobfile` reads it), the wire carries the JSON of `JobSpec`. The
+outer keys are SkyPilot's (`name workdir resources setup run envs`), the market's own stand under
+one key, `market`. Nothing here imports torch, and nothing here touches a file.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import PurePosixPath
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from training.catalogue import GPU_TYPES
+
+GPUS_PER_JOB_MAX: Final = 4096
+SITES_PER_JOB_MAX: Final = 8
+ENVS_MAX: Final = 100
+RUN_LENGTH_MAX: Final = 4096
+# One credit is a million micro-credits; a job may hold at most a billion credits.
+BUDGET_MICROS_MAX: Final = 10**15
+SAMPLES_MAX: Final = 10**13
+
+# A workdir must not shadow the runtime's own packages: `training.launch` imports them first, and
+# a shadow would either be ignored (a puzzle) or run in our place (a hole).
+RESERVED_WORKDIR_NAMES: Final = frozenset({"broker", "sites", "pricing", "training"})
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
+SiteId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,30}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+EnvironmentValue = Annotated[str, StringConstraints(max_length=4096)]
+
+Strategy = Literal["auto", "local", "diloco"]
+Codec = Literal["auto", "fp32", "int8", "topk2"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class GpuRequest(_Strict):
+    """One acceptable kind of GPU and how many of it, in all sites together."""
+
+    gpu_type: str
+    count_min: int = Field(ge=1, le=GPUS_PER_JOB_MAX)
+    count_max: int = Field(ge=1, le=GPUS_PER_JOB_MAX)
+
+    @field_validator("gpu_type")
+    @classmethod
+    def _known_type(cls, gpu_type: str) -> str:
+        if gpu_type not in GPU_TYPES:
+            known = ", ".join(sorted(GPU_TYPES))
+            message = f"unknown GPU type {gpu_type!r}; the market knows {known}"
+            raise ValueError(message)
+        return gpu_type
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.count_min > self.count_max:
+            message = f"count_min {self.count_min} is above count_max {self.count_max}"
+            raise ValueError(message)
+        return self
+
+
+class Resources(_Strict):
+    """What the job may run on: any one of the listed requests."""
+
+    accelerators: tuple[GpuRequest, ...] = Field(min_length=1, max_length=len(GPU_TYPES))
+
+    @model_validator(mode="after")
+    def _each_type_once(self) -> Self:
+        types = [request.gpu_type for request in self.accelerators]
+        if len(set(types)) != len(types):
+            message = "each GPU type may be listed once; give a range such as 2..8 instead"
+            raise ValueError(message)
+        return self
+
+
+class Workload(_Strict):
+    """How much there is to compute, and what one sample costs.
+
+    `samples` is the size of the job: it is done when that many samples are in its round log.
+    `flops_per_sample` counts the forward and the backward pass (about 6 x parameters x tokens per
+    sample for a transformer).
+    """
+
+    samples: int = Field(ge=1, le=SAMPLES_MAX)
+    batch_per_gpu: int = Field(ge=1, le=1_000_000)
+    parameters: int = Field(ge=1, le=10**13)
+    flops_per_sample: float = Field(gt=0, le=1e21)
+
+
+class SyncPlan(_Strict):
+    """How sites of one job agree: the policy on its round log.
+
+    `period_steps` is H, the inner steps between two sync rounds. `patience_s` is the one timeout
+    a user sees; every other is derived from it.
+    """
+
+    strategy: Strategy = "auto"
+    codec: Codec = "auto"
+    period_steps: int = Field(default=20, ge=1, le=10_000)
+    outer_learning_rate: float = Field(default=0.7, gt=0, le=2)
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+    checkpoint_rounds: int = Field(default=5, ge=1, le=10_000)
+    patience_s: float = Field(default=60.0, ge=1, le=3600)
+
+
+class MarketTerms(_Strict):
+    """What the tenant offers and where the job may go.
+
+    `budget_micros` is held at submit and never exceeded. The bid is a value per million samples:
+    what progress is worth. Left out, it is the budget spread over all samples, so that a tenant
+    who only knows the most that a job may cost has bid already.
+    """
+
+    budget_micros: int = Field(ge=1, le=BUDGET_MICROS_MAX)
+    bid_micros_per_million_samples: int | None = Field(default=None, ge=1, le=BUDGET_MICROS_MAX)
+    sites_max: int = Field(default=1, ge=1, le=SITES_PER_JOB_MAX)
+    sites_allowed: tuple[SiteId, ...] | None = Field(default=None, min_length=1, max_length=1000)
+    deadline_ms: int | None = Field(default=None, ge=0, description="UTC milliseconds")
+    workload: Workload
+    sync: SyncPlan = SyncPlan()
+
+
+class JobSpec(_Strict):
+    """A training job as the wire carries it; `workdir_digest` names the uploaded bundle."""
+
+    name: Name
+    run: str = Field(min_length=1, max_length=RUN_LENGTH_MAX)
+    setup: str | None = Field(default=None, max_length=RUN_LENGTH_MAX)
+    envs: dict[EnvironmentName, EnvironmentValue] = Field(default_factory=dict, max_length=ENVS_MAX)
+    workdir_digest: Digest
+    resources: Resources
+    market: MarketTerms
+
+    @field_validator("run")
+    @classmethod
+    def _runs_a_script(cls, run: str) -> str:
+        split_run(run)
+        return run
+
+    @field_validator("envs")
+    @classmethod
+    def _not_ours(cls, envs: dict[str, str]) -> dict[str, str]:
+        for name in envs:
+            if name.startswith(("HANSA_", "LD_", "PYTHON")):
+                message = f"{name} is set by the site; choose a name without HANSA_, LD_ or PYTHON in front"
+                raise ValueError(message)
+        return envs
+
+    @property
+    def bid_micros_per_million_samples(self) -> int:
+        """What a million samples are worth to the tenant, stated or derived from the budget."""
+        if self.market.bid_micros_per_million_samples is not None:
+            return self.market.bid_micros_per_million_samples
+        return max(1, self.market.budget_micros * 1_000_000 // self.market.workload.samples)
+
+
+def split_run(run: str) -> list[str]:
+    """Return the script and its arguments from a `run` line, without the leading `python`.
+
+    There is no shell: the ranks are started as `python -m training.launch SCRIPT ARGUMENTS`.
+
+    Raises ValueError where the line does not name a Python file inside the workdir.
+    """
+    try:
+        words = shlex.split(run)
+    except ValueError as error:
+        message = f"run cannot be read ({error}); quote its arguments as in a shell"
+        raise ValueError(message) from None
+    if words and re.fullmatch(r"python3?", words[0]):
+        words = words[1:]
+    if not words or not words[0].endswith(".py"):
+        message = "run must name a Python file in the workdir, such as: python train.py --width 64"
+        raise ValueError(message)
+    script = PurePosixPath(words[0])
+    if script.is_absolute() or ".." in script.parts:
+        message = f"run names {words[0]!r}, which lies outside the workdir"
+        raise ValueError(message)
+    return words

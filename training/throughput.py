@@ -1,0 +1,227 @@
+"""How fast a job would run: a prediction in closed form, without torch and without I/O.
+
+An inner step of a job on several sites costs, in seconds,
+
+    step = max over sites (compute + intra-site all-reduce) + inter-site sync / H
+
+with H the inner steps between two sync rounds. A site of n GPUs all-reduces its fp32 gradients in
+a ring, so each GPU moves 2 (n - 1) / n x 4 x parameters bytes. A sync round goes through a hub:
+every other site sends its compressed contribution and receives those of all others. The slowest
+site paces the job, since the merge waits for all.
+
+The broker prices configurations with `predict`, and `resolve_sync` turns `auto` into a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from training.catalogue import GPU_TYPES
+from training.spec import SyncPlan, Workload
+
+BYTES_PER_PARAMETER: Final = 4
+# How many times smaller than fp32 a contribution is on the wire.
+#   fp32   the parameters themselves
+#   int8   one byte per parameter and one fp32 scale per block of 512: 4 / (1 + 4 / 512) = 3.97
+#   topk2  1 in 64 values, 2 bits each, indices entropy-coded (SparseLoCo, arXiv 2508.15706, with
+#          7.43 index bits per kept value), one fp16 scale per block of 4096: 209 as payload,
+#          195 once framing and acknowledgements are counted
+CODEC_RATIOS: Final[dict[str, float]] = {"fp32": 1.0, "int8": 3.97, "topk2": 195.0}
+# From the least to the most lossy: `auto` takes the first whose sync is cheap enough. fp32 is
+# left out: int8 with its carry trains as well at a quarter of the traffic.
+AUTO_CODECS: Final = ("int8", "topk2")
+# A codec is cheap enough where its sync takes at most this share of the H inner steps before it.
+SYNC_SHARE_MAX: Final = 0.10
+# What a well-filled link carries of its bandwidth after headers, acknowledgements and recovery.
+LINK_EFFICIENCY: Final = 0.9
+# One sync round asks, sends, is sealed and fetches: two round trips to the hub.
+ROUND_TRIPS_PER_SYNC: Final = 2
+# Each of the 2 (n - 1) messages of a ring waits once for its neighbour; of the order of what NCCL
+# and Gloo show between two hosts of one datacenter.
+RING_HOP_S: Final = 20e-6
+
+
+@dataclass(frozen=True, slots=True)
+class SitePart:
+    """The GPUs of one site in a configuration.
+
+    `flops_per_s` is what one GPU achieves, measured; None takes the catalogue's peak times its
+    prior share. `intra_site_bits_per_s` is the ring's bandwidth; None takes the catalogue's.
+    """
+
+    site_id: str
+    gpu_type: str
+    gpus: int
+    flops_per_s: float | None = None
+    intra_site_bits_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A directed link between two sites; `delay_s` is one way."""
+
+    bandwidth_bits_per_s: float
+    delay_s: float
+    loss: float = 0.0
+    egress_price_micros_per_gb: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTraffic:
+    """What the job sends over one directed link, averaged over time."""
+
+    from_site: str
+    to_site: str
+    bytes_per_s: float
+    egress_micros_per_hour: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The speed of a configuration; times are of one inner step, `inter_site_s` its share of a sync."""
+
+    samples_per_s: float
+    compute_s: float
+    intra_site_s: float
+    inter_site_s: float
+    step_s: float
+    bytes_per_s_between_sites: float
+    traffic: tuple[LinkTraffic, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSync:
+    """A sync plan without `auto`, the hub it goes through, and why, in a sentence."""
+
+    plan: SyncPlan
+    hub_site: str | None
+    reason: str
+
+
+Links = Mapping[tuple[str, str], Link]
+
+
+def predict(
+    workload: Workload, sync: SyncPlan, parts: Sequence[SitePart], links: Links, hub_site: str | None = None
+) -> Prediction:
+    """Return the predicted speed of `parts` under a resolved `sync` plan.
+
+    Several sites need `hub_site` to be one of them and links both ways between it and each other
+    site; ValueError says which is missing.
+    """
+    step_alone_s, compute_s, intra_site_s = max(_step_alone_s(workload, part) for part in parts)
+    inter_site_s, traffic_bytes = 0.0, {}
+    if len(parts) > 1:
+        if hub_site is None or "auto" in (sync.strategy, sync.codec):
+            message = "several sites need a hub and a resolved sync plan: call resolve_sync first"
+            raise ValueError(message)
+        sync_s, traffic_bytes = _sync_round(workload, sync, [part.site_id for part in parts], links, hub_site)
+        inter_site_s = sync_s / sync.period_steps
+    step_s = step_alone_s + inter_site_s
+    traffic = tuple(
+        _traffic(pair, size_bytes / (step_s * sync.period_steps), links[pair])
+        for pair, size_bytes in sorted(traffic_bytes.items())
+    )
+    return Prediction(
+        samples_per_s=workload.batch_per_gpu * sum(part.gpus for part in parts) / step_s,
+        compute_s=compute_s,
+        intra_site_s=intra_site_s,
+        inter_site_s=inter_site_s,
+        step_s=step_s,
+        bytes_per_s_between_sites=sum(row.bytes_per_s for row in traffic),
+        traffic=traffic,
+    )
+
+
+def resolve_sync(
+    workload: Workload, plan: SyncPlan, parts: Sequence[SitePart], links: Links, listening: frozenset[str]
+) -> ResolvedSync | None:
+    """Return the plan that `auto` stands for on these sites; None where no hub can join them.
+
+    One site trains locally. Several use diloco through the listening site that makes the sync
+    round shortest (ties: the first by name), with the least lossy codec whose sync takes at most
+    a tenth of the inner steps before it, else the most compressed one.
+    """
+    if len(parts) == 1:
+        if plan.strategy == "diloco":
+            codec = "fp32" if plan.codec == "auto" else plan.codec
+            reason = "the plan asks for diloco; on one site a contribution never crosses a link"
+            return ResolvedSync(plan.model_copy(update={"codec": codec}), None, reason)
+        resolved = plan.model_copy(update={"strategy": "local", "codec": "fp32"})
+        return ResolvedSync(resolved, None, "one site needs no synchronisation between sites")
+    if plan.strategy == "local":
+        return None
+    hubs = _hubs([part.site_id for part in parts], links, listening)
+    if not hubs:
+        return None
+    steps_s = plan.period_steps * max(_step_alone_s(workload, part) for part in parts)[0]
+    sites = [part.site_id for part in parts]
+    candidates = AUTO_CODECS if plan.codec == "auto" else (plan.codec,)
+    for codec in candidates:
+        resolved = plan.model_copy(update={"strategy": "diloco", "codec": codec})
+        sync_s, hub = min((_sync_round(workload, resolved, sites, links, hub)[0], hub) for hub in hubs)
+        share = sync_s / steps_s
+        if share <= SYNC_SHARE_MAX:
+            break
+    return ResolvedSync(resolved, hub, _reason(plan, codec, share, hub))
+
+
+def _reason(plan: SyncPlan, codec: str, share: float, hub: str) -> str:
+    takes = f"a sync round through {hub} takes {share:.1%} of the {plan.period_steps} inner steps before it"
+    if plan.codec != "auto":
+        return f"{codec} as the plan asks: {takes}"
+    if share <= SYNC_SHARE_MAX:
+        return f"{codec} is the least lossy codec within {SYNC_SHARE_MAX:.0%}: {takes}"
+    return f"{codec} is the most compressed codec, yet {takes}: a longer period or a faster link would help"
+
+
+def _hubs(sites: Sequence[str], links: Links, listening: frozenset[str]) -> list[str]:
+    return [
+        hub
+        for hub in sorted(sites)
+        if hub in listening and all((hub, site) in links and (site, hub) in links for site in sites if site != hub)
+    ]
+
+
+def _step_alone_s(workload: Workload, part: SitePart) -> tuple[float, float, float]:
+    """Return one site's inner step and its two parts: compute, all-reduce."""
+    gpu = GPU_TYPES[part.gpu_type]
+    flops_per_s = part.flops_per_s or gpu.peak_flops_per_s * gpu.achieved_share
+    bits_per_s = part.intra_site_bits_per_s or gpu.intra_site_bits_per_s
+    compute_s = workload.batch_per_gpu * workload.flops_per_sample / flops_per_s
+    ring_bytes = 2 * (part.gpus - 1) / part.gpus * BYTES_PER_PARAMETER * workload.parameters
+    intra_site_s = ring_bytes * 8 / bits_per_s + 2 * (part.gpus - 1) * RING_HOP_S
+    return compute_s + intra_site_s, compute_s, intra_site_s
+
+
+def _sync_round(
+    workload: Workload, sync: SyncPlan, sites: Sequence[str], links: Links, hub: str
+) -> tuple[float, dict[tuple[str, str], float]]:
+    """Return the seconds of one sync round and the bytes that each link carries in it."""
+    contribution_bytes = workload.parameters * BYTES_PER_PARAMETER / CODEC_RATIOS[sync.codec]
+    slowest_s = 0.0
+    traffic_bytes: dict[tuple[str, str], float] = {}
+    for site in sites:
+        if site == hub:
+            continue
+        try:
+            up, down = links[site, hub], links[hub, site]
+        except KeyError:
+            message = f"no link both ways between {site} and the hub {hub}: choose another hub or probe the link"
+            raise ValueError(message) from None
+        traffic_bytes[site, hub] = contribution_bytes
+        traffic_bytes[hub, site] = contribution_bytes * (len(sites) - 1)
+        transfer_s = _transfer_s(traffic_bytes[site, hub], up) + _transfer_s(traffic_bytes[hub, site], down)
+        slowest_s = max(slowest_s, transfer_s + ROUND_TRIPS_PER_SYNC * (up.delay_s + down.delay_s))
+    return slowest_s, traffic_bytes
+
+
+def _transfer_s(size_bytes: float, link: Link) -> float:
+    return size_bytes * 8 / (link.bandwidth_bits_per_s * LINK_EFFICIENCY * (1 - link.loss))
+
+
+def _traffic(pair: tuple[str, str], bytes_per_s: float, link: Link) -> LinkTraffic:
+    egress_micros_per_hour = bytes_per_s * 3600 / 1e9 * link.egress_price_micros_per_gb
+    return LinkTraffic(pair[0], pair[1], bytes_per_s, egress_micros_per_hour)
