@@ -112,7 +112,8 @@ def predict(
     site; ValueError says which is missing.
     """
     step_alone_s, compute_s, intra_site_s = max(_step_alone_s(workload, part) for part in parts)
-    inter_site_s, traffic_bytes = 0.0, {}
+    inter_site_s = 0.0
+    traffic_bytes: dict[tuple[str, str], float] = {}
     if len(parts) > 1:
         if hub_site is None or "auto" in (sync.strategy, sync.codec):
             message = "several sites need a hub and a resolved sync plan: call resolve_sync first"
@@ -146,9 +147,9 @@ def resolve_sync(
     """
     if len(parts) == 1:
         if plan.strategy == "diloco":
-            codec = "fp32" if plan.codec == "auto" else plan.codec
+            alone = "fp32" if plan.codec == "auto" else plan.codec
             reason = "the plan asks for diloco; on one site a contribution never crosses a link"
-            return ResolvedSync(plan.model_copy(update={"codec": codec}), None, reason)
+            return ResolvedSync(plan.model_copy(update={"codec": alone}), None, reason)
         resolved = plan.model_copy(update={"strategy": "local", "codec": "fp32"})
         return ResolvedSync(resolved, None, "one site needs no synchronisation between sites")
     if plan.strategy == "local":
@@ -158,8 +159,8 @@ def resolve_sync(
         return None
     steps_s = plan.period_steps * max(_step_alone_s(workload, part) for part in parts)[0]
     sites = [part.site_id for part in parts]
-    candidates = AUTO_CODECS if plan.codec == "auto" else (plan.codec,)
-    for codec in candidates:
+    codecs: tuple[str, ...] = AUTO_CODECS if plan.codec == "auto" else (plan.codec,)
+    for codec in codecs:
         resolved = plan.model_copy(update={"strategy": "diloco", "codec": codec})
         sync_s, hub = min((_sync_round(workload, resolved, sites, links, hub)[0], hub) for hub in hubs)
         share = sync_s / steps_s
