@@ -257,10 +257,19 @@ class LeaseOrder(Message):
     attempt: AttemptOrder | None = None
 
 
+class Refusal(Message):
+    """One item of a heartbeat that the broker did not accept; the others were."""
+
+    lease_id: LeaseId
+    code: str = Field(max_length=64)
+    detail: Sentence
+
+
 class HeartbeatAnswer(Message):
     """All that the broker wants of a site."""
 
     leases: tuple[LeaseOrder, ...]
+    refusals: tuple[Refusal, ...] = ()
     usage_acknowledged: dict[LeaseId, int] = Field(description="the highest number without a gap")
     certificate_pem: Pem | None = None
     heartbeat_s: float = Field(gt=0)
