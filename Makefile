@@ -1,0 +1,39 @@
+# Everything a person does with a clone of Hansa, one word each. `make` alone lists them.
+
+SHELL := bash
+BIN := .venv/bin
+TEST_WORKERS ?= 2
+SOAK_MINUTES ?= 10
+export PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench soak clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## set up .venv with the hansa command (TORCH_INDEX=… chooses torch's build, PYTHON=… the interpreter)
+	@deploy/install.sh
+
+demo: install ## run a whole market on this machine and train real jobs in it (KEEP=1 leaves it running)
+	@$(BIN)/hansa demo $(if $(KEEP),--keep)
+
+test: install ## run every test (TEST_WORKERS=… processes); with CI=true a skipped test is a failure
+	@deploy/chromium.sh
+	@$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+lint: install ## check formatting, style, types and the direction of imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: install ## print the benchmark tables
+	@shopt -s nullglob; for file in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python "$$file" || exit 1; done
+
+soak: install ## search for broken invariants with new seeds for SOAK_MINUTES
+	@$(BIN)/python -m tests.simulation --minutes $(SOAK_MINUTES)
+
+clean: ## remove caches and build outputs; .venv stays
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
