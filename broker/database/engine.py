@@ -7,10 +7,11 @@ again: it must do nothing but read and write its session. No network call is eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -70,6 +71,13 @@ class Database:
             return result
         message = f"the database stayed busy during {name!r}; nothing was changed, try again"
         raise BusyError(message)
+
+    @contextmanager
+    def migration(self) -> Iterator[Connection]:
+        """Open the one transaction in which a schema is changed, committed where the body ends well."""
+        options = {"hansa_write": True} if self._is_sqlite else {"isolation_level": "READ COMMITTED"}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
 
     def close(self) -> None:
         """Close all connections."""
