@@ -1,0 +1,1 @@
+"""Who speaks: the market's keys and certificates, and the credentials of people, programs and sites."""
