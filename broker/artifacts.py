@@ -208,9 +208,16 @@ def _locked(path: Path) -> Iterator[BufferedRandom]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
+            if _is_at(path, stream):
                 yield stream
                 return
+
+
+def _is_at(path: Path, stream: BufferedRandom) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(stream.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _publish(partial: Path, path: Path) -> None:
