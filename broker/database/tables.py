@@ -244,7 +244,8 @@ class Job(Table):
 class Placement(Table):
     """A configuration that a job won in a round: proposed, active, ended.
 
-    `reserved_micros` is the most that its term can cost, set aside inside the job's hold.
+    `award` is the clearing's own row (`broker.allocation.clearing.Placement`): prices, rents, uplift.
+    `reserved_micros` is the most that its terms can cost, set aside inside the job's hold.
     """
 
     __tablename__ = "placements"
@@ -255,6 +256,7 @@ class Placement(Table):
     state: Mapped[str]
     configuration: Mapped[str] = mapped_column(Text)
     configuration_key: Mapped[str] = mapped_column(String(500))
+    award: Mapped[str] = mapped_column(Text)
     why: Mapped[str] = mapped_column(String(1000))
     samples_per_s_predicted: Mapped[float]
     value_micros_per_hour: Mapped[int]
@@ -270,7 +272,8 @@ class Placement(Table):
     ended_ms: Mapped[int | None]
     end_cause: Mapped[str] = mapped_column(default="")
     base_round: Mapped[int] = mapped_column(default=0)
-    checkpoint_digest: Mapped[str | None]
+    base_hash: Mapped[str] = mapped_column(default="")
+    base_samples: Mapped[int] = mapped_column(default=0)
     __table_args__ = (
         Index("one_placement_per_epoch", "job_id", "epoch", unique=True),
         Index(
@@ -302,6 +305,7 @@ class Lease(Table):
     gpus: Mapped[int]
     price_micros_per_gpu_hour: Mapped[int]
     state: Mapped[str]
+    checkpoint_digest: Mapped[str | None]
     attempt_key: Mapped[str | None]
     csr_pem: Mapped[str | None] = mapped_column(Text)
     certificate_pem: Mapped[str | None] = mapped_column(Text)
@@ -310,6 +314,7 @@ class Lease(Table):
     liveness_era: Mapped[str | None]
     phase: Mapped[str] = mapped_column(default="")
     attempt: Mapped[str] = mapped_column(Text, default="")
+    active_ms: Mapped[int | None]
     usage_sequence: Mapped[int] = mapped_column(default=0)
     delivered_gpu_milliseconds: Mapped[int] = mapped_column(default=0)
     delivered_samples: Mapped[int] = mapped_column(default=0)

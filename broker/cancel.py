@@ -1,0 +1,43 @@
+"""A tenant's wish to stop a job: at once where it waits, by ending its leases where it runs."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from broker.database.tables import Job
+from broker.errors import ConflictError, NotFoundError
+from broker.leases import end_placement, live_placement
+from broker.market import Market
+from broker.transitions import FINAL_JOB_STATES, JobState, change_state, note_change
+
+
+def request_cancel(market: Market, tenant_id: str, job_id: str) -> Job:
+    """Cancel a job of `tenant_id`; what was delivered so far stays charged, the rest is released.
+
+    Raises NotFoundError for another tenant's job, ConflictError where it has ended already.
+    """
+    now_ms = market.clock.now_ms()
+
+    def work(session: Session) -> tuple[Job, list[str]]:
+        job = session.get(Job, job_id)
+        if job is None or job.tenant_id != tenant_id:
+            message = f"there is no job {job_id!r}"
+            raise NotFoundError(message)
+        if job.state in FINAL_JOB_STATES:
+            message = f"the job has already {job.state}; nothing is left to cancel"
+            raise ConflictError(message)
+        placement = live_placement(session, job_id)
+        sites = [] if placement is None else end_placement(session, market, placement, "cancelled")
+        job.cancel_requested_ms = now_ms
+        job.ended_ms = now_ms
+        job.reason_code, job.reason = "cancelled", "cancelled by its tenant"
+        change_state(session, job, JobState.CANCELLED, now_ms=now_ms)
+        note_change(session)
+        return job, sites
+
+    job, sites = market.database.write("cancel", work)
+    for site_id in sites:
+        market.doorbell.wake_site(site_id)
+    market.doorbell.ring_round()
+    market.doorbell.wake_watchers(job_id)
+    return job

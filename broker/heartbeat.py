@@ -1,0 +1,188 @@
+"""A site speaks: everything that one heartbeat says, taken in one transaction, and the answer.
+
+Each item stands for itself: one that is refused (an old epoch, say) is named in the answer and
+the others are taken. What the site should do next follows from the state after the heartbeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from broker.attempts import order_for, take_report
+from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
+from broker.errors import BrokerError, CredentialError, NotFoundError, StaleEpochError
+from broker.leases import confirm, renew_liveness, veto
+from broker.market import Market
+from broker.metering import accept_usage
+from broker.offers import apply_offer
+from broker.transitions import LeaseState, SiteState, change_state, note_change, record_event
+from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
+
+BeforeEffect = Callable[[Session], None]
+
+
+def receive(
+    market: Market, site_id: str, heartbeat: Heartbeat, before_effect: BeforeEffect | None = None
+) -> HeartbeatAnswer:
+    """Take a heartbeat of `site_id` and return what the broker wants of it.
+
+    `before_effect` runs first in the same transaction: the API spends the request's sequence
+    number there, so that a replayed request has no effect. Raises CredentialError for a removed
+    site and OfferError for an offer that makes no sense.
+    """
+
+    def work(session: Session) -> tuple[HeartbeatAnswer, set[str], set[str], bool]:
+        if before_effect is not None:
+            before_effect(session)
+        site = _heard(session, market, site_id, heartbeat)
+        changed = apply_offer(session, site, heartbeat.offer)
+        taken = _Taken(session, market, site_id)
+        taken.renew_livenesses()
+        for confirmation in heartbeat.confirmations:
+            taken.confirmation(confirmation)
+        for refusal in heartbeat.vetoes:
+            taken.veto(refusal)
+        # Usage before reports: a report that ends a lease follows its last usage.
+        for usage in heartbeat.usage:
+            taken.usage(usage)
+        for report in heartbeat.attempts:
+            taken.report(report)
+        session.flush()
+        answer = HeartbeatAnswer(
+            leases=tuple(order_for(session, market, lease) for lease in _standing_leases(session, site_id)),
+            refusals=tuple(taken.refusals),
+            usage_acknowledged=taken.acknowledged,
+            certificate_pem=_renewed_certificate(session, market, site_id, heartbeat.renewal_csr_pem),
+            heartbeat_s=market.settings.heartbeat_s,
+        )
+        return answer, taken.wake - {site_id}, taken.jobs, changed or bool(taken.wake)
+
+    answer, wake, jobs, ring = market.database.write("heartbeat", work)
+    for other in sorted(wake):
+        market.doorbell.wake_site(other)
+    for job_id in sorted(jobs):
+        market.doorbell.wake_watchers(job_id)
+    if ring:
+        market.doorbell.ring_round()
+    return answer
+
+
+class _Taken:
+    """The items of one heartbeat as they are taken, and what follows from them."""
+
+    def __init__(self, session: Session, market: Market, site_id: str) -> None:
+        self.session = session
+        self.market = market
+        self.site_id = site_id
+        self.refusals: list[Refusal] = []
+        self.acknowledged: dict[str, int] = {}
+        self.wake: set[str] = set()
+        self.jobs: set[str] = set()
+
+    def renew_livenesses(self) -> None:
+        """Count anew the liveness of all that runs at the site."""
+        for lease in self.session.scalars(
+            select(Lease).where(
+                Lease.site_id == self.site_id, Lease.state.in_([LeaseState.CONFIRMED, LeaseState.ACTIVE])
+            )
+        ):
+            renew_liveness(self.market, lease)
+
+    def confirmation(self, item: Confirmation) -> None:
+        """Take the site's word that it accepts a lease."""
+        with self._one(item.lease_id, item.epoch) as lease:
+            self.wake.update(confirm(self.session, self.market, lease, item))
+
+    def veto(self, item: Veto) -> None:
+        """Take the site's refusal of a lease."""
+        with self._one(item.lease_id, item.epoch) as lease:
+            self.wake.update(veto(self.session, self.market, lease, item))
+
+    def usage(self, item: Usage) -> None:
+        """Take a usage report and charge for it."""
+        with self._one(item.lease_id, item.epoch) as lease:
+            self.acknowledged[item.lease_id] = accept_usage(self.session, self.market, lease, item)
+
+    def report(self, item: AttemptReport) -> None:
+        """Take the state of an attempt."""
+        with self._one(item.lease_id, item.epoch) as lease:
+            self.wake.update(take_report(self.session, self.market, lease, item))
+
+    @contextmanager
+    def _one(self, lease_id: str, epoch: int) -> Iterator[Lease]:
+        """Take one item about a lease; a refused one changes nothing and is named in the answer."""
+        try:
+            lease = self._lease(lease_id, epoch)
+            with self.session.begin_nested():
+                yield lease
+            self.jobs.add(lease.job_id)
+        except BrokerError as error:
+            self.refusals.append(Refusal(lease_id=lease_id, code=error.code, detail=str(error)[:1000]))
+
+    def _lease(self, lease_id: str, epoch: int) -> Lease:
+        lease = self.session.get(Lease, lease_id)
+        if lease is None or lease.site_id != self.site_id:
+            message = f"this site has no lease {lease_id}; forget it"
+            raise NotFoundError(message)
+        if lease.epoch != epoch:
+            record_event(
+                self.session,
+                "stale",
+                now_ms=self.market.clock.now_ms(),
+                job_id=lease.job_id,
+                site_id=self.site_id,
+                lease_id=lease_id,
+                detail=f"epoch {epoch} instead of {lease.epoch}",
+            )
+            message = f"lease {lease_id} has epoch {lease.epoch}, not {epoch}; stop what runs under the old one"
+            raise StaleEpochError(message)
+        return lease
+
+
+def _heard(session: Session, market: Market, site_id: str, heartbeat: Heartbeat) -> Site:
+    site = session.get(Site, site_id)
+    if site is None or site.state == SiteState.REMOVED:
+        message = f"site {site_id!r} is not part of this market; ask its admin for a new invitation"
+        raise CredentialError(message)
+    site.heard_ms = market.clock.now_ms()
+    site.heard_monotonic_ms = round(market.clock.monotonic_s() * 1000)
+    site.heard_era = market.clock.era()
+    site.boot = heartbeat.boot
+    site.agent_version = heartbeat.agent_version
+    if site.state == SiteState.SILENT:
+        change_state(session, site, SiteState.LIVE, now_ms=market.clock.now_ms())
+        note_change(session)
+    return site
+
+
+def _standing_leases(session: Session, site_id: str) -> list[Lease]:
+    """Return the site's leases that are not over, or whose GPUs it has not yet said to be free."""
+    still_held = select(LeasedGpu.lease_id).where(LeasedGpu.lease_id == Lease.lease_id, LeasedGpu.live).exists()
+    return list(
+        session.scalars(
+            select(Lease)
+            .where(Lease.site_id == site_id, or_(Lease.state != LeaseState.ENDED, still_held))
+            .order_by(Lease.lease_id)
+        )
+    )
+
+
+def _renewed_certificate(session: Session, market: Market, site_id: str, csr_pem: str | None) -> str | None:
+    if csr_pem is None:
+        return None
+    issued = market.authority.issue_site_certificate(
+        csr_pem, site_id=site_id, life_s=market.settings.site_certificate_s
+    )
+    session.add(
+        SiteCertificate(
+            serial=issued.serial,
+            site_id=site_id,
+            public_key=issued.public_key,
+            not_after_ms=issued.not_after_ms,
+        )
+    )
+    return issued.pem

@@ -1,0 +1,305 @@
+"""Step 4: leases. Proposed by a round, confirmed by every site of the gang, active, ended.
+
+A placement is a gang; each of its leases is one site's part. The broker proposes GPUs by name, so
+that the row `leased_gpus` lets none serve two. Ending a lease is a commercial act; its GPUs stay
+taken until the site has reported its processes dead, or the liveness has run out on the broker's
+own monotonic clock, which waits longer than the agent's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from broker.allocation.clearing import Placement as Award
+from broker.database.tables import (
+    BarredConfiguration,
+    Gpu,
+    Job,
+    JobArtifact,
+    Lease,
+    LeasedGpu,
+    Placement,
+    Round,
+)
+from broker.market import Market
+from broker.transitions import (
+    FINAL_JOB_STATES,
+    JobState,
+    LeaseState,
+    PlacementState,
+    change_state,
+    note_change,
+    record_event,
+)
+from broker.views import issue_first_view
+from sites.protocol import Confirmation, Veto
+from training.roundlog.view import GENESIS_HASH
+
+
+def live_placement(session: Session, job_id: str) -> Placement | None:
+    """Return the job's placement that is proposed or active, None where it has none."""
+    return session.scalar(select(Placement).where(Placement.job_id == job_id, Placement.state != PlacementState.ENDED))
+
+
+def leases_of(session: Session, placement: Placement) -> list[Lease]:
+    """Return the leases of a placement in site order."""
+    return list(
+        session.scalars(select(Lease).where(Lease.placement_id == placement.placement_id).order_by(Lease.site_id))
+    )
+
+
+def free_gpus(session: Session, pool_id: str) -> list[str]:
+    """Return the ids of the pool's present GPUs that serve no live lease, in order."""
+    taken = select(LeasedGpu.gpu_id).where(
+        LeasedGpu.site_id == Gpu.site_id, LeasedGpu.gpu_id == Gpu.gpu_id, LeasedGpu.live
+    )
+    return list(
+        session.scalars(
+            select(Gpu.gpu_id).where(Gpu.pool_id == pool_id, Gpu.present, ~taken.exists()).order_by(Gpu.gpu_id)
+        )
+    )
+
+
+def propose(session: Session, market: Market, job: Job, award: Award, round_number: int) -> list[str] | None:
+    """Write the placement that `job` won and its proposed leases; return the sites to wake.
+
+    Returns None, and writes nothing, where the GPUs are no longer free.
+    """
+    now_ms = market.clock.now_ms()
+    chosen: dict[str, list[str]] = {}
+    for part in award.configuration.parts:
+        free = free_gpus(session, part.pool_id)
+        if len(free) < part.gpus:
+            return None
+        chosen[part.pool_id] = free[: part.gpus]
+    checkpoint = newest_checkpoint(session, job.job_id)
+    job.epoch += 1
+    placement = Placement(
+        placement_id=market.ids.new("placement"),
+        job_id=job.job_id,
+        epoch=job.epoch,
+        round_number=round_number,
+        state="",
+        configuration=award.configuration.model_dump_json(),
+        configuration_key=award.configuration.key,
+        award=award.model_dump_json(),
+        why=award.why[:1000],
+        samples_per_s_predicted=award.samples_per_s,
+        value_micros_per_hour=award.value_micros_per_hour,
+        charge_micros_per_hour=award.charge_micros_per_hour,
+        uplift_micros_per_hour=award.uplift_micros_per_hour,
+        term_s=award.term_s,
+        reserved_micros=award.reservation_micros,
+        charged_micros=0,
+        proposed_ms=now_ms,
+        proposal_ends_ms=now_ms + round(market.settings.proposal_s * 1000),
+        base_round=0 if checkpoint is None else checkpoint.round_number,
+        base_hash=GENESIS_HASH if checkpoint is None else (checkpoint.chain_hash or GENESIS_HASH),
+        base_samples=0 if checkpoint is None else checkpoint.samples_done,
+        end_cause="",
+    )
+    session.add(placement)
+    change_state(session, placement, PlacementState.PROPOSED, now_ms=now_ms, tenant_id=job.tenant_id)
+    job.reason_code, job.reason = "proposed", award.why[:1000]
+    change_state(session, job, JobState.PROPOSED, now_ms=now_ms, round_number=round_number)
+    session.flush()
+    prices = {charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools}
+    for part in award.configuration.parts:
+        lease = Lease(
+            lease_id=market.ids.new("lease"),
+            placement_id=placement.placement_id,
+            job_id=job.job_id,
+            epoch=job.epoch,
+            site_id=part.site_id,
+            pool_id=part.pool_id,
+            gpu_type=part.gpu_type,
+            gpus=part.gpus,
+            price_micros_per_gpu_hour=prices[part.pool_id],
+            state="",
+            checkpoint_digest=None if checkpoint is None else _checkpoint_for(session, checkpoint, part.site_id),
+            phase="",
+            attempt="",
+            end_cause="",
+        )
+        session.add(lease)
+        change_state(session, lease, LeaseState.PROPOSED, now_ms=now_ms, tenant_id=job.tenant_id)
+        session.flush()
+        for gpu_id in chosen[part.pool_id]:
+            session.add(LeasedGpu(lease_id=lease.lease_id, site_id=part.site_id, gpu_id=gpu_id, live=True))
+    session.flush()
+    return [part.site_id for part in award.configuration.parts]
+
+
+def confirm(session: Session, market: Market, lease: Lease, confirmation: Confirmation) -> list[str]:
+    """Take a site's word for its part; with the last one the whole gang becomes active.
+
+    Returns the sites to wake.
+    """
+    if lease.state != LeaseState.PROPOSED:
+        return []  # said again, or too late: the answer to this heartbeat shows how things stand
+    now_ms = market.clock.now_ms()
+    lease.attempt_key = confirmation.attempt_key
+    lease.csr_pem = confirmation.csr_pem
+    lease.gateway_address = confirmation.gateway_address
+    lease.certificate_pem = market.authority.issue_attempt_certificate(
+        confirmation.csr_pem,
+        job_id=lease.job_id,
+        epoch=lease.epoch,
+        site_id=lease.site_id,
+        life_s=market.settings.attempt_certificate_s,
+        attempt_key=confirmation.attempt_key,
+    ).pem
+    change_state(session, lease, LeaseState.CONFIRMED, now_ms=now_ms)
+    renew_liveness(market, lease)
+    session.flush()
+    placement = session.get_one(Placement, lease.placement_id)
+    gang = leases_of(session, placement)
+    if all(member.state == LeaseState.CONFIRMED for member in gang):
+        _activate(session, market, placement, gang)
+        return [member.site_id for member in gang]
+    return []
+
+
+def veto(session: Session, market: Market, lease: Lease, refusal: Veto) -> list[str]:
+    """Void the whole gang, bar its configuration for some rounds, and return the sites to wake."""
+    placement = session.get_one(Placement, lease.placement_id)
+    if placement.state != PlacementState.PROPOSED:
+        return []
+    newest = session.scalar(select(Round.round_number).order_by(Round.round_number.desc()).limit(1)) or 0
+    session.merge(
+        BarredConfiguration(
+            job_id=lease.job_id,
+            configuration_key=placement.configuration_key,
+            until_round=newest + market.settings.barred_rounds,
+            reason=f"{lease.site_id}: {refusal.reason}"[:1000],
+        )
+    )
+    reason = f"site {lease.site_id} declined ({refusal.code}): {refusal.reason}"
+    return void_proposal(session, market, placement, "vetoed", reason)
+
+
+def void_proposal(session: Session, market: Market, placement: Placement, cause: str, reason: str) -> list[str]:
+    """End a proposal that fell through; its job waits again. Returns the sites to wake."""
+    sites = end_placement(session, market, placement, cause)
+    requeue(session, market, session.get_one(Job, placement.job_id), cause, reason)
+    return sites
+
+
+def requeue(session: Session, market: Market, job: Job, code: str, reason: str) -> None:
+    """Put a job back in the queue for the next round."""
+    if job.state in FINAL_JOB_STATES:
+        return
+    job.reason_code, job.reason = code, reason[:1000]
+    change_state(session, job, JobState.QUEUED, now_ms=market.clock.now_ms(), detail=reason)
+    note_change(session)
+
+
+def end_placement(session: Session, market: Market, placement: Placement, cause: str) -> list[str]:
+    """End a placement and all its leases; return the sites to wake. Ending twice changes nothing."""
+    if placement.state == PlacementState.ENDED:
+        return []
+    now_ms = market.clock.now_ms()
+    placement.ended_ms, placement.end_cause = now_ms, cause
+    change_state(session, placement, PlacementState.ENDED, now_ms=now_ms, detail=cause)
+    gang = leases_of(session, placement)
+    for lease in gang:
+        end_lease(session, market, lease, cause)
+    return [lease.site_id for lease in gang]
+
+
+def end_lease(session: Session, market: Market, lease: Lease, cause: str) -> None:
+    """End one site's part. Its GPUs are freed at once only where nothing can have started there."""
+    if lease.state == LeaseState.ENDED:
+        return
+    now_ms = market.clock.now_ms()
+    never_started = lease.state in {LeaseState.PROPOSED, LeaseState.CONFIRMED}
+    lease.ended_ms, lease.end_cause = now_ms, cause
+    change_state(session, lease, LeaseState.ENDED, now_ms=now_ms, detail=cause)
+    if never_started:
+        # A site starts only on seeing `active`, which this lease never was.
+        free_leased_gpus(session, lease)
+
+
+def free_leased_gpus(session: Session, lease: Lease) -> None:
+    """Let the GPUs of an ended lease serve again: its processes are known to be dead."""
+    assert lease.state == LeaseState.ENDED, "a live lease keeps its GPUs"
+    held = list(session.scalars(select(LeasedGpu).where(LeasedGpu.lease_id == lease.lease_id, LeasedGpu.live)))
+    for row in held:
+        row.live = False
+    if held:
+        session.flush()
+        note_change(session)
+
+
+def renew_liveness(market: Market, lease: Lease) -> None:
+    """Count the lease's liveness anew, from now, longer than its agent does."""
+    settings = market.settings
+    lease.liveness_monotonic_ms = round(
+        (market.clock.monotonic_s() + settings.liveness_s + settings.liveness_margin_s) * 1000
+    )
+    lease.liveness_era = market.clock.era()
+
+
+def liveness_over(market: Market, lease: Lease) -> bool:
+    """Say whether the lease's site must have killed its processes by now.
+
+    A deadline from another era cannot be compared: it is counted anew, which only delays.
+    """
+    if lease.liveness_monotonic_ms is None:
+        return False
+    if lease.liveness_era != market.clock.era():
+        renew_liveness(market, lease)
+        return False
+    return market.clock.monotonic_s() * 1000 >= lease.liveness_monotonic_ms
+
+
+def newest_checkpoint(session: Session, job_id: str) -> JobArtifact | None:
+    """Return the job's checkpoint after the highest round, None where it has none."""
+    return session.scalar(
+        select(JobArtifact)
+        .where(JobArtifact.job_id == job_id, JobArtifact.kind == "checkpoint")
+        .order_by(JobArtifact.round_number.desc(), JobArtifact.name)
+        .limit(1)
+    )
+
+
+def _checkpoint_for(session: Session, newest: JobArtifact, site_id: str) -> str:
+    # A site that has its own checkpoint of that very round keeps its carry and its moments.
+    own = session.scalar(
+        select(JobArtifact).where(
+            JobArtifact.job_id == newest.job_id,
+            JobArtifact.kind == "checkpoint",
+            JobArtifact.site_id == site_id,
+            JobArtifact.round_number == newest.round_number,
+            JobArtifact.chain_hash == newest.chain_hash,
+        )
+    )
+    return newest.digest if own is None else own.digest
+
+
+def _activate(session: Session, market: Market, placement: Placement, gang: Sequence[Lease]) -> None:
+    now_ms = market.clock.now_ms()
+    placement.active_ms = now_ms
+    placement.term_ends_ms = now_ms + placement.term_s * 1000
+    change_state(session, placement, PlacementState.ACTIVE, now_ms=now_ms)
+    for lease in gang:
+        lease.active_ms = now_ms
+        change_state(session, lease, LeaseState.ACTIVE, now_ms=now_ms)
+    job = session.get_one(Job, placement.job_id)
+    job.started_ms = job.started_ms or now_ms
+    job.reason_code, job.reason = "running", placement.why
+    change_state(session, job, JobState.RUNNING, now_ms=now_ms)
+    session.flush()
+    issue_first_view(session, market, placement, gang)
+    record_event(
+        session,
+        "gang",
+        now_ms=now_ms,
+        job_id=job.job_id,
+        tenant_id=job.tenant_id,
+        after="active",
+        detail=f"all of {', '.join(lease.site_id for lease in gang)} confirmed",
+    )

@@ -1,0 +1,175 @@
+"""The commit of a round: one short write transaction in which every placement is guarded.
+
+A placement is dropped, and the drop recorded, where its job or its offer has changed since the
+snapshot, where its GPUs are no longer free, or where the hold no longer covers its term.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from broker.allocation.clearing import Clearing
+from broker.allocation.clearing import Placement as Award
+from broker.database.tables import Hold, Job, Lease, MarketState, Placement, Round, Site
+from broker.errors import ConflictError
+from broker.leases import end_placement, live_placement, propose, requeue
+from broker.market import Market
+from broker.rounds.snapshot import TakenSnapshot
+from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
+
+
+@dataclass(slots=True)
+class Committed:
+    """What a round came to: its row, the sites to wake, and the jobs whose word has changed."""
+
+    round: Round
+    wake: set[str] = field(default_factory=set)
+    jobs: set[str] = field(default_factory=set)
+
+
+def commit(
+    session: Session, market: Market, taken: TakenSnapshot, clearing: Clearing, *, snapshot_digest: str, solve_s: float
+) -> Committed:
+    """Write the round and the placements that still hold.
+
+    Raises ConflictError where another worker has committed a round meanwhile: nothing is written.
+    """
+    number = clearing.round_number
+    newest = session.scalar(select(func.max(Round.round_number))) or 0
+    if newest != number - 1:
+        message = f"round {newest} was committed while round {number} was being solved; its snapshot is out of date"
+        raise ConflictError(message)
+    row = Round(
+        round_number=number,
+        taken_ms=taken.snapshot.taken_at_ms,
+        committed_ms=market.clock.now_ms(),
+        snapshot_digest=snapshot_digest,
+        clearing_digest=clearing.digest(),
+        status=clearing.status,
+        solver=clearing.solver,
+        solve_s=solve_s,
+        prices=json.dumps(clearing.prices, sort_keys=True),
+        certificate=clearing.certificate.model_dump_json(),
+        dropped="[]",
+        jobs_considered=len(taken.snapshot.jobs),
+        placements_made=0,
+    )
+    session.add(row)
+    session.flush()
+    committed = Committed(row)
+    dropped: list[dict[str, str]] = []
+    step = _Step(session, market, taken, committed)
+    for award in clearing.placements:
+        try:
+            step.apply(award)
+        except _DroppedError as drop:
+            dropped.append({"job_id": award.job_id, "reason": str(drop)})
+            record_event(
+                session, "dropped", now_ms=row.committed_ms, job_id=award.job_id, round_number=number, detail=str(drop)
+            )
+    for unplaced in clearing.unplaced:
+        job = session.get(Job, unplaced.job_id)
+        if job is not None and job.state == JobState.QUEUED:
+            job.reason_code, job.reason = unplaced.code, unplaced.sentence[:1000]
+            committed.jobs.add(job.job_id)
+    row.dropped = json.dumps(dropped)
+    state = session.get_one(MarketState, 1)
+    state.changes_cleared = taken.changes
+    if dropped:
+        note_change(session)  # what was dropped may fit in the next round
+    session.flush()
+    return committed
+
+
+class _DroppedError(Exception):
+    """A placement that no longer holds; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Carries out the placements of one round, each guarded."""
+
+    session: Session
+    market: Market
+    taken: TakenSnapshot
+    committed: Committed
+
+    def apply(self, award: Award) -> None:
+        """Carry out one placement; raises _DroppedError where it no longer holds."""
+        if award.action == "keep":
+            return
+        job = self.session.get(Job, award.job_id)
+        if job is None or job.version != award.job_version:
+            raise _DroppedError("the job has changed since the snapshot")
+        for part in award.configuration.parts:
+            site = self.session.get(Site, part.site_id)
+            if site is None or self.taken.site_versions.get(part.site_id) != site.version:
+                raise _DroppedError(f"the offer of {part.site_id} has changed since the snapshot")
+        placement = live_placement(self.session, job.job_id)
+        if award.action == "start":
+            self._start(job, placement, award)
+            return
+        if placement is None or placement.state != PlacementState.ACTIVE:
+            raise _DroppedError("the job's placement has ended since the snapshot")
+        if award.action == "renew":
+            self._renew(job, placement, award)
+        else:
+            self._release(job, placement, award)
+        self.committed.jobs.add(job.job_id)
+
+    def _start(self, job: Job, placement: Placement | None, award: Award) -> None:
+        if placement is not None or job.state != JobState.QUEUED:
+            raise _DroppedError("the job is no longer waiting")
+        if award.reservation_micros > _unposted(self.session, job):
+            raise _DroppedError("the hold no longer covers the term")
+        sites = propose(self.session, self.market, job, award, self.committed.round.round_number)
+        if sites is None:
+            raise _DroppedError("its GPUs are no longer free")
+        self.committed.round.placements_made += 1
+        self.committed.wake.update(sites)
+        self.committed.jobs.add(job.job_id)
+
+    def _renew(self, job: Job, placement: Placement, award: Award) -> None:
+        """Lengthen a term at this round's price: from now on usage is charged by the new award."""
+        outstanding = placement.reserved_micros - placement.charged_micros
+        if award.reservation_micros + outstanding > _unposted(self.session, job):
+            raise _DroppedError("the hold does not cover another term")
+        assert placement.term_ends_ms is not None, "an active placement has a term"
+        placement.award = award.model_dump_json()
+        placement.configuration = award.configuration.model_dump_json()
+        placement.why = award.why[:1000]
+        placement.samples_per_s_predicted = award.samples_per_s
+        placement.value_micros_per_hour = award.value_micros_per_hour
+        placement.charge_micros_per_hour = award.charge_micros_per_hour
+        placement.uplift_micros_per_hour = award.uplift_micros_per_hour
+        placement.term_s = award.term_s
+        placement.term_ends_ms += award.term_s * 1000
+        placement.reserved_micros += award.reservation_micros
+        prices = {charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools}
+        for lease in self.session.scalars(
+            select(Lease).where(Lease.placement_id == placement.placement_id, Lease.state == LeaseState.ACTIVE)
+        ):
+            lease.price_micros_per_gpu_hour = prices[lease.pool_id]
+        record_event(
+            self.session,
+            "renewed",
+            now_ms=self.market.clock.now_ms(),
+            job_id=job.job_id,
+            tenant_id=job.tenant_id,
+            round_number=self.committed.round.round_number,
+            detail=f"for {award.term_s} s at {award.charge_micros_per_hour} micro-credits per hour",
+        )
+
+    def _release(self, job: Job, placement: Placement, award: Award) -> None:
+        """End a running placement that another configuration beats; a later round starts it there."""
+        self.committed.wake.update(end_placement(self.session, self.market, placement, "moved"))
+        requeue(self.session, self.market, job, "moving", f"{award.why}; its GPUs are being released first")
+
+
+def _unposted(session: Session, job: Job) -> int:
+    hold = session.get_one(Hold, job.job_id)
+    return hold.amount_micros - hold.posted_micros - hold.voided_micros

@@ -1,0 +1,272 @@
+"""The snapshot of a round: one short read of what the market holds.
+
+Beside the snapshot, which the solver sees, stand the versions of the offers that it was taken
+from: the commit checks them again and drops what has changed meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from broker.allocation.clearing import Placement as Award
+from broker.allocation.configuration import Configuration
+from broker.allocation.snapshot import Incumbent, JobState, LinkState, PoolState, SiteState, Snapshot
+from broker.database.tables import (
+    Account,
+    BarredConfiguration,
+    Gpu,
+    Hold,
+    Job,
+    Lease,
+    LeasedGpu,
+    Link,
+    MarketState,
+    Placement,
+    Pool,
+    Round,
+    Site,
+)
+from broker.market import Market
+from broker.transitions import JobState as State
+from broker.transitions import LeaseState, PlacementState
+from broker.transitions import SiteState as Hearing
+from pricing.money import SECONDS_PER_HOUR
+from sites.protocol import Offer
+from training.spec import JobSpec
+
+# A term is offered again this long before its end, so that the job need not stop in between.
+RENEWAL_SHARE: Final = 1 / 3
+RENEWAL_S_MAX: Final = 30.0
+EQUITY_ACCOUNT: Final = "equity"
+
+
+@dataclass(frozen=True, slots=True)
+class TakenSnapshot:
+    """A snapshot and what its commit must find unchanged. `changes` is the market's counter then."""
+
+    snapshot: Snapshot
+    site_versions: dict[str, int]
+    changes: int
+
+
+def take(session: Session, market: Market) -> TakenSnapshot:
+    """Read the snapshot for the next round."""
+    now_ms = market.clock.now_ms()
+    state = session.get(MarketState, 1)
+    sites = list(session.scalars(select(Site).where(Site.state != Hearing.REMOVED)))
+    number = (session.scalar(select(func.max(Round.round_number))) or 0) + 1
+    placements = {
+        placement.job_id: placement
+        for placement in session.scalars(select(Placement).where(Placement.state != PlacementState.ENDED))
+    }
+    snapshot = Snapshot(
+        round_number=number,
+        taken_at_ms=now_ms,
+        seed=0 if state is None else state.seed,
+        term_s=market.settings.term_s,
+        market_equity_micros=_free_equity(session, now_ms),
+        fee_basis_points=market.settings.fee_basis_points,
+        pools=tuple(_pools(session, {site.site_id: site for site in sites})),
+        sites=tuple(SiteState(site_id=site.site_id, listens=_listens(site)) for site in sites),
+        links=tuple(standing_links(session, {site.site_id for site in sites})),
+        jobs=tuple(_jobs(session, market, placements, now_ms, number)),
+        last_prices=_last_prices(session),
+    )
+    return TakenSnapshot(
+        snapshot, {site.site_id: site.version for site in sites}, 0 if state is None else state.changes
+    )
+
+
+def renewal_starts_ms(placement: Placement) -> int:
+    """Return when the placement's term is offered again."""
+    assert placement.term_ends_ms is not None, "only an active placement has a term"
+    lead_s = min(placement.term_s * RENEWAL_SHARE, RENEWAL_S_MAX)
+    return placement.term_ends_ms - round(lead_s * 1000)
+
+
+def _listens(site: Site) -> bool:
+    return site.state == Hearing.LIVE and Offer.model_validate_json(site.offer).listens
+
+
+def _pools(session: Session, sites: dict[str, Site]) -> list[PoolState]:
+    held_by_incumbent = _count_by_pool(session, ended=False)
+    held_by_dying = _count_by_pool(session, ended=True)
+    rows = []
+    for pool in session.scalars(select(Pool).order_by(Pool.pool_id)):
+        site = sites.get(pool.site_id)
+        if site is None:
+            continue
+        present = session.scalar(select(func.count()).select_from(Gpu).where(Gpu.pool_id == pool.pool_id, Gpu.present))
+        held = held_by_incumbent.get(pool.pool_id, 0)
+        selling = site.state == Hearing.LIVE and not Offer.model_validate_json(site.offer).draining
+        free = max(0, (present or 0) - held - held_by_dying.get(pool.pool_id, 0)) if selling else 0
+        rows.append(
+            PoolState(
+                pool_id=pool.pool_id,
+                site_id=pool.site_id,
+                gpu_type=pool.gpu_type,
+                capacity_gpus=held + free,
+                ask_micros_per_gpu_hour=pool.ask_micros_per_gpu_hour,
+                flops_per_s=pool.flops_per_s,
+            )
+        )
+    return rows
+
+
+def _count_by_pool(session: Session, *, ended: bool) -> dict[str, int]:
+    over = Lease.state == LeaseState.ENDED
+    counted = session.execute(
+        select(Lease.pool_id, func.count())
+        .join(LeasedGpu, LeasedGpu.lease_id == Lease.lease_id)
+        .where(LeasedGpu.live, over if ended else ~over)
+        .group_by(Lease.pool_id)
+    )
+    return dict(counted.tuples().all())
+
+
+def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
+    """Return the links between `sites`, in order."""
+    return [
+        LinkState(
+            from_site=link.source,
+            to_site=link.target,
+            bandwidth_bits_per_s=link.bandwidth_bits_per_s,
+            delay_s=link.delay_s,
+            loss=link.loss,
+            egress_price_micros_per_gb=link.egress_price_micros_per_gb,
+        )
+        for link in session.scalars(select(Link).order_by(Link.source, Link.target))
+        if link.source in sites and link.target in sites and link.source != link.target
+    ]
+
+
+def _jobs(
+    session: Session, market: Market, placements: dict[str, Placement], now_ms: int, number: int
+) -> list[JobState]:
+    barred: dict[str, list[str]] = {}
+    for bar in session.scalars(select(BarredConfiguration).where(BarredConfiguration.until_round >= number)):
+        barred.setdefault(bar.job_id, []).append(bar.configuration_key)
+    rows = session.execute(
+        select(Job, Hold)
+        .join(Hold, Hold.job_id == Job.job_id)
+        .where(Job.state.in_([State.QUEUED, State.PROPOSED, State.RUNNING]))
+        .order_by(Job.job_id)
+    )
+    states = []
+    for job, hold in rows:
+        placement = placements.get(job.job_id)
+        incumbent = None if placement is None else _incumbent(session, market, placement, now_ms)
+        reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
+        left = hold.amount_micros - hold.posted_micros - hold.voided_micros
+        up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
+        states.append(
+            job_state(
+                job.job_id,
+                JobSpec.model_validate_json(job.spec),
+                version=job.version,
+                submitted_ms=job.submitted_ms,
+                samples_done=job.samples_done,
+                # What the running term may still cost is not there for the next one.
+                hold_left_micros=max(0, left - reserved) if up_for_renewal else left,
+                barred=tuple(sorted(barred.get(job.job_id, ()))),
+                incumbent=incumbent,
+            )
+        )
+    return states
+
+
+def job_state(
+    job_id: str,
+    spec: JobSpec,
+    *,
+    version: int,
+    submitted_ms: int,
+    hold_left_micros: int,
+    samples_done: int = 0,
+    barred: tuple[str, ...] = (),
+    incumbent: Incumbent | None = None,
+) -> JobState:
+    """Return a job as the solver sees it."""
+    return JobState(
+        job_id=job_id,
+        version=version,
+        submitted_ms=submitted_ms,
+        accelerators=spec.resources.accelerators,
+        sites_max=spec.market.sites_max,
+        sites_allowed=spec.market.sites_allowed,
+        workload=spec.market.workload,
+        sync=spec.market.sync,
+        samples_done=samples_done,
+        bid_micros_per_million_samples=spec.bid_micros_per_million_samples,
+        hold_left_micros=hold_left_micros,
+        deadline_ms=spec.market.deadline_ms,
+        barred=barred,
+        incumbent=incumbent,
+    )
+
+
+def _incumbent(session: Session, market: Market, placement: Placement, now_ms: int) -> Incumbent | None:
+    award = Award.model_validate_json(placement.award)
+    if placement.state == PlacementState.PROPOSED or placement.term_ends_ms is None:
+        ends_ms = now_ms + placement.term_s * 1000
+    elif now_ms >= renewal_starts_ms(placement):
+        ends_ms = now_ms
+    else:
+        ends_ms = placement.term_ends_ms
+    standing = set(
+        session.scalars(
+            select(Lease.site_id).where(Lease.placement_id == placement.placement_id, Lease.state != LeaseState.ENDED)
+        )
+    )
+    configuration = _standing_part(award.configuration, standing)
+    if configuration is None:
+        return None
+    restart_s = market.settings.restart_s
+    return Incumbent(
+        configuration=configuration,
+        epoch=placement.epoch,
+        locked_prices={charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools},
+        term_ends_ms=ends_ms,
+        restart_cost_micros=round(placement.value_micros_per_hour * restart_s / SECONDS_PER_HOUR),
+    )
+
+
+def _standing_part(configuration: Configuration, standing: set[str]) -> Configuration | None:
+    """Return the configuration without the sites that were lost, its speed reduced by their share."""
+    parts = tuple(part for part in configuration.parts if part.site_id in standing)
+    if len(parts) == len(configuration.parts):
+        return configuration
+    if not parts:
+        return None
+    share = sum(part.gpus for part in parts) / configuration.gpus
+    sites = {part.site_id for part in parts}
+    return configuration.model_copy(
+        update={
+            "parts": parts,
+            "samples_per_s": configuration.samples_per_s * share,
+            "hub_site": configuration.hub_site if configuration.hub_site in sites else parts[0].site_id,
+            "traffic": tuple(row for row in configuration.traffic if {row.from_site, row.to_site} <= sites),
+        }
+    )
+
+
+def _free_equity(session: Session, now_ms: int) -> int:
+    equity = session.get(Account, EQUITY_ACCOUNT)
+    balance = 0 if equity is None else equity.balance_micros
+    promised = 0
+    for placement in session.scalars(
+        select(Placement).where(Placement.state != PlacementState.ENDED, Placement.uplift_micros_per_hour > 0)
+    ):
+        ends_ms = placement.term_ends_ms or now_ms + placement.term_s * 1000
+        promised += placement.uplift_micros_per_hour * max(0, ends_ms - now_ms) // 3_600_000 + 1
+    return max(0, balance - promised)
+
+
+def _last_prices(session: Session) -> dict[str, int]:
+    newest = session.scalar(select(Round).order_by(Round.round_number.desc()).limit(1))
+    return {} if newest is None else {pool: int(price) for pool, price in json.loads(newest.prices).items()}

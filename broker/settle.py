@@ -1,0 +1,68 @@
+"""Step 8: settle. What a final job's hold still contains goes back, and its invoice is final.
+
+A job's hold closes when every lease is settled: its site has reported the attempt's end, with its
+last usage before it, or may no longer report. Idempotent like `reconcile`.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from broker import ledger
+from broker.database.tables import Hold, IdempotencyKey, Job, JoinToken, Lease
+from broker.market import Market
+from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
+from sites.protocol import AttemptPhase
+
+# Stripe keeps idempotency keys for at least a day; a client that retries later has forgotten.
+IDEMPOTENCY_MS = 24 * 3600 * 1000
+
+
+def settle(market: Market) -> int:
+    """Close the holds that can be closed and forget what is past its retention; return how many closed."""
+
+    def work(session: Session) -> list[str]:
+        closed = [job.job_id for job in _open_final_jobs(session) if _close(session, market, job)]
+        before_ms = market.clock.now_ms() - IDEMPOTENCY_MS
+        for key in session.scalars(select(IdempotencyKey).where(IdempotencyKey.created_ms < before_ms).limit(1000)):
+            session.delete(key)
+        for token in session.scalars(select(JoinToken).where(JoinToken.expires_ms < before_ms).limit(1000)):
+            session.delete(token)
+        return closed
+
+    closed = market.database.write("settle", work)
+    for job_id in closed:
+        market.doorbell.wake_watchers(job_id)
+    return len(closed)
+
+
+def _open_final_jobs(session: Session) -> list[Job]:
+    return list(
+        session.scalars(
+            select(Job)
+            .join(Hold, Hold.job_id == Job.job_id)
+            .where(Job.state.in_(sorted(FINAL_JOB_STATES)), Hold.closed_ms.is_(None))
+            .order_by(Job.job_id)
+        )
+    )
+
+
+def _close(session: Session, market: Market, job: Job) -> bool:
+    now_ms = market.clock.now_ms()
+    for lease in session.scalars(select(Lease).where(Lease.job_id == job.job_id)):
+        assert lease.state == LeaseState.ENDED, "a final job has no live lease"
+        assert lease.ended_ms is not None, "an ended lease has its time"
+        reported = lease.active_ms is None or lease.phase == AttemptPhase.EXITED
+        if not reported and now_ms < lease.ended_ms + round(market.settings.settle_s * 1000):
+            return False
+    voided = ledger.close_hold(session, job.job_id, now_ms)
+    record_event(
+        session,
+        "settled",
+        now_ms=now_ms,
+        job_id=job.job_id,
+        tenant_id=job.tenant_id,
+        detail=f"{voided} micro-credits returned",
+    )
+    return True

@@ -1,0 +1,120 @@
+"""Step 1 of a job's journey: submit. One transaction writes the job, its hold and its event.
+
+Works with `broker.ledger` for the hold and `broker.quote` for the question whether any state of
+this federation could ever hold the job. After the commit the doorbell is rung, best effort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from broker import ledger
+from broker.database.tables import Artifact, Job, JobArtifact, Tenant
+from broker.errors import NeverPossibleError, NotFoundError, RefusedError
+from broker.market import Market
+from broker.quote import reason_never_possible
+from broker.transitions import FINAL_JOB_STATES, JobState, change_state, note_change
+from training.spec import JobSpec
+
+WORKDIR_KIND: Final = "workdir"
+
+BeforeCommit = Callable[[Session, Job], None]
+
+
+class WorkdirMissingError(RefusedError):
+    """The job names a workdir that was never uploaded."""
+
+    code = "job.workdir_missing"
+
+
+class DeadlinePastError(RefusedError):
+    """The job's deadline has passed already."""
+
+    code = "job.deadline_past"
+
+
+class QueueFullError(RefusedError):
+    """The tenant has as many waiting jobs as one tenant may."""
+
+    code = "job.queue_full"
+
+
+def submit_job(market: Market, tenant_id: str, spec: JobSpec, before_commit: BeforeCommit | None = None) -> Job:
+    """Accept a job for the market and return its row.
+
+    `before_commit` runs in the same transaction: the API records its idempotency key there.
+    Raises RefusedError (and its kinds), InsufficientFundsError or NeverPossibleError; a refused
+    job leaves nothing behind.
+    """
+    now_ms = market.clock.now_ms()
+    if spec.market.deadline_ms is not None and spec.market.deadline_ms <= now_ms:
+        message = "the deadline lies in the past; give a later one, or none"
+        raise DeadlinePastError(message)
+
+    def work(session: Session) -> Job:
+        _check_admissible(session, market, tenant_id, spec)
+        job = Job(
+            job_id=market.ids.new("job"),
+            tenant_id=tenant_id,
+            name=spec.name,
+            state="",
+            version=0,
+            spec=spec.model_dump_json(),
+            epoch=0,
+            samples_done=0,
+            failures=0,
+            reason_code="waiting",
+            reason="waits for the next round",
+            submitted_ms=now_ms,
+        )
+        session.add(job)
+        change_state(session, job, JobState.QUEUED, now_ms=now_ms)
+        session.flush()
+        session.add(_workdir_of(job, spec, now_ms))
+        ledger.place_hold(session, job, spec.market.budget_micros, now_ms)
+        note_change(session)
+        if before_commit is not None:
+            before_commit(session, job)
+        return job
+
+    job = market.database.write("submit", work)
+    market.doorbell.ring_round()
+    return job
+
+
+def _check_admissible(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> None:
+    if session.get(Tenant, tenant_id) is None:
+        message = f"there is no tenant {tenant_id!r}; ask the market's admin to create it"
+        raise NotFoundError(message)
+    workdir = session.get(Artifact, spec.workdir_digest)
+    if workdir is None or not workdir.complete:
+        message = f"the workdir {spec.workdir_digest[:12]}… has not been uploaded whole; upload it, then submit again"
+        raise WorkdirMissingError(message)
+    waiting = session.scalar(
+        select(func.count())
+        .select_from(Job)
+        .where(Job.tenant_id == tenant_id, Job.state.not_in(sorted(FINAL_JOB_STATES)))
+    )
+    if (waiting or 0) >= market.settings.jobs_queued_per_tenant_max:
+        message = f"{waiting} jobs are waiting or running, which is the most for one tenant; wait or cancel some"
+        raise QueueFullError(message)
+    never = reason_never_possible(session, market, spec)
+    if never is not None:
+        raise NeverPossibleError(never)
+
+
+def _workdir_of(job: Job, spec: JobSpec, now_ms: int) -> JobArtifact:
+    return JobArtifact(
+        job_id=job.job_id,
+        kind=WORKDIR_KIND,
+        name="workdir.tar.gz",
+        digest=spec.workdir_digest,
+        epoch=0,
+        round_number=0,
+        samples_done=0,
+        created_ms=now_ms,
+    )

@@ -1,0 +1,104 @@
+"""The three Celery tasks: reconcile, clear, settle. Doorbells for level-triggered work.
+
+A message carries nothing but the task's name, so the worst that a lost, doubled or forged one can
+do is to have the work looked at later, or once more than needed. No results are kept. `clear`
+runs alone in a dedicated worker (`-Q rounds -c 1`).
+
+    celery -A broker.tasks worker -Q rounds -c 1 -P solo
+    celery -A broker.tasks worker -Q upkeep -c 1 -P solo -B
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final
+
+from celery import Celery
+
+from broker.bootstrap import open_market
+from broker.celery_doorbell import celery_url
+from broker.market import Market
+from broker.reconcile import reconcile
+from broker.rounds.clear import hold_round
+from broker.settings import Settings
+from broker.settle import settle
+
+ROUNDS_QUEUE: Final = "rounds"
+UPKEEP_QUEUE: Final = "upkeep"
+TASK_S_MAX: Final = 60
+# How long a message stays with a worker that died. Tasks take far less, so none runs twice on a
+# healthy worker; the beat makes up for a message that is stuck.
+VISIBILITY_S: Final = 120
+
+
+def make_app(settings: Settings) -> Celery:
+    """Return the Celery application for `settings.redis_url`."""
+    app = Celery("hansa", broker=celery_url(settings.redis_url))
+    app.conf.update(
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        task_ignore_result=True,
+        task_time_limit=TASK_S_MAX,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_transport_options={
+            "visibility_timeout": VISIBILITY_S,
+            "unacked_restore_interval": 5,
+            "unacked_restore_throttle": 1,
+        },
+        timezone="UTC",
+        beat_schedule_filename=str(settings.home / "beat"),
+        task_routes={
+            "hansa.clear": {"queue": ROUNDS_QUEUE},
+            "hansa.reconcile": {"queue": UPKEEP_QUEUE},
+            "hansa.settle": {"queue": UPKEEP_QUEUE},
+        },
+        beat_schedule={
+            "clear": {
+                "task": "hansa.clear",
+                "schedule": settings.round_s,
+                "options": {"expires": settings.round_s},
+            },
+            "reconcile": {
+                "task": "hansa.reconcile",
+                "schedule": settings.reconcile_s,
+                "options": {"expires": settings.reconcile_s},
+            },
+            "settle": {
+                "task": "hansa.settle",
+                "schedule": settings.reconcile_s,
+                "options": {"expires": settings.reconcile_s},
+            },
+        },
+    )
+    return app
+
+
+app = make_app(Settings())
+
+
+@cache
+def _market() -> Market:
+    # Opened by the first task, not by the import: each worker process has its own connections.
+    return open_market(Settings())
+
+
+@app.task(name="hansa.clear")  # type: ignore[untyped-decorator]  # celery has no types
+def clear_task() -> None:
+    """Hold a round if one is due."""
+    hold_round(_market())
+
+
+@app.task(name="hansa.reconcile")  # type: ignore[untyped-decorator]  # celery has no types
+def reconcile_task() -> None:
+    """Bring everything that stands to where it should be."""
+    reconcile(_market())
+
+
+@app.task(name="hansa.settle")  # type: ignore[untyped-decorator]  # celery has no types
+def settle_task() -> None:
+    """Close the holds of jobs that are over."""
+    settle(_market())
