@@ -167,6 +167,16 @@ def test_nothing_speaks_of_one_machine_or_of_one_registry() -> None:
     assert found == []
 
 
+def test_every_promise_of_the_readme_names_a_test_that_exists() -> None:
+    chapter = (ROOT / "README.md").read_text("utf-8").partition("## What it promises")[2].partition("\n## ")[0]
+    named = re.findall(r"`(tests/[^`]+)`", chapter)
+    assert named
+    for reference in named:
+        path, _, test = reference.partition("::")
+        assert (ROOT / path).exists(), reference
+        assert not test or f"def {test}(" in (ROOT / path).read_text("utf-8"), reference
+
+
 def _error_codes() -> dict[str, str | None]:
     """The code that each error class in an errors.py states itself; None where it states none."""
     classes = {

@@ -8,7 +8,7 @@
 
 Each child leads a process group of its own, so that Ctrl-C in the terminal reaches the supervisor alone, which then
 ends the children properly. Should the supervisor itself be killed, `deathwatch` has the kernel tell them.
-Used by the demo, by `hansa up` and by tests; the probes are in `readiness`.
+Used by the demo and by tests; the probes are in `readiness`.
 """
 
 from __future__ import annotations
