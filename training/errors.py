@@ -42,3 +42,21 @@ class SignatureError(TrainingError):
     """A signed document that its signature, its signer or its form does not support."""
 
     code: ClassVar[str] = "signature.invalid"
+
+
+class CodecError(TrainingError):
+    """Values that no codec may encode (NaN, infinite, huge), or bytes that are not a payload."""
+
+    code: ClassVar[str] = "codec.invalid"
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint or snapshot that cannot be read, or that is of another model."""
+
+    code: ClassVar[str] = "checkpoint.invalid"
+
+
+class ModelError(TrainingError):
+    """A model or optimizer that the runtime cannot synchronise."""
+
+    code: ClassVar[str] = "model.unsupported"

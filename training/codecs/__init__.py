@@ -1,0 +1,60 @@
+"""Codecs: how a fragment's values become bytes on the way between sites.
+
+Decoding is deterministic and uses no randomness, so every site reads the same numbers. Sizes are
+checked against the caller's element count before anything is allocated. What encoding drops is the
+*carry*, which the caller keeps per fragment and hands to the next `encode`.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from training.codecs.fp32 import Fp32
+from training.codecs.framing import ELEMENTS_MAX, MAGNITUDE_MAX, Values
+from training.codecs.int8 import Int8
+from training.codecs.topk2 import Topk2
+from training.errors import CodecError
+
+__all__ = ["CODECS", "ELEMENTS_MAX", "MAGNITUDE_MAX", "Codec", "Values", "decode"]
+
+
+class Codec(Protocol):
+    """One way to write float32 values as bytes."""
+
+    @property
+    def name(self) -> str:
+        """The codec's name in a SyncPlan."""
+        ...
+
+    @property
+    def magic(self) -> bytes:
+        """The four bytes that its payloads begin with."""
+        ...
+
+    def encode(self, values: Values, carry: Values | None) -> tuple[bytes, Values]:
+        """Return the payload of flat `values` with their carry, and the new carry of the same shape.
+
+        Raises CodecError where a value is NaN, infinite or beyond MAGNITUDE_MAX.
+        """
+        ...
+
+    def decode(self, payload: bytes, elements: int) -> Values:
+        """Return the `elements` values of a payload. Raises CodecError on any other bytes."""
+        ...
+
+    def size_bytes_max(self, elements: int) -> int:
+        """Return the most bytes that a payload of `elements` values takes."""
+        ...
+
+
+CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (Fp32(), Int8(), Topk2())}
+_BY_MAGIC: Final = {codec.magic: codec for codec in CODECS.values()}
+
+
+def decode(payload: bytes, elements: int) -> Values:
+    """Return the values of a payload of whichever codec it names. Raises CodecError on any other bytes."""
+    codec = _BY_MAGIC.get(payload[:4])
+    if codec is None:
+        message = f"{payload[:4]!r} is the mark of no codec; its author runs another version"
+        raise CodecError(message)
+    return codec.decode(payload, elements)
