@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from broker import ledger
 from broker.artifacts import ArtifactStore
 from broker.celery_doorbell import CeleryDoorbell
 from broker.database.engine import Database
@@ -23,6 +24,7 @@ def open_market(settings: Settings, *, clock: Clock | None = None, doorbell: Doo
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     database = Database(settings.resolved_database_url)
     upgrade(database)
+    database.write("open accounts", lambda session: ledger.open_accounts(session, clock.now_ms()))
     return Market(
         settings=settings,
         database=database,
