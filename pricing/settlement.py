@@ -69,11 +69,22 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What was metered: GPU-milliseconds by pool, bytes by directed link, and the time that it took."""
+    """What was metered: GPU-milliseconds by pool, bytes by directed link, and the time that it took.
+
+    `rented_ms` says for how long each directed link was rented, where it was not `elapsed_ms` for
+    all: a site's own report covers the links that leave it, so that rent is not counted twice.
+    """
 
     gpu_ms: Mapping[str, int]
     elapsed_ms: int = 0
     egress_bytes: Mapping[tuple[str, str], int] | None = None
+    rented_ms: Mapping[tuple[str, str], int] | None = None
+
+    def rented_ms_of(self, link: LinkTerms) -> int:
+        """Return for how long a directed link was rented."""
+        if self.rented_ms is None:
+            return self.elapsed_ms
+        return self.rented_ms.get((link.from_site, link.to_site), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +133,7 @@ def settle(terms: Terms, delivery: Delivery, *, reservation_left_micros: int, eq
     revenue_rows = [
         (
             row.from_site,
-            rate_micros(row.rent_micros_per_hour, delivery.elapsed_ms),
+            rate_micros(row.rent_micros_per_hour, delivery.rented_ms_of(row)),
             egress_micros(row.egress_price_micros_per_gb, egress.get((row.from_site, row.to_site), 0)),
         )
         for row in terms.links
@@ -136,7 +147,7 @@ def settle(terms: Terms, delivery: Delivery, *, reservation_left_micros: int, eq
 def _metered_charge(terms: Terms, delivery: Delivery) -> int:
     """Return the charge for GPUs and rent: the exact sum, less the uplift's share, rounded down once."""
     gross = sum(row.price_micros_per_gpu_hour * delivery.gpu_ms.get(row.pool_id, 0) for row in terms.pools)
-    gross += sum(row.rent_micros_per_hour * delivery.elapsed_ms for row in terms.links)
+    gross += sum(row.rent_micros_per_hour * delivery.rented_ms_of(row) for row in terms.links)
     gross_rate = terms.gross_micros_per_hour
     if gross_rate == 0:
         return 0
@@ -184,7 +195,7 @@ def _by_site(amounts: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def _refuse_strangers(terms: Terms, delivery: Delivery) -> None:
     strangers = set(delivery.gpu_ms) - {row.pool_id for row in terms.pools}
-    links = set(delivery.egress_bytes or {}) - {(row.from_site, row.to_site) for row in terms.links}
+    links = (set(delivery.egress_bytes or {}) | set(delivery.rented_ms or {})) - {(row.from_site, row.to_site) for row in terms.links}
     if strangers or links:
         message = (
             f"the delivery names {sorted(strangers)} {sorted(links)}, which the terms do not price: refuse the report"

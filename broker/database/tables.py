@@ -345,7 +345,11 @@ class LeasedGpu(Table):
 
 
 class UsageReport(Table):
-    """An accepted report of usage and what it came to. Its key makes a second one impossible."""
+    """An accepted report of usage and what it came to. Its key makes a second one impossible.
+
+    At the prices then in force: GPUs + rent + egress - discount - cut = charge, and charge + uplift
+    = payout + link revenue + fee. `cut_micros` is what the reservation no longer covered.
+    """
 
     __tablename__ = "usage_reports"
     lease_id: Mapped[str] = mapped_column(ForeignKey("leases.lease_id"), primary_key=True)
@@ -354,8 +358,29 @@ class UsageReport(Table):
     gpu_milliseconds: Mapped[int]
     samples: Mapped[int]
     egress: Mapped[str] = mapped_column(Text)
+    price_micros_per_gpu_hour: Mapped[int]
+    payout_micros_per_gpu_hour: Mapped[int]
+    gpu_micros: Mapped[int]
+    rent_micros: Mapped[int]
+    egress_micros: Mapped[int]
+    discount_micros: Mapped[int]
+    cut_micros: Mapped[int]
     charge_micros: Mapped[int]
+    uplift_micros: Mapped[int]
+    payout_micros: Mapped[int]
+    link_revenue_micros: Mapped[int]
+    fee_micros: Mapped[int]
     received_ms: Mapped[int]
+    __table_args__ = (
+        CheckConstraint(
+            "gpu_micros + rent_micros + egress_micros - discount_micros - cut_micros = charge_micros",
+            name="usage_charge_explained",
+        ),
+        CheckConstraint(
+            "charge_micros + uplift_micros = payout_micros + link_revenue_micros + fee_micros",
+            name="usage_balanced",
+        ),
+    )
 
 
 class BarredConfiguration(Table):

@@ -12,7 +12,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-
     op.create_table(
         "accounts",
         sa.Column("account_id", sa.String(length=100), nullable=False),
@@ -481,8 +480,26 @@ def upgrade() -> None:
         sa.Column("gpu_milliseconds", sa.BigInteger(), nullable=False),
         sa.Column("samples", sa.BigInteger(), nullable=False),
         sa.Column("egress", sa.Text(), nullable=False),
+        sa.Column("price_micros_per_gpu_hour", sa.BigInteger(), nullable=False),
+        sa.Column("payout_micros_per_gpu_hour", sa.BigInteger(), nullable=False),
+        sa.Column("gpu_micros", sa.BigInteger(), nullable=False),
+        sa.Column("rent_micros", sa.BigInteger(), nullable=False),
+        sa.Column("egress_micros", sa.BigInteger(), nullable=False),
+        sa.Column("discount_micros", sa.BigInteger(), nullable=False),
+        sa.Column("cut_micros", sa.BigInteger(), nullable=False),
         sa.Column("charge_micros", sa.BigInteger(), nullable=False),
+        sa.Column("uplift_micros", sa.BigInteger(), nullable=False),
+        sa.Column("payout_micros", sa.BigInteger(), nullable=False),
+        sa.Column("link_revenue_micros", sa.BigInteger(), nullable=False),
+        sa.Column("fee_micros", sa.BigInteger(), nullable=False),
         sa.Column("received_ms", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint(
+            "charge_micros + uplift_micros = payout_micros + link_revenue_micros + fee_micros", name="usage_balanced"
+        ),
+        sa.CheckConstraint(
+            "gpu_micros + rent_micros + egress_micros - discount_micros - cut_micros = charge_micros",
+            name="usage_charge_explained",
+        ),
         sa.ForeignKeyConstraint(
             ["lease_id"],
             ["leases.lease_id"],

@@ -1,0 +1,177 @@
+"""Step 8's papers: the invoice of a job for its tenant, the statement of a site for its operator.
+
+Both are read from the accepted usage reports and the hold, and both add up: an invoice's lines
+make its posted amount, a statement's lines what the site's account was paid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from broker.database.tables import Hold, Job, Lease, Site, UsageReport
+from broker.errors import NotFoundError
+from broker.ledger import balance_micros, site_account
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceLine:
+    """What one lease came to at one price: a renewed term with another price has a line of its own.
+
+    GPUs + rent + egress - discount - cut = charge. `discount_micros` is what the market's equity
+    took over, `cut_micros` what was delivered beyond the reservation and is not charged.
+    """
+
+    lease_id: str
+    site_id: str
+    gpu_type: str
+    gpus: int
+    epoch: int
+    price_micros_per_gpu_hour: int
+    gpu_milliseconds: int
+    samples: int
+    gpu_micros: int
+    rent_micros: int
+    egress_micros: int
+    discount_micros: int
+    cut_micros: int
+    charge_micros: int
+
+
+@dataclass(frozen=True, slots=True)
+class Invoice:
+    """What a job has cost so far; `final` once its hold is closed."""
+
+    job_id: str
+    tenant_id: str
+    name: str
+    lines: tuple[InvoiceLine, ...]
+    hold_micros: int
+    posted_micros: int
+    voided_micros: int
+    total_micros: int
+    final: bool
+
+    def as_json(self) -> dict[str, object]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class StatementLine:
+    """What a site earned with one job; `uplift_micros` is the part of it that the market's equity paid."""
+
+    job_id: str
+    gpu_milliseconds: int
+    payout_micros: int
+    link_revenue_micros: int
+    uplift_micros: int
+    earned_micros: int
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a site has earned, by job, and what its account holds."""
+
+    site_id: str
+    lines: tuple[StatementLine, ...]
+    earned_micros: int
+    balance_micros: int
+
+    def as_json(self) -> dict[str, object]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+def invoice(session: Session, job_id: str) -> Invoice:
+    """Return a job's invoice. Raises NotFoundError where there is no such job."""
+    job = session.get(Job, job_id)
+    hold = session.get(Hold, job_id)
+    if job is None or hold is None:
+        message = f"there is no job {job_id!r}"
+        raise NotFoundError(message)
+    lines = _invoice_lines(session, job_id)
+    return Invoice(
+        job_id=job_id,
+        tenant_id=job.tenant_id,
+        name=job.name,
+        lines=lines,
+        hold_micros=hold.amount_micros,
+        posted_micros=hold.posted_micros,
+        voided_micros=hold.voided_micros,
+        total_micros=sum(line.charge_micros for line in lines),
+        final=hold.closed_ms is not None,
+    )
+
+
+def statement(session: Session, site_id: str) -> Statement:
+    """Return a site's statement, jobs by id. Raises NotFoundError where there is no such site."""
+    if session.get(Site, site_id) is None:
+        message = f"there is no site {site_id!r}"
+        raise NotFoundError(message)
+    rows = session.execute(
+        select(
+            Lease.job_id,
+            func.sum(UsageReport.gpu_milliseconds),
+            func.sum(UsageReport.payout_micros),
+            func.sum(UsageReport.link_revenue_micros),
+            func.sum(UsageReport.uplift_micros),
+        )
+        .join(Lease, Lease.lease_id == UsageReport.lease_id)
+        .where(Lease.site_id == site_id)
+        .group_by(Lease.job_id)
+        .order_by(Lease.job_id)
+    )
+    lines = tuple(
+        StatementLine(
+            job_id=job_id,
+            gpu_milliseconds=int(gpu_ms),
+            payout_micros=int(payout),
+            link_revenue_micros=int(revenue),
+            uplift_micros=int(uplift),
+            earned_micros=int(payout) + int(revenue),
+        )
+        for job_id, gpu_ms, payout, revenue, uplift in rows
+    )
+    return Statement(
+        site_id=site_id,
+        lines=lines,
+        earned_micros=sum(line.earned_micros for line in lines),
+        balance_micros=balance_micros(session, site_account(site_id)),
+    )
+
+
+def _invoice_lines(session: Session, job_id: str) -> tuple[InvoiceLine, ...]:
+    price = UsageReport.price_micros_per_gpu_hour
+    summed = (
+        UsageReport.gpu_milliseconds,
+        UsageReport.samples,
+        UsageReport.gpu_micros,
+        UsageReport.rent_micros,
+        UsageReport.egress_micros,
+        UsageReport.discount_micros,
+        UsageReport.cut_micros,
+        UsageReport.charge_micros,
+    )
+    rows = session.execute(
+        select(Lease, price, *(func.sum(column).label(column.key) for column in summed))
+        .join(UsageReport, UsageReport.lease_id == Lease.lease_id)
+        .where(Lease.job_id == job_id)
+        .group_by(Lease, price)
+        .order_by(Lease.epoch, Lease.site_id, price)
+    )
+    return tuple(
+        InvoiceLine(
+            lease_id=lease.lease_id,
+            site_id=lease.site_id,
+            gpu_type=lease.gpu_type,
+            gpus=lease.gpus,
+            epoch=lease.epoch,
+            price_micros_per_gpu_hour=price_micros,
+            # PostgreSQL sums 64-bit integers to a decimal.
+            **{column.key: int(total) for column, total in zip(summed, sums, strict=True)},
+        )
+        for lease, price_micros, *sums in rows
+    )
