@@ -1,0 +1,115 @@
+"""What the agent asks of a driver: to start a run, watch it, keep it alive and end it.
+
+A *run* is one command of an attempt (its setup, its gateway, its ranks) with a folder of its own,
+and the folder is the run's only handle: an agent that was killed finds its runs again by folder.
+Every run ends by itself when its deadline on the monotonic clock passes, whether or not an agent
+lives; the driver must see to that outside the agent's process. `tests/sites/drivers` holds the
+suite that each driver passes.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+class RunPhase(enum.StrEnum):
+    """Where a run stands. `lost`: its watcher died without a word; the driver has ended what was left."""
+
+    ABSENT = "absent"
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"
+    LOST = "lost"
+
+
+class EndCause(enum.StrEnum):
+    """Why a run ended."""
+
+    EXIT = "exit"  # its command ended by itself
+    STOPPED = "stopped"  # the agent ended it
+    EXPIRED = "expired"  # its deadline passed
+    TIMEOUT = "timeout"  # it ran longer than it may
+    NOT_STARTED = "not_started"  # its command could not be started
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Resource limits of each process of a run; None leaves the operator's own limit."""
+
+    open_files: int = 4096
+    file_bytes: int = 64 * 1024**3
+    address_space_bytes: int | None = None
+    processes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One command to run.
+
+    `folder` is new and belongs to the run. `environment` is the whole environment. What is printed
+    goes to `log_path` up to `log_bytes_max`, the rest is dropped with a notice, so that a chatty
+    job neither fills the disk nor dies of it. `deadline_s` and `timeout_s` are monotonic seconds.
+    """
+
+    folder: Path
+    argv: tuple[str, ...]
+    cwd: Path
+    environment: dict[str, str] = field(repr=False)
+    log_path: Path
+    deadline_s: float
+    log_bytes_max: int = 16 * 1024 * 1024
+    timeout_s: float | None = None
+    grace_s: float = 5.0
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What is known of a run.
+
+    `running_s` is how long its command has run so far or ran in all, on the watcher's clock.
+    `exit_code` is negative for a signal, as in subprocess; `signal` by the driver itself is told
+    apart by `cause`.
+    """
+
+    phase: RunPhase
+    cause: EndCause | None = None
+    exit_code: int | None = None
+    detail: str = ""
+    running_s: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether none of the run's processes lives."""
+        return self.phase in (RunPhase.ABSENT, RunPhase.ENDED, RunPhase.LOST)
+
+
+class Driver(Protocol):
+    """One way to run commands. Every call returns at once and may be repeated."""
+
+    def start(self, run: Run) -> None:
+        """Start `run` unless its folder shows that it was started already. Raises DriverError."""
+        ...
+
+    def poll(self, folder: Path) -> RunState:
+        """Return the state of the run in `folder`."""
+        ...
+
+    def adopt(self, folder: Path) -> RunState:
+        """Return the state of a run that a former agent started, and end what outlived its watcher."""
+        ...
+
+    def renew(self, folder: Path, deadline_s: float) -> None:
+        """Let the run in `folder` live until `deadline_s` on the monotonic clock."""
+        ...
+
+    def stop(self, folder: Path) -> None:
+        """Ask for the end of the run in `folder`; `poll` tells when its processes are dead."""
+        ...
+
+    def ranks_argv(self, gpus: int, words: list[str], folder: Path) -> tuple[str, ...]:
+        """Return the command that starts `gpus` ranks of the script and arguments in `words`."""
+        ...

@@ -1,0 +1,187 @@
+"""The process driver: runs are processes of this host, each under a warden of its own.
+
+The agent never is the parent that matters: the warden (warden.py) holds the run, its folder holds
+the truth, and a new agent reads both. Isolation is what the operator's own user gives; settings
+therefore ask for `i_trust_all_tenants` before this driver starts a tenant's code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from sites.drivers import rank, warden
+from sites.drivers.interface import EndCause, Run, RunPhase, RunState
+from sites.errors import DriverError
+from training.clock import Clock
+
+# Stands in the environment of every process of a run, so that those which outlive a killed warden are found.
+RUN_MARK: Final = "HANSA_RUN"
+# A warden says who it is within milliseconds of its start; on a loaded host give it this long.
+_WARDEN_START_S: Final = 20.0
+
+
+class ProcessDriver:
+    """Runs on this host."""
+
+    def __init__(self, python: str, clock: Clock) -> None:
+        """Start ranks with the interpreter `python`."""
+        self._python = python
+        self._clock = clock
+        self._wardens: dict[Path, tuple[subprocess.Popen[bytes], float]] = {}
+
+    def start(self, run: Run) -> None:
+        """Start `run` unless its folder shows that it was started already. Raises DriverError."""
+        if not self.poll(run.folder).is_over or (run.folder / "status.json").exists():
+            return
+        try:
+            (run.folder / "exits").mkdir(parents=True, exist_ok=True)
+            self.renew(run.folder, run.deadline_s)
+            _write(run.folder / "run.json", _document(run))
+            with (run.folder / "warden.log").open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", warden.__file__, str(run.folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={"PATH": os.defpath},
+                    start_new_session=True,  # a Ctrl-C or hang-up at the agent's terminal is not the run's affair
+                )
+        except OSError as error:
+            raise DriverError(f"the run in {run.folder} cannot be started ({error}); check disk and memory") from error
+        self._wardens[run.folder] = (process, self._clock.monotonic_s())
+
+    def poll(self, folder: Path) -> RunState:
+        """Return the state of the run in `folder`."""
+        own = self._wardens.get(folder)
+        own_lives = own is not None and own[0].poll() is None
+        watcher = _read(folder / "warden.json")
+        watcher_lives = watcher is not None and _lives(watcher, self._clock.era())
+        # Read after the watcher was seen dead or alive: it writes its last word before it goes.
+        status = _read(folder / "status.json")
+        if status is not None and not watcher_lives:
+            self._wardens.pop(folder, None)
+            return _ended(status)
+        if watcher is not None and watcher_lives:
+            started_s = watcher.get("started_s")
+            if started_s is None:
+                return RunState(RunPhase.STARTING)
+            return RunState(RunPhase.RUNNING, running_s=max(0.0, self._clock.monotonic_s() - started_s))
+        if own is not None and own_lives and self._clock.monotonic_s() - own[1] < _WARDEN_START_S:
+            return RunState(RunPhase.STARTING)
+        if watcher is not None or own is not None:
+            return self._lost(folder)
+        return RunState(RunPhase.ABSENT)
+
+    def adopt(self, folder: Path) -> RunState:
+        """Return the state of a run that a former agent started, and end what outlived its watcher."""
+        return self.poll(folder)
+
+    def renew(self, folder: Path, deadline_s: float) -> None:
+        """Let the run in `folder` live until `deadline_s` on the monotonic clock."""
+        _write(folder / "liveness", {"era": self._clock.era(), "deadline_s": deadline_s})
+
+    def stop(self, folder: Path) -> None:
+        """Ask for the end of the run in `folder`; `poll` tells when its processes are dead."""
+        watcher = _read(folder / "warden.json")
+        if watcher is not None and _lives(watcher, self._clock.era()):
+            os.kill(watcher["pid"], signal.SIGTERM)
+        elif folder.exists() and not (folder / "status.json").exists():
+            # A warden that has not said who it is yet reads this before it starts anything.
+            self.renew(folder, 0.0)
+
+    def ranks_argv(self, gpus: int, words: list[str], folder: Path) -> tuple[str, ...]:
+        """Return the torchrun command for `gpus` ranks of the script and arguments in `words`."""
+        return (
+            *(self._python, "-P", "-m", "torch.distributed.run"),
+            *("--nnodes", "1", "--nproc-per-node", str(gpus), "--max-restarts", "0"),
+            *("--master-addr", "127.0.0.1", "--master-port", str(_free_port())),
+            "--no-python",
+            *(self._python, "-I", "-S", rank.__file__, str(folder / "exits")),
+            *(self._python, "-P", "-m", "training.launch", *words),
+        )
+
+    def _lost(self, folder: Path) -> RunState:
+        """End what is left of a run whose watcher is gone, and say so."""
+        _kill_marked(f"{RUN_MARK}={folder}")
+        if _marked(f"{RUN_MARK}={folder}"):
+            return RunState(RunPhase.RUNNING)
+        self._wardens.pop(folder, None)
+        return RunState(RunPhase.LOST, detail="the watcher of this run was killed; see warden.log in its folder")
+
+
+def _document(run: Run) -> dict[str, Any]:
+    return {
+        "argv": list(run.argv),
+        "cwd": str(run.cwd),
+        "environment": {**run.environment, RUN_MARK: str(run.folder)},
+        "log_path": str(run.log_path),
+        "log_bytes_max": run.log_bytes_max,
+        "timeout_s": run.timeout_s,
+        "grace_s": run.grace_s,
+        "limits": dataclasses.asdict(run.limits),
+    }
+
+
+def _ended(status: dict[str, Any]) -> RunState:
+    return RunState(
+        RunPhase.ENDED,
+        cause=EndCause(status["cause"]),
+        exit_code=status["exit_code"],
+        detail=status["detail"],
+        running_s=status["running_s"],
+    )
+
+
+def _lives(watcher: dict[str, Any], era: str) -> bool:
+    """Return whether the very process that wrote `watcher` lives: numbers are given again, start times are not."""
+    return bool(watcher["era"] == era and warden.started_ticks(watcher["pid"]) == watcher["started_ticks"])
+
+
+def _marked(mark: str) -> set[int]:
+    entry = mark.encode()
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended while we looked, or is another user's
+        if entry in environment and warden.started_ticks(int(folder.name)) is not None:
+            found.add(int(folder.name))
+    return found
+
+
+def _kill_marked(mark: str) -> None:
+    for pid in _marked(mark):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.touch(mode=0o600)
+    partial.write_text(json.dumps(document))
+    partial.replace(path)
