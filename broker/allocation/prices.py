@@ -2,8 +2,9 @@
 
 Optimal duals are seldom unique: between the last job served and the first one turned away lies a
 range. Published is, among the optimal duals, the one with the least make-whole for the placements
-at hand, then the smallest rent (so buyers keep what competition leaves them), then the least sum
-of capacity x rent^2, which is strictly convex and so leaves no choice to the solver's path.
+at hand, then the smallest rent (so buyers keep what competition leaves them), then the lowest
+rents one after the other, pools first, in order of name: one point, whatever the solver's path.
+(A strictly convex last step was tried: HiGHS's QP solver fails on faces as thin as these.)
 
 By complementary slackness with any optimal primal point, a dual is optimal if and only if it is
 feasible, zero on slack rows, and tight on columns in use: that describes the face without a
@@ -152,8 +153,8 @@ class _Face:
             present = np.flatnonzero(objective).astype(np.int32)
             most = best + VIOLATION * max(1.0, abs(best))
             highs.addRow(-highspy.kHighsInf, most, len(present), present, objective[present])
-        values, more = self._settle(highs, inside)
-        rounds += more
+        rounds += self._settle(highs, inside)
+        values = highs.getSolution().col_value
         rents = {row: values[i] * self._unit for i, row in enumerate(self._rents)}
         return (
             {row: rent for row, rent in rents.items() if isinstance(row, str)},
@@ -222,26 +223,17 @@ class _Face:
         message = f"prices did not settle in {CUT_ROUNDS_MAX} rounds of rows; keep the snapshot and report it"
         raise SolverError(message)
 
-    def _settle(self, highs: _Highs, inside: set[int]) -> tuple[list[float], int]:
-        """Minimise sum capacity x rent^2 on what is left of the face; keep the vertex if HiGHS declines."""
-        vertex = list(highs.getSolution().col_value)
+    def _settle(self, highs: _Highs, inside: set[int]) -> int:
+        """Take each rent as low as what is left of the face lets it, pools first, in order of name."""
         variables = highs.getNumCol()
-        weights = self._capacity / self._capacity.max()
-        highs.changeColsCost(variables, np.arange(variables, dtype=np.int32), np.zeros(variables))
-        hessian = highspy.HighsHessian()
-        hessian.dim_ = variables
-        hessian.format_ = highspy.HessianFormat.kTriangular
-        hessian.start_ = np.concatenate(
-            [np.arange(len(weights) + 1), np.full(variables - len(weights), len(weights))]
-        ).astype(np.int32)
-        hessian.index_ = np.arange(len(weights), dtype=np.int32)
-        hessian.value_ = 2.0 * weights
-        highs.passHessian(hessian)
-        try:
-            rounds = self._minimise(highs, inside)
-        except SolverError:
-            return vertex, CUT_ROUNDS_MAX
-        return list(highs.getSolution().col_value), rounds
+        everything = np.arange(variables, dtype=np.int32)
+        rounds = 0
+        for place in range(len(self._rents)):
+            highs.changeColsCost(variables, everything, (everything == place).astype(float))
+            rounds += self._minimise(highs, inside)
+            least = max(0.0, highs.getSolution().col_value[place])
+            highs.changeColBounds(place, 0.0, least + VIOLATION / variables)
+        return rounds
 
     def _violated(self, values: Sequence[float], inside: set[int]) -> list[int]:
         """Return, of each job, the column outside the model that exceeds its surplus the most."""
