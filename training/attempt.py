@@ -66,6 +66,8 @@ class GatewayConfig(BaseModel):
     state_dir: str
     metrics_path: str
     contribution_bytes_max: int = Field(ge=1)
+    snapshot_bytes_max: int = Field(default=1 << 36, ge=1, description="largest outer state that is relayed")
+    connections: int = Field(default=4, ge=1, le=16, description="parallel connections for one blob")
     patience_s: float = Field(gt=0)
 
 

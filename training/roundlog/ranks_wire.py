@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
 from training.exchange import Position, SampleRange, SealedRound
 from training.roundlog.view import Hash
 
-FRAGMENTS_MAX: Final = 4096
-RANGES_MAX: Final = 4096
+FRAGMENTS_MAX: Final = 1024
+RANGES_MAX: Final = 1024
 MEASUREMENTS_MAX: Final = 200
 ROUND_HEADER: Final = "Hansa-Round"
 # One long poll; shorter than any proxy's or client's idle limit.
