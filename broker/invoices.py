@@ -159,7 +159,7 @@ def _invoice_lines(session: Session, job_id: str) -> tuple[InvoiceLine, ...]:
         select(Lease, price, *(func.sum(column).label(column.key) for column in summed))
         .join(UsageReport, UsageReport.lease_id == Lease.lease_id)
         .where(Lease.job_id == job_id)
-        .group_by(Lease, price)
+        .group_by(Lease.lease_id, price)
         .order_by(Lease.epoch, Lease.site_id, price)
     )
     return tuple(
