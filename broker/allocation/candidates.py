@@ -12,24 +12,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, islice
-from typing import Final
 
 from broker.allocation.clearing import LINK_SHARES, Action
-from broker.allocation.configuration import Configuration, Part, Traffic
+from broker.allocation.configuration import (
+    SPANS_MAX,
+    SPANS_TRIED_MAX,
+    TERM_MARGIN,
+    TERM_S_MIN,
+    Configuration,
+    Part,
+    Traffic,
+)
 from broker.allocation.market import Market, Pair
 from broker.allocation.snapshot import Incumbent, JobState, PoolState
 from pricing.money import SECONDS_PER_HOUR, divide_up
 from pricing.value import affordable_micros_per_hour, value_micros_per_hour
 from training.spec import GpuRequest, SyncPlan
 from training.throughput import Prediction, SitePart, predict, resolve_sync
-
-# Bounds on the work per job; the next step up is a column oracle instead of enumeration.
-SPANS_MAX: Final = 64
-SPANS_TRIED_MAX: Final = 1024
-# A job near its end gets a shorter term, so that its hold need not cover time it will not use:
-# a quarter more than predicted, since predictions err, and long enough to be worth a lease.
-TERM_MARGIN: Final = 1.25
-TERM_S_MIN: Final = 30
 
 
 @dataclass(frozen=True, slots=True)

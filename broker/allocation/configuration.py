@@ -6,10 +6,20 @@ a placement is the one that the job won.
 
 from __future__ import annotations
 
+from typing import Final
+
 from pydantic import Field, model_validator
 
 from broker.allocation.document import Row
 from training.spec import SITES_PER_JOB_MAX, SiteId, SyncPlan
+
+# Bounds on the work per job; the next step up is a column oracle instead of enumeration.
+SPANS_MAX: Final = 64
+SPANS_TRIED_MAX: Final = 1024
+# A job near its end gets a shorter term, so that its hold need not cover time it will not use:
+# a quarter more than predicted, since predictions err, and long enough to be worth a lease.
+TERM_MARGIN: Final = 1.25
+TERM_S_MIN: Final = 30
 
 
 class Part(Row):
