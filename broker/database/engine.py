@@ -7,9 +7,13 @@ again: it must do nothing but read and write its session. No network call is eve
 
 from __future__ import annotations
 
+import random
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from itertools import count
+from typing import Final, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -23,6 +27,15 @@ SQLITE_BUSY_TIMEOUT_S: Final = 20.0
 SERIALIZATION_RETRIES_MAX: Final = 20
 # PostgreSQL's codes for a transaction that must be run again: serialization failure, deadlock.
 _RETRY_SQLSTATES: Final = frozenset({"40001", "40P01"})
+
+# The first wait is about as long as a write takes; all twenty together are two seconds on average.
+BACKOFF_S: Final = 0.004
+BACKOFF_S_MAX: Final = 0.25
+_RANDOM: Final = random.SystemRandom()
+
+# A read needs one snapshot and no serial order: REPEATABLE READ gives that and can never be made to run again.
+_POSTGRESQL_READ: Final = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+_SQLITE_READ: Final = {"hansa_read": True}
 
 CommitHook = Callable[[str], None]
 
@@ -40,10 +53,12 @@ class Database:
         self._at_commit = at_commit or (lambda _point: None)
         self._is_sqlite = url.startswith("sqlite")
         self.engine = _sqlite_engine(url) if self._is_sqlite else _postgresql_engine(url)
+        self._read_options = _SQLITE_READ if self._is_sqlite else _POSTGRESQL_READ
 
     def read(self, work: Callable[[Session], T]) -> T:
-        """Run `work` on one consistent snapshot and return what it returns; it must not write."""
+        """Run `work` on one consistent snapshot and return what it returns; a write in it is refused."""
         with Session(self.engine, expire_on_commit=False) as session:
+            session.connection(execution_options=self._read_options)
             result = work(session)
             session.rollback()
             return result
@@ -54,7 +69,7 @@ class Database:
         `name` is the transaction's name in traces and crash points. `work` may run more than
         once; an exception rolls back and passes on. Raises BusyError when others kept winning.
         """
-        for _ in range(SERIALIZATION_RETRIES_MAX):
+        for attempt in range(SERIALIZATION_RETRIES_MAX):
             try:
                 with Session(self.engine, expire_on_commit=False) as session:
                     if self._is_sqlite:
@@ -64,8 +79,11 @@ class Database:
                     self._at_commit(f"before:{name}")
                     session.commit()
             except DBAPIError as error:
+                if _gave_up_waiting(error):
+                    break
                 if not _must_retry(error):
                     raise
+                _back_off(attempt)
                 continue
             self._at_commit(f"after:{name}")
             return result
@@ -88,18 +106,38 @@ def _sqlite_engine(url: str) -> Engine:
     engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: object) -> None:  # noqa: ANN401  a DBAPI connection
+    def _configure(connection: sqlite3.Connection, _record: object) -> None:
         # The driver's own BEGIN is deferred: two readers that then write would fail. Ours is explicit.
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        _enter_wal(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
-    def _begin(connection: Any) -> None:  # noqa: ANN401  a SQLAlchemy connection
-        writing = connection.get_execution_options().get("hansa_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+    def _begin(connection: Connection) -> None:
+        options = connection.get_execution_options()
+        # The connection may have served a read before, so this is said anew each time.
+        connection.exec_driver_sql(f"PRAGMA query_only={int(options.get('hansa_read', False))}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("hansa_write", False) else "BEGIN")
 
     return engine
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Set the journal mode, which stays with the file: only those who open a new one at once compete for it.
+
+    SQLite's busy timeout does not cover this change, so it is tried for as long here.
+    """
+    give_up_s = time.monotonic() + SQLITE_BUSY_TIMEOUT_S
+    for attempt in count():
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "database is locked" not in str(error) or time.monotonic() > give_up_s:
+                raise
+            _back_off(attempt)
+        else:
+            return
 
 
 def _postgresql_engine(url: str) -> Engine:
@@ -111,4 +149,14 @@ def _must_retry(error: DBAPIError) -> bool:
     # pg8000 gives the server's answer as a mapping whose "C" is the SQLSTATE.
     if original is not None and original.args and isinstance(original.args[0], dict):
         return original.args[0].get("C") in _RETRY_SQLSTATES
-    return "database is locked" in str(original)
+    return False
+
+
+def _gave_up_waiting(error: DBAPIError) -> bool:
+    # SQLite has waited for its lock already, for as long as the busy timeout says.
+    return "database is locked" in str(error.orig)
+
+
+def _back_off(attempt: int) -> None:
+    """Wait a random time that doubles: with equal ones the same transactions would meet again and again."""
+    time.sleep(min(BACKOFF_S * 2 ** min(attempt, 10), BACKOFF_S_MAX) * _RANDOM.random())
