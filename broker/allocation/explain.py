@@ -40,78 +40,84 @@ def why_placed(market: Market, prices: Prices, column: Column) -> str:
     )
 
 
-def unplaced(market: Market, every: Sequence[Column], prices: Prices, placed: Sequence[Column]) -> list[Unplaced]:
+def unplaced(market: Market, prices: Prices, placed: Sequence[Column]) -> list[Unplaced]:
     """Return one row for every job that has no placement."""
     holders = {column.job.job_id for column in placed}
-    mine: dict[str, list[Column]] = {}
-    for column in every:
-        mine.setdefault(column.job.job_id, []).append(column)
     free = {pool_id: pool.capacity_gpus for pool_id, pool in market.pools.items()}
     for column in placed:
         for part in column.configuration.parts:
             free[part.pool_id] -= part.gpus
     equity = market.snapshot.market_equity_micros - sum(uplift_cost(prices, column) for column in placed)
-    return [
-        _outbid(market, job, mine[job.job_id], prices, free=free, equity=equity)
-        if job.job_id in mine
-        else _without_columns(market, job)
-        for job in market.jobs
-        if job.job_id not in holders
-    ]
+    return [_why_not(market, job, prices, free, equity) for job in market.jobs if job.job_id not in holders]
 
 
-def _outbid(
-    market: Market, job: JobState, mine: Sequence[Column], prices: Prices, *, free: dict[str, int], equity: int
-) -> Unplaced:
-    """Explain a job that had configurations worth their ask, and got none."""
-    closest = max(mine, key=lambda column: (prices.surplus(column), -column.configuration.gpus))
-    name = closest.configuration.key
-    missing = -prices.surplus(closest)
-    if missing > 0 and not _free(closest, free):
-        bid = _bid_for(job, closest, missing)
-        sentence = (
-            f"at this round's prices {name} costs {format_credits(prices.gross(closest))} credits an hour, "
-            f"{format_credits(missing)} more than the bid is worth there; "
-            f"{_remedy(market, job, closest, bid)}"
-        )
-        return _row(job, "outbid", sentence, bid)
-    if missing > 0:
-        bid = _bid_for(job, closest, missing)
-        sentence = (
-            f"{name} is free but priced {format_credits(missing)} credits an hour above the bid's worth, and the market "
-            f"has {format_credits(max(0, equity))} credits to bridge that; {_remedy(market, job, closest, bid)}"
-        )
-        return _row(job, "uplift_short", sentence, bid)
-    smallest = min(column.configuration.gpus for column in mine)
-    most = max((count for pool_id, count in free.items() if any(_names(column, pool_id) for column in mine)), default=0)
-    sentence = (
-        f"the bid covers the price, but no whole {smallest} GPUs are left together (at most {most} in one pool); "
-        "a smaller count_min, one more GPU type or one more site would help, or wait for the next round"
-    )
-    return _row(job, "fragmented", sentence, None)
-
-
-def _without_columns(market: Market, job: JobState) -> Unplaced:
-    """Explain a job that no configuration was worth placing for."""
+def _why_not(market: Market, job: JobState, prices: Prices, free: dict[str, int], equity: int) -> Unplaced:
     if job.samples_left == 0:
         return _row(job, "finished", "all its samples are done; it needs no GPUs", None)
     looked_at = candidates(market, job)
     if not looked_at:
         sentence = never_possible(job, market.snapshot.pools, market.snapshot.sites, market.snapshot.links)
-        return _row(
-            job, "no_pool", sentence or "no pool that it accepts has GPUs this round; wait, or accept others", None
-        )
+        fallback = "no pool that it accepts has enough GPUs this round; wait, or accept others"
+        return _row(job, "no_pool", sentence or fallback, None)
     priced = [candidate.column for candidate in looked_at if candidate.column is not None]
     if not priced:
         return _obstacles(job, looked_at)
-    closest = max(priced, key=lambda column: column.worth)
-    missing = 1 - closest.worth
-    bid = _bid_for(job, closest, missing)
-    sentence = (
-        f"{closest.configuration.key} is the closest: the sites ask {format_credits(closest.asks + closest.egress)} credits "
-        f"an hour, the bid is worth {format_credits(max(0, closest.value))}; {_remedy(market, job, closest, bid)}"
+    if any(prices.surplus(column) >= 0 for column in priced):
+        return _fragmented(job, priced, free)
+    return _priced_out(market, job, priced, prices, free=free, equity=equity)
+
+
+def _priced_out(
+    market: Market, job: JobState, priced: Sequence[Column], prices: Prices, *, free: dict[str, int], equity: int
+) -> Unplaced:
+    """Explain a job whose every configuration costs more than it is worth, by the one nearest to winning.
+
+    GPUs that are free come first: a bid that covers their price wins them without taking a place
+    from a rival, who would push the price up.
+    """
+    open_ones = [column for column in priced if _free(column, free)]
+    if all(_capped(job, column) for column in open_ones or priced):
+        return _short_of_budget(job, min(open_ones or priced, key=lambda column: _reservation(prices, column)), prices)
+    able = [column for column in open_ones or priced if not _capped(job, column)]
+    closest = min(
+        able, key=lambda column: (_bid_for(job, column, 1 - prices.surplus(column)), column.configuration.key)
     )
-    return _row(job, "budget_short" if _capped(job, closest) else "bid_below_ask", sentence, bid)
+    bid = _bid_for(job, closest, 1 - prices.surplus(closest))
+    remedy = _remedy(market, job, bid)
+    name, cost = closest.configuration.key, format_credits(prices.gross(closest) + closest.egress)
+    worth = format_credits(max(0, closest.value))
+    if all(column.worth <= 0 for column in priced):
+        asks = format_credits(closest.asks + closest.egress)
+        sentence = f"for {name} the sites ask {asks} credits an hour, the bid is worth {worth} there; {remedy}"
+        return _row(job, "bid_below_ask", sentence, bid)
+    if open_ones:
+        left = format_credits(max(0, equity))
+        sentence = (
+            f"{name} is free at {cost} credits an hour, the bid is worth {worth} there, and the market's own {left} "
+            f"credits cannot bridge that; {remedy}"
+        )
+        return _row(job, "uplift_short", sentence, bid)
+    sentence = f"others bid more: {name} costs {cost} credits an hour, the bid is worth {worth} there; {remedy}"
+    return _row(job, "outbid", sentence, bid)
+
+
+def _short_of_budget(job: JobState, column: Column, prices: Prices) -> Unplaced:
+    sentence = (
+        f"its budget is the limit: {format_credits(job.hold_left_micros)} credits are left, and {column.term_s} s of "
+        f"{column.configuration.key} need {format_credits(_reservation(prices, column))}; raise the budget"
+    )
+    return _row(job, "budget_short", sentence, None)
+
+
+def _fragmented(job: JobState, priced: Sequence[Column], free: dict[str, int]) -> Unplaced:
+    smallest = min(column.configuration.gpus for column in priced)
+    pools = {part.pool_id for column in priced for part in column.configuration.parts}
+    most = max((free[pool_id] for pool_id in pools), default=0)
+    sentence = (
+        f"the bid covers the price, but its least is {smallest} GPUs and no more than {most} are left in any one pool; "
+        "a smaller count_min, one more GPU type or one more site would help, or the next round may"
+    )
+    return _row(job, "fragmented", sentence, None)
 
 
 def _obstacles(job: JobState, looked_at: Sequence[Candidate]) -> Unplaced:
@@ -141,13 +147,11 @@ def _capped(job: JobState, column: Column) -> bool:
     return column.action == "start" and column.value < linear
 
 
-def _remedy(market: Market, job: JobState, column: Column, bid: int) -> str:
-    if _capped(job, column):
-        needed = format_credits(divide_up((column.asks + column.egress) * column.term_s, SECONDS_PER_HOUR))
-        return (
-            f"its budget is the limit: {format_credits(job.hold_left_micros)} credits are left and a term of {column.term_s} s "
-            f"needs at least {needed}; raise the budget"
-        )
+def _reservation(prices: Prices, column: Column) -> int:
+    return divide_up((prices.gross(column) + column.egress) * column.term_s, SECONDS_PER_HOUR)
+
+
+def _remedy(market: Market, job: JobState, bid: int) -> str:
     others = sorted({pool.site_id for pool in market.pools.values()} - set(job.sites_allowed or ()))
     wider = f", or allow another site ({others[0]})" if job.sites_allowed is not None and others else ""
     return f"a bid of {format_credits(bid)} credits per million samples would reach it{wider}"
@@ -155,10 +159,6 @@ def _remedy(market: Market, job: JobState, column: Column, bid: int) -> str:
 
 def _free(column: Column, free: dict[str, int]) -> bool:
     return all(free[part.pool_id] >= part.gpus for part in column.configuration.parts)
-
-
-def _names(column: Column, pool_id: str) -> bool:
-    return any(part.pool_id == pool_id for part in column.configuration.parts)
 
 
 def _row(job: JobState, code: UnplacedCode, sentence: str, bid: int | None) -> Unplaced:

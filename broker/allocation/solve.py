@@ -34,7 +34,8 @@ from pricing.fairness import LostOpportunity, Resource, owen_transfers
 from pricing.settlement import LinkTerms, PoolTerms, Terms, reservation_micros
 
 ALGORITHM: Final = "enumerated-configuration-lp/1"
-# The proved gap between the published bound and the LP's own optimum, relative.
+# The proved gap between the published bound and the LP's own optimum, relative, beside what
+# rounding prices to whole micro-credits costs.
 LP_GAP_MAX: Final = 1e-6
 
 
@@ -89,7 +90,7 @@ def _written(market: Market, every: Sequence[Column], solution: Solution, prices
             if price
         ),
         placements=tuple(by_id),
-        unplaced=tuple(sorted(unplaced(market, every, prices, best.placed), key=lambda row: row.job_id)),
+        unplaced=tuple(sorted(unplaced(market, prices, best.placed), key=lambda row: row.job_id)),
         transfers=_transfers(market, prices),
         certificate=certificate,
         effort=Effort(
@@ -221,7 +222,7 @@ def _certificate(
         checks={
             "identity": lost.identity_holds,
             "bound_at_least_welfare": lost.gap_micros_per_hour >= 0,
-            "lp_gap_proved": abs(lost.bound_micros_per_hour - lp) <= LP_GAP_MAX * max(1e6, abs(lp)),
+            "lp_gap_proved": abs(lost.bound_micros_per_hour - lp) <= LP_GAP_MAX * abs(lp) + _rounding(market, prices),
             "placements_fit": fits(market, best.placed),
             "buyers_at_most_value": all(
                 prices.gross(column) - prices.uplift(column) <= max(0, column.value - column.egress)
@@ -235,3 +236,14 @@ def _certificate(
             <= market.snapshot.market_equity_micros,
         },
     )
+
+
+def _rounding(market: Market, prices: Prices) -> int:
+    """Return what whole micro-credits may move the bound by: one for every unit of priced capacity."""
+    pools = sum(
+        pool.capacity_gpus
+        for pool_id, pool in market.pools.items()
+        if prices.pools[pool_id] > pool.ask_micros_per_gpu_hour
+    )
+    jobs = len(market.jobs)
+    return pools + jobs + sum(most for pair, most in market.link_capacity.items() if prices.links[pair])

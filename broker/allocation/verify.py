@@ -274,7 +274,10 @@ class _Check:
             bound - welfare == regret + slack, "identity", "certificate", "bound - welfare is not regret + slack"
         )
         off = abs(bound - stated.lp_objective_micros_per_hour)
-        self.expect(off <= LP_GAP_MAX * max(1e6, abs(bound)), "lp_gap", "certificate", f"bound and LP are {off} apart")
+        # Prices are whole micro-credits: each unit of priced capacity may move the bound by one.
+        priced = sum(pool.capacity_gpus for pool in self.rules.pools.values()) + len(self.rules.jobs)
+        priced += sum(most for pair, most in self.rules.link_capacity().items() if self.link_prices.get(pair))
+        self.expect(off <= LP_GAP_MAX * abs(bound) + priced, "lp_gap", "certificate", f"bound and LP are {off} apart")
         self.expect(all(stated.checks.values()), "checks", "certificate", "the solver's own checks failed")
 
     def _rent_and_slack(self) -> tuple[int, int]:

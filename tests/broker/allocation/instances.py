@@ -44,7 +44,9 @@ def job(
         version=1,
         submitted_ms=submitted_ms,
         accelerators=(GpuRequest(gpu_type=gpu_type, count_min=low, count_max=high),),
-        workload=Workload(samples=round(hours * 3600), batch_per_gpu=1000, parameters=parameters, flops_per_sample=1e12),
+        workload=Workload(
+            samples=round(hours * 3600), batch_per_gpu=1000, parameters=parameters, flops_per_sample=1e12
+        ),
         bid_micros_per_million_samples=max(1, round(credits_per_gpu_hour * CREDIT * 1e6 / 3600)),
         hold_left_micros=round(hold_credits * CREDIT),
         **more,  # type: ignore[arg-type]
@@ -70,9 +72,11 @@ def market(pools: list[PoolState], jobs: list[JobState], *, links: bool = True, 
     )
 
 
-def random_market(seed: int, jobs: int, sites: int, types: int = 2, *, load: float = 1.3, equity_credits: float = 0) -> Snapshot:
+def random_market(
+    seed: int, jobs: int, sites: int, types: int = 2, *, load: float = 1.3, equity_credits: float = 0
+) -> Snapshot:
     """Return a seeded market with odd sizes, several types, thin links and some jobs that span sites."""
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 - a seeded test market, nothing secret
     kinds = ["A100", "V100", "T4", "H100"][:types]
     speed = {"A100": 1.0, "V100": 0.45, "T4": 0.2, "H100": 2.2}
     pools = [
