@@ -25,7 +25,7 @@ from training.clock import Clock, SystemClock
 from training.roundlog.agent_api import AgentApi
 from training.roundlog.credentials import check_certificate, peer_uri, server_context
 from training.roundlog.hub import Hub
-from training.roundlog.listener import Listener
+from training.roundlog.listener import SHUTDOWN_WAIT_S, Listener
 from training.roundlog.member import Follower
 from training.roundlog.ranks_api import RanksApi
 from training.roundlog.replica import Replica
@@ -67,7 +67,7 @@ class Gateway:
 
     async def _serve(self, stack: contextlib.AsyncExitStack, application: web.Application, socket_path: str) -> None:
         """Serve on a Unix socket that only this user may open."""
-        runner = web.AppRunner(application, access_log=None, auto_decompress=False)
+        runner = web.AppRunner(application, access_log=None, auto_decompress=False, shutdown_timeout=SHUTDOWN_WAIT_S)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         umask = os.umask(_PRIVATE)

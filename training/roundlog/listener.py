@@ -18,6 +18,8 @@ from training.roundlog.web_edge import Handler
 CONNECTIONS_MAX: Final = 256
 HANDSHAKE_WAIT_S: Final = 10.0
 IDLE_S: Final = 30.0
+# A poll that is cut off costs its caller a retry: nothing is worth waiting for at the end.
+SHUTDOWN_WAIT_S: Final = 0.1
 _SWEEP_S: Final = 2.0
 _BACKLOG: Final = 64
 
@@ -38,7 +40,12 @@ class Listener:
         self._busy: set[object] = set()
         application.middlewares.insert(0, self._track)
         self._runner = web.AppRunner(
-            application, access_log=None, auto_decompress=False, keepalive_timeout=idle_s, lingering_time=1.0
+            application,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=idle_s,
+            lingering_time=1.0,
+            shutdown_timeout=SHUTDOWN_WAIT_S,
         )
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None

@@ -76,6 +76,7 @@ class Follower:
             except _TROUBLE as error:
                 log.info("hub_unreachable", hub=self._view.hub, error=str(error)[:300])
                 if reports_hub:
+                    self._seen = 0
                     self._replica.hub_away()
             else:
                 retry_s = _RETRY_FIRST_S
@@ -86,6 +87,7 @@ class Follower:
     async def _follow(self, link: HubLink) -> None:
         """Ask for the hub's state once and act on it."""
         replica = self._replica
+        known = replica.changed.version
         state = await link.state(
             after_round=replica.log.sealed_round,
             applied_round=replica.log.applied_round,
@@ -108,7 +110,8 @@ class Follower:
             await self._take_snapshot(link, state)
             if not replica.log.needs_snapshot:
                 replica.applied_everywhere(min(state.applied_by_all, replica.log.sealed_round))
-        self._seen = state.version
+        # What changed here meanwhile (a snapshot, an applied round) may call for the hub's state anew.
+        self._seen = state.version if replica.changed.version == known else 0
 
     def _redeliver(self) -> None:
         if self._delivered is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import signal
@@ -28,6 +29,7 @@ from training.exchange import SampleRange, SealedRound
 from training.roundlog.client import GatewayClient
 from training.roundlog.control import GatewayControl, GatewayControlError
 from training.roundlog.credentials import new_attempt_key, peer_uri, private_pem
+from training.roundlog.gateway import Gateway
 from training.roundlog.signing import public_hex
 from training.roundlog.view import GENESIS_HASH, Member, View, ViewReport, sign_view
 
@@ -88,6 +90,8 @@ class Site:
     config: GatewayConfig
     epoch: int = 1
     process: subprocess.Popen[bytes] | None = None
+    task: asyncio.Task[None] | None = None
+    loop: asyncio.AbstractEventLoop | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4))
 
     @property
@@ -108,18 +112,37 @@ class Site:
             weight_max=weight_max,
         )
 
-    def start(self) -> None:
+    def start(self, *, process: bool = False) -> None:
+        """Start the gateway: in the federation's loop, or as a process that can be killed."""
+        if process:
+            self._start_process()
+        else:
+            assert self.loop is not None
+            self.task = asyncio.run_coroutine_threadsafe(self._start_task(), self.loop).result(LIMIT_S)
+        wait_until(self._answers, f"gateway {self.site_id} to answer")
+
+    async def _start_task(self) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(Gateway(self.config).run())
+
+    def stop(self) -> None:
+        """End a gateway of the federation's loop."""
+        assert self.loop is not None
+        if (task := self.task) is not None:
+            self.loop.call_soon_threadsafe(task.cancel)
+            wait_until(task.done, f"gateway {self.site_id} to end")
+        self.task = None
+
+    def _start_process(self) -> None:
         with (self.folder / "gateway.log").open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "training.roundlog.gateway", str(self.folder / "gateway.json")],
                 stdout=output,
                 stderr=output,
             )
-        wait_until(self._answers, f"gateway {self.site_id} to answer")
 
     def _answers(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "gateway.log").read_text()
+        assert self.process is None or self.process.poll() is None, (self.folder / "gateway.log").read_text()
+        assert self.task is None or not self.task.done(), self.task
         try:
             self.control.status()
         except GatewayControlError:
@@ -169,6 +192,9 @@ class Federation:
         self.authority = Authority()
         self.sites: dict[str, Site] = {}
         self._views = 0
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
 
     def add(self, site_id: str, *, listens: bool = True, epoch: int = 1, patience_s: float = 15.0) -> Site:
         folder = self.folder / f"{site_id}-{epoch}"
@@ -194,13 +220,13 @@ class Federation:
             patience_s=patience_s,
         )
         (folder / "gateway.json").write_text(config.model_dump_json())
-        site = self.sites[site_id] = Site(site_id, folder, key, config, epoch)
+        site = self.sites[site_id] = Site(site_id, folder, key, config, epoch, loop=self.loop)
         return site
 
-    def start(self, *site_ids: str, **options: bool) -> list[Site]:
-        sites = [self.add(site_id, **options) for site_id in site_ids]
+    def start(self, *site_ids: str, process: bool = False, listens: bool = True) -> list[Site]:
+        sites = [self.add(site_id, listens=listens) for site_id in site_ids]
         for site in sites:
-            site.start()
+            site.start(process=process)
         return sites
 
     def view(
@@ -251,7 +277,12 @@ class Federation:
         for site in self.sites.values():
             if site.process is not None:
                 site.kill()
+            if site.task is not None:
+                site.stop()
             site.pool.shutdown(wait=False, cancel_futures=True)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
 
 
 def run_round(round_number: int, *sites: Site, samples: bool = True) -> list[SealedRound]:

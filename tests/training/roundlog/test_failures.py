@@ -1,0 +1,246 @@
+"""Gateways killed at awkward moments: what survivors keep, and how the log goes on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from training.errors import ExchangeError
+from training.exchange import SampleRange
+from training.roundlog.errors import ExchangeRefusedError
+
+from .conftest import OUTER, Federation, Site, run_round, wait_until
+
+
+def samples(round_number: int, index: int) -> tuple[SampleRange, ...]:
+    start = (round_number * 10 + index) * 8
+    return (SampleRange(start, start + 8),)
+
+
+def chain_hashes(*sites: Site) -> set[str]:
+    return {site.control.status().chain_hash for site in sites}
+
+
+def test_hub_killed_in_the_middle_of_a_round_costs_the_survivors_nothing(federation: Federation) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz", process=True)
+    federation.open(one, two, three, hub=one)
+    run_round(1, one, two, three)
+    two.contribute(2, samples=samples(2, 1))
+    three.contribute(2, samples=samples(2, 2))
+    wait_until(lambda: two.control.status().waiting_for == ("aachen",), "the hub to wait for its own site only")
+    one.kill()
+    wait_until(lambda: two.control.status().hub_lost_s is not None, "bergen to report the hub lost")
+    federation.reopen(two, three, hub=two)
+    sealed = [site.apply(2) for site in (two, three)]
+    assert [entry.site_id for entry in sealed[0].entries] == ["bergen", "cadiz"]
+    assert sealed[0].entries[1].samples == samples(2, 2)
+    assert [seat.site_id for seat in sealed[0].members] == ["bergen", "cadiz"]
+    run_round(3, two, three)
+    assert len(chain_hashes(two, three)) == 1
+    assert two.control.status().samples_done == 8 * (3 + 2 + 2)
+
+
+def test_round_known_to_one_survivor_is_the_base_and_others_fetch_it(federation: Federation) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz", process=True)
+    federation.open(one, two, three, hub=one)
+    run_round(1, one, two, three)
+    # Cadiz hears nothing of the seal of round 2: its gateway is down by then.
+    three.contribute(2, samples=samples(2, 2))
+    wait_until(lambda: "cadiz" not in one.control.status().waiting_for, "the hub to hold the contribution of cadiz")
+    three.kill()
+    run_round(2, one, two)
+    one.kill()
+    three.start(process=True)
+    view = federation.reopen(two, three, hub=three)
+    assert (view.base_reporter, view.base_round) == ("bergen", 2)
+    # The new hub itself lacked the base: bergen brought it the manifest and the blobs.
+    sealed = three.apply(2)
+    assert {entry.site_id for entry in sealed.entries} == {"aachen", "bergen", "cadiz"}
+    assert three.control.status().outer_hash == two.control.status().outer_hash
+    run_round(3, two, three)
+    assert len(chain_hashes(two, three)) == 1
+
+
+def test_member_killed_leaves_the_others_a_reduced_view(federation: Federation) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz", process=True)
+    federation.open(one, two, three, hub=one)
+    run_round(1, one, two, three)
+    one.contribute(2, samples=samples(2, 0))
+    two.contribute(2, samples=samples(2, 1))
+    three.kill()
+    wait_until(lambda: one.control.status().waiting_for == ("cadiz",), "the hub to wait for cadiz alone")
+    federation.reopen(one, two, hub=one)
+    assert [entry.site_id for entry in one.apply(2).entries] == ["aachen", "bergen"]
+    two.apply(2)
+    run_round(3, one, two)
+    assert len(chain_hashes(one, two)) == 1
+
+
+@pytest.mark.parametrize("role", ["hub", "member"])
+def test_gateway_killed_and_started_again_resumes_the_open_round(federation: Federation, role: str) -> None:
+    one, two = federation.start("aachen", "bergen", process=True)
+    federation.open(one, two, hub=one)
+    run_round(1, one, two)
+    victim, other = (one, two) if role == "hub" else (two, one)
+    victim.contribute(2, samples=samples(2, 0))
+    waiting = victim.pool.submit(victim.apply, 2)
+    victim.kill()
+    victim.start(process=True)
+    other.contribute(2, samples=samples(2, 1))
+    assert len(other.apply(2).entries) == 2
+    # The ranks' own call outlived the gateway that it was made to.
+    assert len(waiting.result(20).entries) == 2
+    assert victim.control.status().samples_done == 2 * 8 * 2
+    run_round(3, one, two)
+    assert len(chain_hashes(one, two)) == 1
+
+
+def test_quorum_seals_without_the_late_site_which_sees_its_absence(federation: Federation) -> None:
+    one, two = federation.start("aachen", "bergen")
+    federation.open(one, two, hub=one, quorum=1, grace_s=0.05)
+    one.contribute(1, samples=samples(1, 0))
+    assert [entry.site_id for entry in one.apply(1).entries] == ["aachen"]
+    assert [entry.site_id for entry in two.apply(1).entries] == ["aachen"]
+    two.contribute(1, samples=samples(1, 1))
+    two.contribute(2, samples=samples(1, 1))
+    assert [entry.site_id for entry in two.apply(2).entries] == ["bergen"]
+
+
+def test_single_site_seals_its_own_rounds_without_a_listener(federation: Federation) -> None:
+    (one,) = federation.start("aachen", listens=False)
+    federation.open(one, hub=one)
+    for round_number in (1, 2):
+        (sealed,) = run_round(round_number, one)
+        assert [entry.site_id for entry in sealed.entries] == ["aachen"]
+    assert one.control.status().links == {}
+
+
+def test_joiner_starts_from_a_peers_snapshot_and_the_rounds_after_it(federation: Federation, tmp_path: Path) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz")
+    federation.open(one, two, hub=one)
+    run_round(1, one, two)
+    state = tmp_path / "state"
+    state.write_bytes(b"outer state after round 1" * 100_000)
+    two.client.offer_snapshot(1, str(state))
+    run_round(2, one, two)
+    federation.reopen(one, two, three, hub=one, promised=(one, two))
+    position = three.client.position()
+    assert position.needs_snapshot
+    assert [part.stop - part.start for part in position.done] == [16, 16]
+    fetched = tmp_path / "fetched"
+    assert three.client.fetch_snapshot(str(fetched)) == 1
+    assert fetched.read_bytes() == state.read_bytes()
+    three.apply(2)
+    assert three.control.status().outer_hash == one.control.status().outer_hash
+    run_round(3, one, two, three)
+    assert len(chain_hashes(one, two, three)) == 1
+
+
+def test_new_hub_that_just_joined_gets_chain_and_snapshot_from_a_member(federation: Federation, tmp_path: Path) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz", process=True)
+    federation.open(one, two, hub=one)
+    run_round(1, one, two)
+    state = tmp_path / "state"
+    state.write_bytes(b"outer state after round 1")
+    two.client.offer_snapshot(1, str(state))
+    run_round(2, one, two)
+    one.kill()
+    federation.reopen(two, three, hub=three, promised=(two,))
+    assert three.client.fetch_snapshot(str(tmp_path / "fetched")) == 1
+    three.apply(2)
+    run_round(3, two, three)
+    assert len(chain_hashes(two, three)) == 1
+
+
+def test_site_that_missed_the_opening_comes_back_by_snapshot(federation: Federation, tmp_path: Path) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz")
+    federation.open(one, two, three, hub=one, quorum=1, grace_s=1.0)
+    run_round(1, one, two, three)
+    federation.reopen(two, three, hub=two)
+    # Aachen, cut off, seals and applies a round that never counts.
+    one.contribute(2, samples=samples(2, 0))
+    assert [entry.site_id for entry in one.apply(2).entries] == ["aachen"]
+    state = tmp_path / "state"
+    state.write_bytes(b"outer state after round 2")
+    run_round(2, two, three)
+    two.client.offer_snapshot(2, str(state))
+    federation.reopen(one, two, three, hub=two, promised=(two, three))
+    with pytest.raises(ExchangeRefusedError) as refused:
+        one.client.await_sealed(3)
+    assert refused.value.reason == "snapshot.needed"
+    assert one.client.position().needs_snapshot
+    assert one.client.fetch_snapshot(str(tmp_path / "fetched")) == 2
+    run_round(3, one, two, three)
+    assert len(chain_hashes(one, two, three)) == 1
+    assert one.control.status().samples_by_site == two.control.status().samples_by_site
+
+
+def test_outer_state_that_differs_is_refused_and_reported(federation: Federation) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz")
+    federation.open(one, two, three, hub=one)
+    run_round(1, one, two, three)
+    wrong = hashlib.sha256(b"elsewhere").hexdigest()
+    one.contribute(2, samples=samples(2, 0))
+    two.contribute(2, samples=samples(2, 1), outer_hash=wrong)
+    three.contribute(2, samples=samples(2, 2))
+    assert [entry.site_id for entry in one.apply(2).entries] == ["aachen", "cadiz"]
+    (report,) = one.control.status().equivocations
+    assert (report.site_id, report.about, report.expected, report.named) == ("bergen", "outer", OUTER, wrong)
+
+
+def test_overlapping_samples_of_one_round_count_once(federation: Federation) -> None:
+    one, two = federation.start("aachen", "bergen")
+    federation.open(one, two, hub=one)
+    one.contribute(1, samples=samples(1, 0))
+    two.contribute(1, samples=samples(1, 0))
+    assert [entry.site_id for entry in two.apply(1).entries] == ["aachen"]
+    assert two.control.status().samples_done == 8
+
+
+def test_bytes_are_counted_as_they_were_sent(federation: Federation) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz")
+    federation.open(one, two, three, hub=one)
+    run_round(1, one, two, three)
+    size = sum(len(payload) for payload in one.payloads(1))
+    links = {site.site_id: site.control.status().links for site in (one, two, three)}
+    for site_id in ("bergen", "cadiz"):
+        assert (links[site_id]["aachen"].bytes_sent, links[site_id]["aachen"].bytes_received) == (size, 2 * size)
+        assert (links["aachen"][site_id].bytes_sent, links["aachen"][site_id].bytes_received) == (2 * size, size)
+
+
+def test_ranks_get_an_error_after_patience(federation: Federation) -> None:
+    one = federation.add("aachen", patience_s=0.5)
+    two = federation.add("bergen")
+    one.start(process=True)
+    two.start()
+    federation.open(one, two, hub=one)
+    one.contribute(1)
+    with pytest.raises(ExchangeError, match="patience"):
+        one.client.await_sealed(1)
+    one.kill()
+    with pytest.raises(ExchangeError, match="patience"):
+        one.client.await_sealed(1)
+
+
+def test_commit_may_be_repeated_but_not_changed(federation: Federation) -> None:
+    one, two = federation.start("aachen", "bergen")
+    federation.open(one, two, hub=one)
+    one.contribute(1)
+    one.contribute(1)
+    with pytest.raises(ExchangeRefusedError) as refused:
+        one.contribute(1, weight=9)
+    assert refused.value.reason == "contribution.changed"
+    with pytest.raises(ExchangeRefusedError) as refused:
+        one.client.post_fragment(3, 0, b"x")
+    assert refused.value.reason == "round.future"
+
+
+def test_measurements_become_json_lines(federation: Federation) -> None:
+    (one,) = federation.start("aachen", listens=False)
+    one.client.report({"loss": 2.5, "nan": float("nan")})
+    line = Path(one.config.metrics_path).read_text()
+    assert line.count("\n") == 1
+    assert '"loss":2.5' in line
+    assert '"nan":null' in line
