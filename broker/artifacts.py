@@ -119,10 +119,14 @@ class ArtifactStore:
 
     def open(self, digest: str) -> BinaryIO:
         """Open a whole artifact for reading. Raises ArtifactMissingError where there is none."""
-        try:
-            return self._path(digest).open("rb")
-        except FileNotFoundError:
-            raise ArtifactMissingError(f"the artifact {digest[:12]}… is not held here; upload it first") from None
+        return self.file(digest).open("rb")
+
+    def file(self, digest: str) -> Path:
+        """Return where a whole artifact lies. Raises ArtifactMissingError where there is none."""
+        path = self._path(digest)
+        if not path.exists():
+            raise ArtifactMissingError(f"the artifact {digest[:12]}… is not held here; upload it first")
+        return path.resolve()
 
     def size_bytes(self, digest: str) -> int:
         """Return the size of a whole artifact. Raises ArtifactMissingError where there is none."""

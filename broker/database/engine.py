@@ -60,6 +60,8 @@ class Database:
         with Session(self.engine, expire_on_commit=False) as session:
             session.connection(execution_options=self._read_options)
             result = work(session)
+            # Let go of the rows first: a rollback would empty them, and readers use them afterwards.
+            session.expunge_all()
             session.rollback()
             return result
 

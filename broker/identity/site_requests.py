@@ -124,7 +124,11 @@ def _next_window(site: Site, sequence: int) -> tuple[int, int]:
 
 
 def _read_headers(headers: Mapping[str, str]) -> _Headers:
-    values = {name: headers.get(name) for name in (CERTIFICATE_HEADER, SEQUENCE_HEADER, TIME_HEADER, SIGNATURE_HEADER)}
+    # Header names do not care about case; a mapping does.
+    given = {name.lower(): value for name, value in headers.items()}
+    values = {
+        name: given.get(name.lower()) for name in (CERTIFICATE_HEADER, SEQUENCE_HEADER, TIME_HEADER, SIGNATURE_HEADER)
+    }
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise MissingCredentialError(f"the header {missing[0]} is missing; a site signs each of its requests")

@@ -1,0 +1,332 @@
+"""The routes of admins: tenants, users, sites, freeze, audit, replay, ledger."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Annotated, Final
+
+from flask import Response
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from broker import ledger
+from broker.api.answers import answers
+from broker.api.context import the_market
+from broker.api.documents import EventDocument, event_document
+from broker.api.idempotency import HEADER, once
+from broker.api.pages import PageQuery, decode_cursor, encode_cursor
+from broker.api.problems import json_answer
+from broker.api.site_routes import OFFSET_MAX
+from broker.audit import audit
+from broker.database.tables import Event, Lease, Pool, Site, Tenant, Transfer
+from broker.enrol import remove_site
+from broker.freeze import set_frozen
+from broker.identity.join import LIFE_S as JOIN_LIFE_S
+from broker.identity.join import invite_site
+from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, create_user
+from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token
+from broker.rounds.replay import replay
+from broker.tenants import create_tenant, deposit
+from broker.transitions import LeaseState
+from training.spec import BUDGET_MICROS_MAX, SiteId
+
+DEFAULT_TOKEN_LIFE_S: Final = 30 * 86_400
+
+_tag = Tag(name="admin", description="What the market's admins do.")
+api = APIBlueprint("admin", __name__, url_prefix="/v1/admin", abp_tags=[_tag], abp_security=[{"token": []}])
+
+TenantId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,50}$")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewTenant(_Body):
+    """A tenant to open."""
+
+    tenant_id: TenantId
+    name: str = Field(default="", max_length=200)
+
+
+class TenantPath(BaseModel):
+    """A tenant."""
+
+    tenant_id: TenantId
+
+
+class Deposit(_Body):
+    """Credits to give."""
+
+    amount_micros: int = Field(ge=1, le=BUDGET_MICROS_MAX)
+
+
+class TokenTerms(_Body):
+    """A token to make. Without scopes it gets all that a tenant's token can have."""
+
+    scopes: list[Scope] | None = Field(default=None, min_length=1, max_length=5)
+    life_s: int = Field(default=DEFAULT_TOKEN_LIFE_S, ge=1, le=LIFE_S_MAX)
+    label: str = Field(default="", max_length=200)
+
+
+class TokenPath(BaseModel):
+    """A token by its public id."""
+
+    token_id: str = Field(pattern=r"^[0-9a-f]{16}$")
+
+
+class NewUser(_Body):
+    """A person to give an account."""
+
+    login: str = Field(pattern=r"^[A-Za-z0-9.@_+-]{1,100}$")
+    password: str = Field(max_length=PASSWORD_LENGTH_MAX)
+    role: Role
+    tenant_id: TenantId | None = None
+
+
+class Invitation(_Body):
+    """A site to invite."""
+
+    site_id: SiteId
+
+
+class SitePath(BaseModel):
+    """A site."""
+
+    site_id: SiteId
+
+
+class FreezeReason(_Body):
+    """Why, for the record."""
+
+    reason: str = Field(default="", max_length=500)
+
+
+class RoundPath(BaseModel):
+    """A round by its number."""
+
+    round_number: int = Field(ge=0, le=OFFSET_MAX)
+
+
+class IdempotencyHeader(BaseModel):
+    """The key that makes a retry safe."""
+
+    idempotency_key: str | None = Field(default=None, alias=HEADER, max_length=200)
+
+
+class EventPage(BaseModel):
+    """A page of events, newest first."""
+
+    items: list[EventDocument]
+    next_cursor: str | None
+
+
+@api.post("/tenants", responses=answers(None, 201))
+def post_tenant(body: NewTenant) -> Response:
+    """Open a tenant with its accounts."""
+    tenant = create_tenant(the_market(), body.tenant_id, body.name)
+    return json_answer({"tenant_id": tenant.tenant_id, "name": tenant.name}, HTTPStatus.CREATED)
+
+
+@api.get("/tenants", responses=answers())
+def get_tenants(query: PageQuery) -> Response:
+    """List tenants with their balances."""
+    market = the_market()
+    wanted = select(Tenant).order_by(Tenant.tenant_id).limit(query.limit + 1)
+    if query.cursor is not None:
+        wanted = wanted.where(Tenant.tenant_id > str(decode_cursor(market, "tenants", query.cursor)[0]))
+
+    def work(session: Session) -> dict[str, object]:
+        rows = list(session.scalars(wanted))
+        shown = rows[: query.limit]
+        items = [
+            {
+                "tenant_id": row.tenant_id,
+                "name": row.name,
+                "balance_micros": ledger.balance_micros(session, ledger.tenant_account(row.tenant_id)),
+                "held_micros": ledger.balance_micros(session, ledger.held_account(row.tenant_id)),
+            }
+            for row in shown
+        ]
+        more = encode_cursor(market, "tenants", [shown[-1].tenant_id]) if len(rows) > len(shown) else None
+        return {"items": items, "next_cursor": more}
+
+    return json_answer(market.database.read(work))
+
+
+@api.post("/tenants/<string:tenant_id>/deposit", responses=answers())
+def post_deposit(path: TenantPath, header: IdempotencyHeader, body: Deposit) -> Response:  # noqa: ARG001  the header is for the documentation
+    """Give a tenant credits, once for each idempotency key."""
+    market = the_market()
+    key = once(market, "admin")
+
+    def effect() -> Response:
+        def work(session: Session) -> str:
+            balance = deposit(session, market, path.tenant_id, body.amount_micros, market.ids.new("deposit"))
+            text = json.dumps({"tenant_id": path.tenant_id, "balance_micros": balance})
+            key.record(session, HTTPStatus.OK, text)
+            return text
+
+        return Response(market.database.write("deposit", work), content_type="application/json")
+
+    return key.run(effect)
+
+
+@api.post("/tenants/<string:tenant_id>/tokens", responses=answers(None, 201))
+def post_token(path: TenantPath, body: TokenTerms) -> Response:
+    """Make a token for a tenant; it is shown in this answer and never again."""
+    scopes = None if body.scopes is None else frozenset(body.scopes)
+    made = create_token(
+        the_market(),
+        TokenKind.TENANT,
+        tenant_id=path.tenant_id,
+        scopes=scopes,
+        life_s=body.life_s,
+        label=body.label,
+    )
+    return json_answer(
+        {"token_id": made.token_id, "token": made.text, "scopes": list(made.scopes), "expires_ms": made.expires_ms},
+        HTTPStatus.CREATED,
+    )
+
+
+@api.post("/tokens/<string:token_id>/revoke", responses=answers())
+def post_revoke(path: TokenPath) -> Response:
+    """Revoke a token, at once and for good."""
+    revoke_token(the_market(), path.token_id)
+    return json_answer({"token_id": path.token_id, "revoked": True})
+
+
+@api.post("/users", responses=answers(None, 201))
+def post_user(body: NewUser) -> Response:
+    """Give a person an account for the portal."""
+    user = create_user(the_market(), body.login, body.password, body.role, body.tenant_id)
+    return json_answer(
+        {"user_id": user.user_id, "login": user.login, "role": user.role, "tenant_id": user.tenant_id},
+        HTTPStatus.CREATED,
+    )
+
+
+@api.post("/sites/invite", responses=answers(None, 201))
+def post_invitation(body: Invitation) -> Response:
+    """Invite a site; the join string in this answer works once."""
+    market = the_market()
+    join_string = invite_site(market, body.site_id)
+    expires_ms = market.clock.now_ms() + JOIN_LIFE_S * 1000
+    return json_answer(
+        {"site_id": body.site_id, "join_string": join_string, "expires_ms": expires_ms}, HTTPStatus.CREATED
+    )
+
+
+@api.get("/sites", responses=answers())
+def get_sites(query: PageQuery) -> Response:
+    """List sites with what they offer and how they are heard."""
+    market = the_market()
+    wanted = select(Site).order_by(Site.site_id).limit(query.limit + 1)
+    if query.cursor is not None:
+        wanted = wanted.where(Site.site_id > str(decode_cursor(market, "sites", query.cursor)[0]))
+
+    def work(session: Session) -> dict[str, object]:
+        rows = list(session.scalars(wanted))
+        shown = rows[: query.limit]
+        more = encode_cursor(market, "sites", [shown[-1].site_id]) if len(rows) > len(shown) else None
+        return {"items": [_site_row(session, site) for site in shown], "next_cursor": more}
+
+    return json_answer(market.database.read(work))
+
+
+@api.post("/sites/<string:site_id>/remove", responses=answers())
+def post_remove(path: SitePath) -> Response:
+    """Take a site out of the market for good."""
+    remove_site(the_market(), path.site_id)
+    return json_answer({"site_id": path.site_id, "state": "removed"})
+
+
+@api.post("/freeze", responses=answers())
+def post_freeze(body: FreezeReason) -> Response:
+    """Stop the market from taking anything new; what runs goes on."""
+    return json_answer({"frozen": True, "changed": set_frozen(the_market(), frozen=True, reason=body.reason)})
+
+
+@api.post("/thaw", responses=answers())
+def post_thaw(body: FreezeReason) -> Response:
+    """Let the market take work again."""
+    return json_answer({"frozen": False, "changed": set_frozen(the_market(), frozen=False, reason=body.reason)})
+
+
+@api.get("/audit", responses=answers())
+def get_audit() -> Response:
+    """Recompute the market's promises from its rows; `findings` is empty where all hold."""
+    findings = [finding.as_json() for finding in the_market().database.read(audit)]
+    return json_answer({"sound": not findings, "findings": findings})
+
+
+@api.get("/events", responses=answers(EventPage))
+def get_events(query: PageQuery) -> Response:
+    """List everything that happened in the market, newest first."""
+    market = the_market()
+    wanted = select(Event).order_by(Event.event_id.desc()).limit(query.limit + 1)
+    if query.cursor is not None:
+        wanted = wanted.where(Event.event_id < int(decode_cursor(market, "events", query.cursor)[0]))
+    rows = market.database.read(lambda session: list(session.scalars(wanted)))
+    shown = rows[: query.limit]
+    more = encode_cursor(market, "events", [shown[-1].event_id]) if len(rows) > len(shown) else None
+    return json_answer(EventPage(items=[event_document(event) for event in shown], next_cursor=more))
+
+
+@api.get("/rounds/<int:round_number>/replay", responses=answers())
+def get_replay(path: RoundPath) -> Response:
+    """Solve a stored round again and verify it with code of its own."""
+    return json_answer(replay(the_market(), path.round_number).as_json())
+
+
+@api.get("/ledger", responses=answers())
+def get_ledger(query: PageQuery) -> Response:
+    """Show all balances, which sum to nought, and the newest transfers."""
+    market = the_market()
+    wanted = select(Transfer).order_by(Transfer.created_ms.desc(), Transfer.transfer_id.desc()).limit(query.limit)
+
+    def work(session: Session) -> dict[str, object]:
+        balances = ledger.balances(session)
+        transfers = [
+            {
+                "transfer_id": row.transfer_id,
+                "kind": row.kind,
+                "debit_account": row.debit_account,
+                "credit_account": row.credit_account,
+                "amount_micros": row.amount_micros,
+                "job_id": row.job_id,
+                "created_ms": row.created_ms,
+            }
+            for row in session.scalars(wanted)
+        ]
+        return {"balances_micros": balances, "sum_micros": sum(balances.values()), "transfers": transfers}
+
+    return json_answer(market.database.read(work))
+
+
+def _site_row(session: Session, site: Site) -> dict[str, object]:
+    pools = session.scalars(select(Pool).where(Pool.site_id == site.site_id).order_by(Pool.pool_id))
+    live = session.scalar(
+        select(func.count()).select_from(Lease).where(Lease.site_id == site.site_id, Lease.state != LeaseState.ENDED)
+    )
+    return {
+        "site_id": site.site_id,
+        "state": site.state,
+        "agent_version": site.agent_version,
+        "joined_ms": site.joined_ms,
+        "heard_ms": site.heard_ms,
+        "leases_live": live,
+        "pools": [
+            {
+                "pool_id": pool.pool_id,
+                "gpu_type": pool.gpu_type,
+                "ask_micros_per_gpu_hour": pool.ask_micros_per_gpu_hour,
+            }
+            for pool in pools
+        ],
+    }

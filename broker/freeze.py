@@ -1,0 +1,44 @@
+"""Freeze and thaw: an admin stops the market from taking anything new; what runs goes on.
+
+`market_state.frozen_ms` is what a round looks at too: a frozen market clears no new placement.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from broker.database.tables import MarketState
+from broker.errors import ConflictError
+from broker.market import Market
+from broker.transitions import note_change, record_event
+
+
+class FrozenError(ConflictError):
+    """The market is frozen by its admin: nothing new is taken."""
+
+    code = "market.frozen"
+
+
+def set_frozen(market: Market, *, frozen: bool, reason: str = "") -> bool:
+    """Freeze or thaw the market; return whether that changed anything."""
+    now_ms = market.clock.now_ms()
+
+    def work(session: Session) -> bool:
+        note_change(session)
+        state = session.get_one(MarketState, 1)
+        if (state.frozen_ms is not None) == frozen:
+            return False
+        state.frozen_ms = now_ms if frozen else None
+        record_event(session, "market", now_ms=now_ms, after="frozen" if frozen else "thawed", detail=reason)
+        return True
+
+    changed = market.database.write("freeze", work)
+    market.doorbell.ring_round()
+    return changed
+
+
+def require_open(session: Session) -> None:
+    """Raise FrozenError while the market is frozen."""
+    state = session.get(MarketState, 1)
+    if state is not None and state.frozen_ms is not None:
+        raise FrozenError("the market is frozen by its admin; jobs that run go on, submit again once it is thawed")

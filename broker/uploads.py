@@ -1,0 +1,98 @@
+"""Uploads: chunks into the artifact store, and the row that says what the market holds.
+
+The row is written once the file is whole, so a row never promises a file that is not there. A
+file without a job is forgotten after a while (`broker.retention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy.orm import Session
+
+from broker.artifacts import ArtifactTooLargeError, Progress
+from broker.database.tables import Artifact
+from broker.errors import RefusedError
+from broker.market import Market
+from sites.bundle import BundleLimits, inspect
+from sites.errors import BundleError
+
+# What nobody's job has named by then is swept.
+UNUSED_LIFE_MS: Final = 7 * 86_400 * 1000
+
+
+class WorkdirRefusedError(RefusedError):
+    """A workdir that breaks a rule of bundles; `code` is the rule's own."""
+
+    def __init__(self, error: BundleError) -> None:
+        """Keep the code and the sentence of the rule."""
+        self.code = error.code  # type: ignore[misc]  # one class carries the codes of sites.errors.BundleError's tree
+        super().__init__(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Which artifact a chunk is of, whose upload it is, and where it begins."""
+
+    digest: str
+    owner: str
+    offset: int
+    size_bytes: int
+    bytes_max: int
+
+
+def take_chunk(
+    market: Market, upload: Upload, chunk: bytes, check: Callable[[Market, str], None] | None = None
+) -> Progress:
+    """Add a chunk; with the last one `check` decides whether the whole may stay.
+
+    Raises what `ArtifactStore.append` raises, and what `check` raises: the file is then removed.
+    """
+    if upload.size_bytes > upload.bytes_max:
+        raise ArtifactTooLargeError(
+            f"{upload.size_bytes} bytes are more than the {upload.bytes_max} that are taken here"
+        )
+    store = market.artifacts
+    progress = store.append(
+        upload.digest, chunk, owner=upload.owner, offset=upload.offset, size_bytes=upload.size_bytes
+    )
+    if not progress.complete:
+        return progress
+    known = market.database.read(lambda session: session.get(Artifact, upload.digest))
+    if check is not None:
+        # Also where the file came from elsewhere: a checkpoint of a site is no workdir by that.
+        check(market, upload.digest)
+    if known is None or not known.complete:
+        _keep_row(market, upload.digest, progress.held_bytes)
+    return progress
+
+
+def check_workdir(market: Market, digest: str) -> None:
+    """Refuse a workdir that no site would unpack, and forget it. Raises WorkdirRefusedError."""
+    limits = BundleLimits(packed_bytes_max=market.settings.workdir_bytes_max)
+    try:
+        with market.artifacts.open(digest) as stream:
+            inspect(stream, limits)
+    except BundleError as error:
+        if market.database.read(lambda session: session.get(Artifact, digest)) is None:
+            market.artifacts.discard(digest)
+        raise WorkdirRefusedError(error) from None
+
+
+def _keep_row(market: Market, digest: str, size_bytes: int) -> None:
+    now_ms = market.clock.now_ms()
+
+    def work(session: Session) -> None:
+        session.merge(
+            Artifact(
+                digest=digest,
+                size_bytes=size_bytes,
+                complete=True,
+                created_ms=now_ms,
+                expires_ms=now_ms + UNUSED_LIFE_MS,
+            )
+        )
+
+    market.database.write("artifact", work)
