@@ -86,6 +86,7 @@ class Gateway:
                 continue
             self._renewed.clear()
             role = asyncio.create_task(self._play(view))
+            role.add_done_callback(lambda _: replica.changed.ring())
             try:
                 while replica.view is view and not self._renewed.is_set() and not role.done():
                     await replica.changed.wait(None)

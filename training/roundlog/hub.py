@@ -94,7 +94,12 @@ class Hub:
         replica = self._replica
         if replica.log.promised > view.number or replica.log.behind:
             return None
-        return seal_wait_s(view, self._arrivals_s, replica.clock.monotonic_s())
+        return seal_wait_s(view, self._arrivals_s, replica.clock.monotonic_s(), stateless=self._stateless())
+
+    def _stateless(self) -> set[str]:
+        """Return the sites without an outer state: those that seek a snapshot, this one among them."""
+        own = {self._replica.config.site_id} if self._replica.log.needs_snapshot else set()
+        return self._seeking | own
 
     def _seal(self, view: View) -> None:
         replica = self._replica
@@ -136,7 +141,8 @@ class Hub:
         self._replica.waiting_for = self._waiting_for(view)
 
     def _waiting_for(self, view: View) -> tuple[str, ...]:
-        return tuple(member.site_id for member in view.members if member.site_id not in self._arrivals_s)
+        here = self._stateless() | self._arrivals_s.keys()
+        return tuple(member.site_id for member in view.members if member.site_id not in here)
 
     def _arrived(self, digest: str) -> None:
         """Count every contribution whose blob this is as complete."""

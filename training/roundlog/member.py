@@ -102,7 +102,8 @@ class Follower:
         if replica.log.behind:
             await self._catch_up(link, state)
         elif state.behind:
-            await self._bring_chain(link, state)
+            if self._brings_base():
+                await self._bring_chain(link, state)
         else:
             await self._take_seal(link, state)
             await self._fetch_wanted(link, state)
@@ -142,6 +143,11 @@ class Follower:
             return
         page = await link.chain_page(replica.log.next_page_after())
         replica.extend(page)
+
+    def _brings_base(self) -> bool:
+        """Say whether it falls to this site to bring the hub the base: to its reporter, if it is here."""
+        reporter = self._view.base_reporter
+        return reporter == self._replica.config.site_id or reporter is None or self._view.member(reporter) is None
 
     async def _bring_chain(self, link: HubLink, state: HubState) -> None:
         """Bring the hub the chain that the view's base stands on."""

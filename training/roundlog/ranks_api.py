@@ -42,6 +42,7 @@ class RanksApi:
     def __init__(self, replica: Replica) -> None:
         """Serve `replica`."""
         self._replica = replica
+        self._receiving = asyncio.Lock()
 
     def application(self) -> web.Application:
         """Return the web application for ranks.sock."""
@@ -72,17 +73,10 @@ class RanksApi:
         round_number, fragment = _round(request), _fragment(request)
         if fragment >= FRAGMENTS_MAX:
             raise Refusal(Reason.TOO_LARGE, f"a contribution has at most {FRAGMENTS_MAX} fragments")
-        open_round = replica.log.sealed_round + 1
-        if round_number > open_round:
-            raise Refusal(Reason.ROUND_FUTURE, f"round {open_round} is open, not {round_number}")
-        late = round_number < open_round
+        replica.check_open(round_number)
         part = replica.store.incoming_path()
         await _receive(request, part, replica.config.contribution_bytes_max)
-        if late or round_number <= replica.log.sealed_round:
-            # Sealed without it; the ranks learn that from the manifest and put their work into the carry.
-            part.unlink(missing_ok=True)
-        else:
-            part.replace(replica.store.posted_path(round_number, fragment))
+        replica.take_fragment(round_number, fragment, part)
         return web.Response(status=204)
 
     async def _commit(self, request: web.Request) -> web.Response:
@@ -139,8 +133,11 @@ class RanksApi:
         if manifest_hash is None or round_number > replica.log.applied_round:
             raise Refusal(Reason.ROUND_UNSEALED, f"round {round_number} was not applied here")
         outer_hash = replica.log.outer_hash if round_number == replica.log.applied_round else None
-        part = replica.store.incoming_path()
-        digest, size = await _receive(request, part, replica.config.snapshot_bytes_max)
+        if self._receiving.locked():
+            raise Refusal(Reason.BUSY, "a snapshot is being received already; one at a time")
+        async with self._receiving:
+            part = replica.store.incoming_path()
+            digest, size = await _receive(request, part, replica.config.snapshot_bytes_max)
         replica.blobs.take(part, digest)
         replica.offer_snapshot(
             SnapshotNote(

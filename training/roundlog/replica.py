@@ -165,12 +165,31 @@ class Replica:
         self.log.needs_snapshot = True
         self._moved()
 
+    def take_fragment(self, round_number: int, fragment: int, path: Path) -> None:
+        """Move a posted fragment into its place. Raises Refusal where the site's fragments grow too large.
+
+        One for a round that is sealed already is forgotten: the ranks learn from the manifest that
+        the round went without them, and put their work into the carry.
+        """
+        if not self.check_open(round_number):
+            path.unlink()
+            return
+        place = self.store.posted_path(round_number, fragment)
+        posted = sum(other.stat().st_size for other in place.parent.iterdir() if other != place)
+        if posted + path.stat().st_size > self.config.contribution_bytes_max:
+            path.unlink()
+            message = (
+                f"the fragments of round {round_number} exceed the job's {self.config.contribution_bytes_max} bytes"
+            )
+            raise Refusal(Reason.TOO_LARGE, message)
+        path.replace(place)
+
     async def commit(self, round_number: int, request: CommitRequest) -> None:
         """Join the posted fragments of a round into the site's contribution. Raises Refusal.
 
         A round that is sealed already went without this site: the commit is taken and forgotten.
         """
-        if self._late(round_number):
+        if not self.check_open(round_number):
             return
         paths = [self.store.posted_path(round_number, fragment) for fragment in range(request.fragments)]
         joined = self.store.incoming_path()
@@ -184,7 +203,7 @@ class Replica:
             size_bytes=sum(part.size_bytes for part in parts),
             fragments=parts,
         )
-        if self._late(round_number) or (self.own is not None and self.own.round_number == round_number):
+        if not self.check_open(round_number) or (self.own is not None and self.own.round_number == round_number):
             joined.unlink()
             if self.own is not None and self.own.round_number == round_number and self.own != own:
                 message = f"round {round_number} was committed with other content; a contribution never changes"
@@ -194,12 +213,12 @@ class Replica:
         self.own = own
         self._moved()
 
-    def _late(self, round_number: int) -> bool:
-        """Say whether a round is sealed already. Raises Refusal where it is not even open."""
+    def check_open(self, round_number: int) -> bool:
+        """Say whether a round is open: False where it is sealed. Raises Refusal where it is yet to open."""
         if round_number > self.log.sealed_round + 1:
             message = f"round {round_number} cannot be open: round {self.log.sealed_round + 1} is not sealed"
             raise Refusal(Reason.ROUND_FUTURE, message)
-        return round_number <= self.log.sealed_round
+        return round_number > self.log.sealed_round
 
     def own_contribution(self) -> Contribution | None:
         """Return the site's contribution to the open round, signed for the current view, or None."""

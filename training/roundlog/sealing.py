@@ -2,12 +2,14 @@
 
 A round is sealed at once when every member's contribution is complete, or when a quorum is and
 the view's grace has passed since the quorum was met. Synchronous training is a quorum of all.
+A site that joins and still lacks the outer state is not waited for; the others seal on, see it in
+the view, and offer the snapshot that it needs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from training.roundlog.contribution import Contribution
@@ -26,16 +28,21 @@ class Choice:
     equivocations: tuple[Equivocation, ...]
 
 
-def seal_wait_s(view: View, arrivals_s: Mapping[str, float], now_s: float) -> float | None:
+def seal_wait_s(
+    view: View, arrivals_s: Mapping[str, float], now_s: float, *, stateless: Collection[str] = ()
+) -> float | None:
     """Return how long the hub still waits before it seals: 0 for now, None for more contributions.
 
     `arrivals_s` maps each site to the monotonic second at which its contribution was complete.
+    Sites in `stateless` have no outer state yet and cannot contribute: nobody waits for them.
     """
-    if len(arrivals_s) == len(view.members):
-        return 0.0
-    if len(arrivals_s) < view.quorum:
+    expected = {member.site_id for member in view.members if member.site_id not in stateless}
+    quorum = min(view.quorum, len(expected))
+    if quorum == 0 or len(arrivals_s) < quorum:
         return None
-    quorum_met_s = sorted(arrivals_s.values())[view.quorum - 1]
+    if expected <= arrivals_s.keys():
+        return 0.0
+    quorum_met_s = sorted(arrivals_s.values())[quorum - 1]
     return max(0.0, quorum_met_s + view.grace_s - now_s)
 
 

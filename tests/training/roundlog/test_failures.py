@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -136,6 +137,39 @@ def test_joiner_starts_from_a_peers_snapshot_and_the_rounds_after_it(federation:
     assert three.control.status().outer_hash == one.control.status().outer_hash
     run_round(3, one, two, three)
     assert len(chain_hashes(one, two, three)) == 1
+
+
+def test_others_seal_on_until_the_joiner_has_its_state(federation: Federation, tmp_path: Path) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz")
+    federation.open(one, two, hub=one)
+    run_round(1, one, two)
+    # No snapshot was offered so far: a quorum of all three would wait for cadiz for ever.
+    federation.reopen(one, two, three, hub=one, promised=(one, two))
+    here, _ = run_round(2, one, two)
+    assert "cadiz" in [seat.site_id for seat in here.members]
+    state = tmp_path / "state"
+    state.write_bytes(b"outer state after round 2")
+    one.client.offer_snapshot(2, str(state))
+    assert three.client.fetch_snapshot(str(tmp_path / "fetched")) == 2
+    assert len(run_round(3, one, two, three)[0].entries) == 3
+
+
+def test_resumed_job_goes_on_from_its_checkpoint(federation: Federation) -> None:
+    (one,) = federation.start("aachen", listens=False)
+    view = federation.view(one, hub=one)
+    federation.install(view.model_copy(update={"base_round": 7, "base_hash": OUTER}))
+    position = one.client.position()
+    assert (position.base_round, position.base_hash, position.needs_snapshot) == (7, OUTER, False)
+    run_round(8, one)
+    assert one.control.status().sealed_round == 8
+
+
+def test_fragments_beyond_the_jobs_limit_are_refused(federation: Federation) -> None:
+    (one,) = federation.start("aachen", listens=False)
+    federation.open(one, hub=one)
+    for fragment, code in ((0, None), (1, "too_large"), (0, None)):
+        with contextlib.nullcontext() if code is None else pytest.raises(ExchangeRefusedError, match="exceed"):
+            one.client.post_fragment(1, fragment, bytes(50_000_000))
 
 
 def test_new_hub_that_just_joined_gets_chain_and_snapshot_from_a_member(federation: Federation, tmp_path: Path) -> None:
