@@ -9,7 +9,7 @@ whose own traffic exceeds a link, or that cannot meet the deadline, does not exi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 
@@ -66,12 +66,13 @@ class Candidate:
 
 def columns(market: Market, job: JobState) -> list[Column]:
     """Return the columns of a job that could ever be worth placing, in a fixed order."""
-    kept = job.job_id in market.kept
-    return [
-        candidate.column
-        for candidate in candidates(market, job)
-        if candidate.column is not None and (candidate.column.worth > 0 or (kept and candidate.column.action == "keep"))
-    ]
+    return worthwhile(candidates(market, job))
+
+
+def worthwhile(looked_at: Sequence[Candidate]) -> list[Column]:
+    """Return the columns among candidates that gain something at the asks, and every place that is kept."""
+    found = [candidate.column for candidate in looked_at if candidate.column is not None]
+    return [column for column in found if column.worth > 0 or column.action == "keep"]
 
 
 def candidates(market: Market, job: JobState) -> list[Candidate]:

@@ -6,9 +6,9 @@ what would change it, a bid or a relaxed request, true at this round's prices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from broker.allocation.candidates import Candidate, Column, candidates
+from broker.allocation.candidates import Candidate, Column
 from broker.allocation.clearing import Unplaced, UnplacedCode
 from broker.allocation.market import Market
 from broker.allocation.prices import Prices
@@ -40,7 +40,9 @@ def why_placed(market: Market, prices: Prices, column: Column) -> str:
     )
 
 
-def unplaced(market: Market, prices: Prices, placed: Sequence[Column]) -> list[Unplaced]:
+def unplaced(
+    market: Market, looked_at: Mapping[str, Sequence[Candidate]], prices: Prices, placed: Sequence[Column]
+) -> list[Unplaced]:
     """Return one row for every job that has no placement."""
     holders = {column.job.job_id for column in placed}
     free = {pool_id: pool.capacity_gpus for pool_id, pool in market.pools.items()}
@@ -48,13 +50,24 @@ def unplaced(market: Market, prices: Prices, placed: Sequence[Column]) -> list[U
         for part in column.configuration.parts:
             free[part.pool_id] -= part.gpus
     equity = market.snapshot.market_equity_micros - sum(uplift_cost(prices, column) for column in placed)
-    return [_why_not(market, job, prices, free, equity) for job in market.jobs if job.job_id not in holders]
+    return [
+        _why_not(market, job, looked_at[job.job_id], prices, free=free, equity=equity)
+        for job in market.jobs
+        if job.job_id not in holders
+    ]
 
 
-def _why_not(market: Market, job: JobState, prices: Prices, free: dict[str, int], equity: int) -> Unplaced:
+def _why_not(
+    market: Market,
+    job: JobState,
+    looked_at: Sequence[Candidate],
+    prices: Prices,
+    *,
+    free: dict[str, int],
+    equity: int,
+) -> Unplaced:
     if job.samples_left == 0:
         return _row(job, "finished", "all its samples are done; it needs no GPUs", None)
-    looked_at = candidates(market, job)
     if not looked_at:
         sentence = never_possible(job, market.snapshot.pools, market.snapshot.sites, market.snapshot.links)
         fallback = "no pool that it accepts has enough GPUs this round; wait, or accept others"

@@ -128,6 +128,7 @@ class _Face:
         self._place.update({("job", job_id): len(self._rents) + i for i, job_id in enumerate(self._jobs)})
         self._capacity = np.array([capacity[row] for row in self._rents], dtype=float)
         self._in_use = [x > IN_USE for x in solution.x]
+        self._uses = [self._entries(column) for column in columns]
         self._placed = [column for column in placed if column.action != "keep"]
 
     def point(self) -> tuple[dict[str, float], dict[Pair, float], int]:
@@ -175,7 +176,7 @@ class _Face:
         highs.addVars(len(lower), lower, np.full(len(lower), highspy.kHighsInf))
         for offset, column in enumerate(self._placed):
             # make-whole + charge_max >= asks + rents x use
-            indices, use = self._uses(column)
+            indices, use = self._entries(column)
             indices.append(len(self._lower) + offset)
             floor = (column.asks - max(0, column.charge_max)) / self._unit
             highs.addRow(
@@ -187,7 +188,7 @@ class _Face:
             )
         return highs
 
-    def _uses(self, column: Column) -> tuple[list[int], list[float]]:
+    def _entries(self, column: Column) -> tuple[list[int], list[float]]:
         uses: list[tuple[str | Pair, int]] = [(part.pool_id, part.gpus) for part in column.configuration.parts]
         uses += column.shares
         found = [(self._place["rent", row], float(use)) for row, use in uses if ("rent", row) in self._place]
@@ -195,7 +196,7 @@ class _Face:
 
     def _add_row(self, highs: _Highs, index: int) -> None:
         column = self._columns[index]
-        indices, use = self._uses(column)
+        indices, use = (list(entries) for entries in self._uses[index])
         surplus = self._place.get(("job", column.job.job_id))
         if surplus is not None:
             indices.append(surplus)
@@ -241,8 +242,7 @@ class _Face:
         for index, column in enumerate(self._columns):
             if index in inside:
                 continue
-            indices, use = self._uses(column)
-            paid = sum(values[place] * amount for place, amount in zip(indices, use, strict=True))
+            paid = sum(values[place] * amount for place, amount in zip(*self._uses[index], strict=True))
             surplus = self._place.get(("job", column.job.job_id))
             excess = column.worth / self._unit - paid - (values[surplus] if surplus is not None else 0.0)
             if excess > worst.get(column.job.job_id, (VIOLATION * 10, -1))[0]:

@@ -7,12 +7,12 @@ with a certificate. Nothing reads a clock, a file or a random number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import highspy
 
-from broker.allocation.candidates import Column, columns
+from broker.allocation.candidates import Candidate, Column, candidates, worthwhile
 from broker.allocation.clearing import (
     Certificate,
     Clearing,
@@ -46,14 +46,15 @@ def clear(snapshot: Snapshot) -> Clearing:
     our own check; then the round should be recorded as failed and the snapshot kept.
     """
     market = open_market(snapshot)
-    every = [column for job in market.jobs for column in columns(market, job)]
+    looked_at = {job.job_id: candidates(market, job) for job in market.jobs}
+    every = [column for found in looked_at.values() for column in worthwhile(found)]
     solution = solve(market, build(market, every))
     duals = _dual_prices(market, solution)
     best = repair(market, every, duals, uplift_limited=False)
     prices = canonical_prices(market, every, solution, best.placed)
     if sum(uplift_cost(prices, column) for column in best.placed) > snapshot.market_equity_micros:
         best = repair(market, every, prices, uplift_limited=True)
-    return _written(market, every, solution, prices, best)
+    return _written(market, looked_at, every, solution, prices=prices, best=best)
 
 
 def solver_version() -> str:
@@ -73,7 +74,15 @@ def _dual_prices(market: Market, solution: Solution) -> Prices:
     )
 
 
-def _written(market: Market, every: Sequence[Column], solution: Solution, prices: Prices, best: Repaired) -> Clearing:
+def _written(
+    market: Market,
+    looked_at: Mapping[str, Sequence[Candidate]],
+    every: Sequence[Column],
+    solution: Solution,
+    *,
+    prices: Prices,
+    best: Repaired,
+) -> Clearing:
     snapshot = market.snapshot
     placements = tuple(_placement(market, prices, column) for column in best.placed)
     by_id = sorted(placements, key=lambda placement: placement.job_id)
@@ -90,7 +99,7 @@ def _written(market: Market, every: Sequence[Column], solution: Solution, prices
             if price
         ),
         placements=tuple(by_id),
-        unplaced=tuple(sorted(unplaced(market, prices, best.placed), key=lambda row: row.job_id)),
+        unplaced=tuple(sorted(unplaced(market, looked_at, prices, best.placed), key=lambda row: row.job_id)),
         transfers=_transfers(market, prices),
         certificate=certificate,
         effort=Effort(
