@@ -148,9 +148,11 @@ class BlobStore:
                 return True
             part = self._part(digest)
             try:
-                await asyncio.to_thread(_check_digest, part, digest)
+                # Both read the whole file; hashing leaves the interpreter lock, so they run side by side.
+                checks = [asyncio.to_thread(_check_digest, part, digest)]
                 if check is not None:
-                    await asyncio.to_thread(check, part)
+                    checks.append(asyncio.to_thread(check, part))
+                await asyncio.gather(*checks)
             except (Refusal, FileNotFoundError):
                 self._abandon(digest)
                 raise
