@@ -70,9 +70,14 @@ def columns(market: Market, job: JobState) -> list[Column]:
 
 
 def worthwhile(looked_at: Sequence[Candidate]) -> list[Column]:
-    """Return the columns among candidates that gain something at the asks, and every place that is kept."""
+    """Return the columns of one job that gain something at the asks; all of them for a kept job.
+
+    A kept job has no way to stay out, so even its losses compete with one another.
+    """
     found = [candidate.column for candidate in looked_at if candidate.column is not None]
-    return [column for column in found if column.worth > 0 or column.action == "keep"]
+    if any(column.action == "keep" for column in found):
+        return found
+    return [column for column in found if column.worth > 0]
 
 
 def candidates(market: Market, job: JobState) -> list[Candidate]:
