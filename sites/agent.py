@@ -1,0 +1,382 @@
+"""The agent: one loop that says what is, hears what should be, and does the difference.
+
+    attend   step every attempt of the journal
+    tick     attend, send a heartbeat, apply the answer
+
+An agent may be killed at any instruction: it starts again from the journal and from the folders of
+its runs. Liveness counts from when a heartbeat was *sent* and is renewed only by its answer; the
+wardens hold the deadline, so nothing depends on this process being alive.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from typing import Final, TextIO
+
+import structlog
+
+from sites import inventory
+from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
+from sites.attempts import Attempt, Services
+from sites.client import Broker
+from sites.drivers.process import ProcessDriver
+from sites.errors import AgentRunningError, IdentityError, RequestRefusedError, SiteError
+from sites.identity import Identity
+from sites.journal import AttemptKey, AttemptRecord, Journal
+from sites.leases import (
+    Action,
+    Confirm,
+    Disown,
+    House,
+    Refuse,
+    Release,
+    Renew,
+    Standing,
+    Start,
+    Steer,
+    Stop,
+    Withdraw,
+    decide,
+)
+from sites.protocol import (
+    AttemptPhase,
+    Confirmation,
+    ExitCause,
+    Heartbeat,
+    HeartbeatAnswer,
+    LeaseOrder,
+    LeasePhase,
+    Veto,
+)
+from sites.settings import ListenSettings, SiteSettings
+from training.clock import Clock
+from training.roundlog.signing import public_hex
+
+TRANSFER_THREADS: Final = 4
+# How often attempts are looked at between heartbeats.
+ATTEND_INTERVAL_S: Final = 0.2
+# What has just happened is said at once, but a circle of news may not become a flood of requests.
+NEWS_INTERVAL_S: Final = 0.2
+END_ATTEMPTS_S: Final = 30.0
+DRAINING_FILE: Final = "draining"
+
+_log = structlog.get_logger(__name__)
+
+
+class Agent:
+    """The agent of one site."""
+
+    def __init__(self, settings: SiteSettings, identity: Identity, broker: Broker, clock: Clock) -> None:
+        """Take the site's folder and all that runs in it over. Raises AgentRunningError where one is at work."""
+        if identity.site_id != settings.site_id:
+            raise IdentityError(
+                f"the folder belongs to site {identity.site_id}, the settings to {settings.site_id}; give each its own"
+            )
+        self._settings = settings
+        self._identity = identity
+        self._broker = broker
+        self._clock = clock
+        self._lock = _locked(settings)
+        self._journal = Journal(settings.folder / "journal.sqlite3")
+        self._threads = ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer")
+        local = ProcessDriver(settings.python, clock)
+        self._services = Services(
+            settings=settings,
+            surroundings=Surroundings(identity.site_id, identity.authority_key, identity.ca_pem),
+            clock=clock,
+            journal=self._journal,
+            broker=broker,
+            driver=local,
+            local=local,
+            threads=self._threads,
+        )
+        for name in ("attempts", "artifacts", "setups"):
+            (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
+        self._measured = inventory.measure(settings)
+        self._boot = secrets.token_hex(8)
+        self._version = metadata.version("hansa") if _is_installed() else "checkout"
+        self._attempts = {record.key: self._attempt(record) for record in self._journal.attempts()}
+        self._told: dict[AttemptKey, object] = {}
+        self.heartbeat_s = identity.heartbeat_s
+        self.wake = threading.Event()
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set. Attempts go on afterwards, until their liveness ends."""
+        next_s = self._clock.monotonic_s()
+        while not stop.is_set():
+            self.attend()
+            now_s = self._clock.monotonic_s()
+            if (
+                self.wake.is_set()
+                or now_s >= next_s
+                or (self._has_news() and now_s >= next_s - self.heartbeat_s + NEWS_INTERVAL_S)
+            ):
+                self.wake.clear()
+                self.tick()
+                next_s = now_s + self.heartbeat_s
+            stop.wait(ATTEND_INTERVAL_S)
+
+    def tick(self) -> bool:
+        """Send one heartbeat and apply its answer; False where none came."""
+        self.attend()
+        heartbeat = self._heartbeat()
+        sent_s = self._clock.monotonic_s()
+        try:
+            answer = self._broker.heartbeat(heartbeat)
+        except RequestRefusedError as error:
+            _log.error("heartbeat.refused", code=error.problem_code, detail=error.detail)
+            return False
+        except SiteError as error:
+            _log.warning("heartbeat.unanswered", code=error.code, detail=str(error))
+            return False
+        self._told = {report.key: _news(report) for report in self._records()}
+        self._apply(answer, sent_s)
+        self.attend()
+        return True
+
+    def attend(self) -> None:
+        """Step every attempt."""
+        for key, attempt in sorted(self._attempts.items()):
+            attempt.step()
+            if attempt.is_forgettable:
+                self._forget(key, attempt)
+
+    def end_attempts(self) -> None:
+        """End every attempt and say so to the broker, as when the operator takes the host away."""
+        for attempt in self._attempts.values():
+            attempt.stop(ExitCause.SITE, "the operator stopped the site's agent")
+        give_up_s = self._clock.monotonic_s() + END_ATTEMPTS_S
+        pause = threading.Event()
+        while not self.is_idle and self._clock.monotonic_s() < give_up_s:
+            self.attend()
+            pause.wait(ATTEND_INTERVAL_S)
+        self.tick()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no rank of any attempt lives."""
+        return all(attempt.record.is_over for attempt in self._attempts.values())
+
+    @property
+    def records(self) -> list[AttemptRecord]:
+        """All attempts as they stand."""
+        return self._records()
+
+    def close(self) -> None:
+        """Let go of the folder; what runs goes on under its wardens."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._journal.close()
+        self._lock.close()
+
+    # -- what is -------------------------------------------------------------------------------
+
+    def _heartbeat(self) -> Heartbeat:
+        for attempt in self._attempts.values():
+            attempt.cut_usage()
+        return Heartbeat(
+            agent_version=self._version[:40],
+            boot=self._boot,
+            offer=inventory.offer(self._settings, self._measured, draining=self._is_draining()),
+            # A lease that runs here is confirmed already; saying it again would only be noise.
+            confirmations=tuple(
+                item for key, item in self._journal.confirmations().items() if key not in self._attempts
+            ),
+            vetoes=tuple(self._journal.vetoes().values()),
+            attempts=tuple(attempt.report() for _, attempt in sorted(self._attempts.items())),
+            usage=tuple(self._journal.usage()),
+            renewal_csr_pem=self._identity.renewal_csr_pem(),
+        )
+
+    def _has_news(self) -> bool:
+        return any(self._told.get(record.key) != _news(record) for record in self._records())
+
+    def _records(self) -> list[AttemptRecord]:
+        return [attempt.record for _, attempt in sorted(self._attempts.items())]
+
+    def _is_draining(self) -> bool:
+        return (self._settings.folder / DRAINING_FILE).exists()
+
+    # -- what should be ------------------------------------------------------------------------
+
+    def _apply(self, answer: HeartbeatAnswer, sent_s: float) -> None:
+        self.heartbeat_s = answer.heartbeat_s
+        if answer.certificate_pem is not None:
+            try:
+                self._identity.replace_certificate(answer.certificate_pem)
+            except IdentityError as error:
+                _log.error("certificate.refused", detail=str(error))
+        for lease_id, sequence in answer.usage_acknowledged.items():
+            self._journal.acknowledge(lease_id, sequence)
+        for refusal in answer.refusals:
+            self._take_refusal(refusal.lease_id, refusal.code, refusal.detail)
+        standing = Standing(
+            attempts={record.key: record for record in self._records()},
+            confirmed=frozenset(self._journal.confirmations()),
+            vetoed=frozenset(self._journal.vetoes()),
+            epochs=self._journal.epochs(),
+        )
+        actions = decide(answer.leases, standing, self._house())
+        for order in answer.leases:
+            if order.phase is not LeasePhase.ENDED:
+                self._journal.fence(order.job_id, order.epoch)
+        for action in actions:
+            self._do(action, sent_s)
+
+    def _do(self, action: Action, sent_s: float) -> None:  # noqa: C901 - one line for each kind of action
+        match action:
+            case Confirm(order):
+                self._confirm(order)
+            case Refuse(order, code, reason):
+                veto = Veto(lease_id=order.lease_id, epoch=order.epoch, code=code, reason=reason)
+                self._journal.reply(order.job_id, veto)
+                self.wake.set()
+            case Withdraw(key):
+                self._journal.forget_reply(key)
+                if key not in self._attempts:
+                    shutil.rmtree(AttemptFolder.of(self._settings.folder, key).root, ignore_errors=True)
+            case Start(order):
+                deadline_s = sent_s + order.liveness_s
+                self._begin(_record(order).model_copy(update={"deadline_s": deadline_s, "era": self._clock.era()}))
+                if order.attempt is not None:
+                    steer = Steer(
+                        (order.lease_id, order.epoch),
+                        order.attempt.view,
+                        order.attempt.promise,
+                        order.attempt.certificate_pem,
+                    )
+                    self._attempts[order.lease_id, order.epoch].steer(steer)
+            case Disown(order, cause, detail):
+                over = {"order": None, "phase": AttemptPhase.EXITED, "cause": cause, "detail": detail}
+                self._begin(_record(order).model_copy(update=over))
+                self.wake.set()
+            case Renew(key, liveness_s):
+                self._attempts[key].renew(sent_s + liveness_s)
+            case Steer(key):
+                self._attempts[key].steer(action)
+            case Stop(key, cause):
+                self._attempts[key].stop(cause, "the broker ended the lease")
+            case Release(key, gone):
+                self._attempts[key].release(gone=gone)
+
+    def _confirm(self, order: LeaseOrder) -> None:
+        key = (order.lease_id, order.epoch)
+        attempt_key, csr_pem = make_credentials(
+            AttemptFolder.of(self._settings.folder, key), order.job_id, order.epoch, self._identity.site_id
+        )
+        address = None
+        if self._settings.listen is not None:
+            taken = {item.gateway_address for item in self._journal.confirmations().values()}
+            address = _free_address(self._settings.listen, taken)
+        confirmation = Confirmation(
+            lease_id=order.lease_id,
+            epoch=order.epoch,
+            attempt_key=public_hex(attempt_key),
+            csr_pem=csr_pem,
+            gateway_address=address,
+        )
+        self._journal.reply(order.job_id, confirmation)
+        self.wake.set()
+
+    def _begin(self, record: AttemptRecord) -> None:
+        self._journal.save(record)
+        self._attempts[record.key] = self._attempt(record)
+        _log.info("attempt.begun", lease=record.lease_id, epoch=record.epoch, job=record.job_id, phase=record.phase)
+
+    def _attempt(self, record: AttemptRecord) -> Attempt:
+        listen = None
+        confirmation = self._journal.confirmations().get(record.key)
+        if self._settings.listen is not None and confirmation is not None and confirmation.gateway_address:
+            port = confirmation.gateway_address.rpartition(":")[2]
+            listen = f"{self._settings.listen.bind or self._settings.listen.host}:{port}"
+        return Attempt(record, self._services, listen)
+
+    def _forget(self, key: AttemptKey, attempt: Attempt) -> None:
+        self._journal.forget(key)
+        self._journal.forget_reply(key)
+        shutil.rmtree(attempt.folder.root, ignore_errors=True)
+        del self._attempts[key]
+        _log.info("attempt.forgotten", lease=key[0], epoch=key[1], cause=attempt.record.cause)
+
+    def _take_refusal(self, lease_id: str, code: str, detail: str) -> None:
+        """Take the broker's word that it will never accept an item, so that it is not said for ever."""
+        _log.warning("item.refused", lease=lease_id, code=code, detail=detail)
+        if code in FINAL_REFUSALS or lease_id not in {key[0] for key in self._attempts}:
+            dropped = self._journal.drop_usage(lease_id)
+            if dropped:
+                _log.error("usage.dropped", lease=lease_id, rows=dropped, code=code)
+
+    def _house(self) -> House:
+        return House(
+            gpu_ids={pool.gpu_type: frozenset(pool.gpu_ids) for pool in self._settings.pools},
+            asks={pool.gpu_type: pool.ask for pool in self._settings.pools},
+            policy=self._settings.policy,
+            draining=self._is_draining(),
+        )
+
+
+# Codes of the broker after which a lease's usage can never be taken.
+FINAL_REFUSALS: Final = frozenset({"request.not_found", "lease.stale_epoch", "usage.refused", "usage.conflict"})
+
+
+def _record(order: LeaseOrder) -> AttemptRecord:
+    return AttemptRecord(
+        lease_id=order.lease_id,
+        epoch=order.epoch,
+        job_id=order.job_id,
+        tenant_id=order.tenant_id,
+        gpu_type=order.gpu_type,
+        gpu_ids=order.gpu_ids,
+        order=order.attempt,
+    )
+
+
+def _news(record: AttemptRecord) -> object:
+    """Return what of an attempt the broker should hear at once when it changes."""
+    return record.phase, record.promise, record.checkpoint
+
+
+def _free_address(listen: ListenSettings, taken: set[str | None]) -> str | None:
+    """Return an address for one more gateway, None where every port is in use: it then only dials out."""
+    bind = (listen.bind or listen.host).strip("[]")
+    first, last = listen.ports or (0, 0)
+    for port in range(first, last + 1):
+        address = f"{listen.host}:{port}"
+        if address in taken:
+            continue
+        with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((bind, port))
+            except OSError:
+                continue
+            return f"{listen.host}:{probe.getsockname()[1]}"
+    return None
+
+
+def _locked(settings: SiteSettings) -> TextIO:
+    lock = (settings.folder / "agent.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise AgentRunningError(f"an agent works in {settings.folder} already; stop it first") from None
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _is_installed() -> bool:
+    try:
+        metadata.version("hansa")
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,466 @@
+"""Step 5 at the site: one attempt from its files to its end, as a machine that is stepped.
+
+    PREPARING  files are fetched and unpacked           (a transfer thread)
+    SETUP      the job's setup runs alone               (no gateway, no credentials)
+    RUNNING    the gateway, and the ranks beside it
+    STOPPING   the ranks are dead; what they left goes to the broker
+    EXITED     reported until the broker has done with the lease; after `done` the gateway stays
+               till then, because other sites may still fetch the last round from it
+
+`step` looks at what is and moves on; it may be called at any time, by an agent that has just
+started too: every phase is in the journal before anything of it is done, and every run is found
+again by its folder.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import training
+from sites import metering
+from sites.attempt_folder import AttemptFolder, Surroundings, write_attempt
+from sites.client import Broker
+from sites.drivers.interface import Driver, EndCause, Limits, Run, RunPhase, RunState
+from sites.drivers.process import ProcessDriver
+from sites.errors import BrokerConnectionError, BundleError, SiteError
+from sites.gateway import Gateway
+from sites.journal import AttemptRecord, Journal
+from sites.leases import Steer
+from sites.preparation import Prepared, keep_setup, prepare
+from sites.protocol import AttemptPhase, AttemptReport, ExitCause, GatewayReport
+from sites.settings import SiteSettings
+from sites.shipping import Shipped, ship
+from training.attempt import ATTEMPT_ENVIRONMENT
+from training.clock import Clock
+from training.roundlog.control import GatewayStatus
+from training.spec import JobSpec, split_run
+
+# training.launch: the round log was lost for longer than the job's patience (EX_TEMPFAIL).
+EXIT_EXCHANGE: Final = 75
+SHIP_INTERVAL_S: Final = 1.0
+RETRY_S: Final = 2.0
+# How long the leavings of an attempt may take to reach the broker before its end is reported anyway.
+DELIVERY_DONE_S: Final = 600.0
+DELIVERY_BROKEN_S: Final = 15.0
+_GB: Final = 1_000_000_000
+_DETAIL_LENGTH_MAX: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every attempt of a site works with."""
+
+    settings: SiteSettings
+    surroundings: Surroundings
+    clock: Clock
+    journal: Journal
+    broker: Broker
+    driver: Driver
+    local: ProcessDriver
+    threads: Executor
+
+
+class Attempt:
+    """One attempt at this site."""
+
+    def __init__(self, record: AttemptRecord, services: Services, listen: str | None) -> None:
+        """Take up the attempt where `record` says that it stands; `listen` is its gateway's host:port."""
+        self.record = record
+        self.gone = False
+        self._services = services
+        self._listen = listen
+        self._folder = AttemptFolder.of(services.settings.folder, record.key)
+        self._gateway = Gateway(
+            self._folder,
+            services.local,
+            services.clock,
+            python=services.settings.python,
+            environment=_own_environment(services.settings.python),
+        )
+        self._preparing: Future[Prepared] | None = None
+        self._shipping: Future[Shipped] | None = None
+        self._retry_at_s = 0.0
+        self._ship_at_s = 0.0
+        self._deliver_until_s: float | None = None
+        self._is_final_step = False
+        self._is_delivered = False
+        self._steer: Steer | None = None
+        self._installed: tuple[str, int] | None = None
+
+    def step(self) -> None:
+        """Do what can be done now."""
+        if self.record.order is None:
+            return  # a lease that never ran here: there is only its end to report
+        if not self.record.is_over and self._is_expired():
+            self.stop(ExitCause.EXPIRED, "the broker was not heard within the lease's liveness")
+        self._collect_shipped()
+        {
+            AttemptPhase.PREPARING: self._prepare,
+            AttemptPhase.SETUP: self._set_up,
+            AttemptPhase.RUNNING: self._run,
+            AttemptPhase.STOPPING: self._deliver,
+            AttemptPhase.EXITED: self._linger,
+        }[self.record.phase]()
+
+    def renew(self, deadline_s: float) -> None:
+        """Let the attempt live until `deadline_s` on the monotonic clock."""
+        self._save(deadline_s=deadline_s, era=self._services.clock.era())
+        for name in ("setup", "ranks"):
+            if not self._poll(name).is_over:
+                self._services.driver.renew(self._folder.run(name), deadline_s)
+        self._gateway.renew(self.record.gateway_run, deadline_s)
+
+    def steer(self, wanted: Steer) -> None:
+        """Hand what the broker wants of the gateway over as soon as the gateway answers."""
+        self._steer = wanted
+
+    def stop(self, cause: ExitCause, detail: str = "") -> None:
+        """End the ranks; the first cause stands."""
+        if self.record.stop is None and not self.record.is_over:
+            self._save(stop=cause, detail=detail[:_DETAIL_LENGTH_MAX])
+
+    def release(self, *, gone: bool) -> None:
+        """Let the gateway end: the broker has done with the lease; `gone` when it no longer names it."""
+        self.gone = gone
+        if not self.record.released:
+            self._save(released=True)
+
+    def report(self) -> AttemptReport:
+        """Return the attempt's state for the heartbeat."""
+        record = self.record
+        status = self._status()
+        return AttemptReport(
+            lease_id=record.lease_id,
+            epoch=record.epoch,
+            phase=record.phase,
+            cause=record.cause if record.is_over else None,
+            exit_code=record.exit_code,
+            detail=record.detail,
+            gateway=None if status is None else _gateway_report(status),
+            promise=record.promise,
+            checkpoint=record.checkpoint,
+            outputs=record.outputs,
+        )
+
+    def cut_usage(self) -> None:
+        """Put what was delivered since the last usage row into a new one."""
+        if self.record.order is None:
+            return
+        now = metering.delivered(
+            self.record, self._poll("ranks").running_s, self._status(), self._services.surroundings.site_id
+        )
+        row = metering.cut(self.record, now)
+        if row is not None:
+            self.record = row[0]
+            self._services.journal.cut(*row)
+
+    @property
+    def is_forgettable(self) -> bool:
+        """Whether nothing of the attempt is left to do, to report or to end."""
+        busy = any(future is not None and not future.done() for future in (self._preparing, self._shipping))
+        return (
+            self.gone
+            and self.record.is_over
+            and not busy
+            and (self.record.order is None or self._gateway.is_over(self.record.gateway_run))
+        )
+
+    @property
+    def folder(self) -> AttemptFolder:
+        """Where the attempt's files lie."""
+        return self._folder
+
+    # -- one method for each phase -------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        services = self._services
+        if self._preparing is None:
+            if self.record.stop is not None:
+                self._conclude(self.record.stop)
+            elif services.clock.monotonic_s() >= self._retry_at_s:
+                cache_bytes_max = int(services.settings.limits.artifact_cache_gb * _GB)
+                self._preparing = services.threads.submit(
+                    prepare, services.broker, services.settings.folder, self._folder, self.record, cache_bytes_max
+                )
+            return
+        if not self._preparing.done():
+            return
+        future, self._preparing = self._preparing, None
+        try:
+            prepared = future.result()
+            write_attempt(
+                self._folder,
+                self.record,
+                services.surroundings,
+                listen=self._listen,
+                resume_from=prepared.resume_from,
+            )
+        except BundleError as error:
+            self._conclude(ExitCause.BUNDLE, detail=f"{error.code}: {error}")
+        except BrokerConnectionError:
+            self._retry_at_s = services.clock.monotonic_s() + RETRY_S  # for as long as the liveness lasts
+        except (SiteError, OSError) as error:
+            self._conclude(ExitCause.SITE, detail=f"the attempt's files could not be made ready: {error}")
+        else:
+            self._save(phase=AttemptPhase.RUNNING if prepared.setup_done else AttemptPhase.SETUP)
+
+    def _set_up(self) -> None:
+        state = self._poll("setup")
+        if self._stopped_short(state, "setup"):
+            return
+        if state.phase is RunPhase.ABSENT:
+            limits = self._services.settings.limits
+            argv = ("/bin/bash", "-euc", self._spec.setup or "")
+            self._start("setup", argv, self._environment(), timeout_s=limits.setup_timeout_s)
+        elif state.is_over:
+            if state.cause is EndCause.EXIT and state.exit_code == 0:
+                settings = self._services.settings
+                keep_setup(settings.folder, self._folder.workdir, self.record.tenant_id, self._spec)
+                self._save(phase=AttemptPhase.RUNNING)
+                return
+            cause, detail = _end_of(state)
+            if cause is ExitCause.SCRIPT:
+                cause = ExitCause.SETUP
+            self._conclude(cause, state.exit_code, f"setup: {detail}")
+
+    def _run(self) -> None:
+        state = self._poll("ranks")
+        if self._stopped_short(state, "ranks"):
+            return
+        if state.is_over and state.phase is not RunPhase.ABSENT:
+            self._conclude(*_conclusion(state))
+            return
+        if not self._keep_gateway():
+            return
+        if state.phase is RunPhase.ABSENT and self._status() is not None:
+            argv = self._services.driver.ranks_argv(
+                len(self.record.gpu_ids), split_run(self._spec.run), self._folder.run("ranks")
+            )
+            self._start("ranks", argv, self._environment() | self._ranks_environment())
+        self._ship_when_due(outputs=False)
+
+    def _deliver(self) -> None:
+        now_s = self._services.clock.monotonic_s()
+        done = self.record.cause is ExitCause.DONE
+        if self._deliver_until_s is None:
+            self._deliver_until_s = now_s + (DELIVERY_DONE_S if done else DELIVERY_BROKEN_S)
+            self._ship_at_s = now_s
+        self._keep_gateway()
+        if self._is_delivered or now_s >= self._deliver_until_s or (self.record.released and not done):
+            self.cut_usage()  # before the end is reported: a report that ends a lease follows its last usage
+            self._save(phase=AttemptPhase.EXITED)
+        elif self._ship_when_due(outputs=done):
+            self._is_final_step = True
+
+    def _linger(self) -> None:
+        if self.record.cause is ExitCause.DONE and not self.record.released and not self._is_expired():
+            self._keep_gateway()
+        elif not self._gateway.is_over(self.record.gateway_run):
+            self.cut_usage()
+            self._gateway.stop(self.record.gateway_run)
+
+    # -- what the phases share -----------------------------------------------------------------
+
+    def _stopped_short(self, state: RunState, name: str) -> bool:
+        """Return whether the attempt is being ended, and go on with that."""
+        if self.record.stop is None:
+            return False
+        if state.is_over:
+            # Its own end, if it came first, is the truth: work that was done is not thrown away.
+            ended_itself = state.cause is EndCause.EXIT and name == "ranks"
+            self._conclude(*_conclusion(state)) if ended_itself else self._conclude(self.record.stop)
+        else:
+            self._services.driver.stop(self._folder.run(name))
+        return True
+
+    def _conclude(self, cause: ExitCause, exit_code: int | None = None, detail: str = "") -> None:
+        self._save(
+            phase=AttemptPhase.STOPPING,
+            cause=cause,
+            exit_code=exit_code,
+            detail=(detail or self.record.detail)[:_DETAIL_LENGTH_MAX],
+        )
+
+    def _keep_gateway(self) -> bool:
+        try:
+            number = self._gateway.keep_running(self.record.gateway_run, self.record.deadline_s)
+        except SiteError as error:
+            self.stop(ExitCause.SITE, str(error))
+            return False
+        if number != self.record.gateway_run:
+            self._save(gateway_run=number)
+        self._apply_steer()
+        return True
+
+    def _apply_steer(self) -> None:
+        wanted = self._steer
+        if wanted is None or self._status() is None:
+            return
+        self._gateway.use_certificate(wanted.certificate_pem)
+        if wanted.view is not None:
+            installing = (wanted.view.signature, self.record.gateway_run)
+            if self._installed != installing and self._gateway.install_view(wanted.view):
+                self._installed = installing
+        former = self.record.promise
+        if wanted.promise is not None and (former is None or former.promised < wanted.promise):
+            promise = self._gateway.promise(wanted.promise)
+            if promise is not None:
+                self._save(promise=promise)
+
+    def _ship_when_due(self, *, outputs: bool) -> bool:
+        """Start the next step of shipping if one is due, and return whether it was."""
+        if self._shipping is not None or self._services.clock.monotonic_s() < self._ship_at_s:
+            return False
+        self._shipping = self._services.threads.submit(
+            ship,
+            self._services.broker,
+            self._folder,
+            self.record,
+            outputs=outputs,
+            output_bytes_max=int(self._services.settings.limits.output_gb * _GB),
+        )
+        return True
+
+    def _collect_shipped(self) -> None:
+        if self._shipping is None or not self._shipping.done():
+            return
+        future, self._shipping = self._shipping, None
+        now_s = self._services.clock.monotonic_s()
+        try:
+            shipped = future.result()
+        except SiteError:
+            self._ship_at_s = now_s + RETRY_S
+            return
+        self._ship_at_s = now_s if shipped.more else now_s + SHIP_INTERVAL_S
+        # Only a step that began after the ranks were dead has seen all that they left.
+        self._is_delivered = self._is_final_step and not shipped.more
+        self._save(stream_bytes=shipped.stream_bytes, checkpoint=shipped.checkpoint, outputs=shipped.outputs)
+
+    def _start(
+        self, name: str, argv: tuple[str, ...], environment: dict[str, str], timeout_s: float | None = None
+    ) -> None:
+        limits = self._services.settings.limits
+        run = Run(
+            folder=self._folder.run(name),
+            argv=argv,
+            cwd=self._folder.workdir,
+            environment=environment,
+            log_path=self._folder.rank_log,
+            deadline_s=self.record.deadline_s,
+            log_bytes_max=int(limits.log_mb * 1_000_000),
+            timeout_s=timeout_s,
+            limits=Limits(
+                open_files=limits.open_files,
+                file_bytes=int(limits.file_gb * _GB),
+                address_space_bytes=None if limits.address_space_gb is None else int(limits.address_space_gb * _GB),
+                processes=limits.processes,
+            ),
+        )
+        try:
+            self._services.driver.start(run)
+        except SiteError as error:
+            self._conclude(ExitCause.SITE, detail=str(error))
+
+    def _environment(self) -> dict[str, str]:
+        """Return what setup and ranks find: the job's own variables, and none of the agent's."""
+        return {
+            "OMP_NUM_THREADS": "1",
+            **self._spec.envs,
+            **_own_environment(self._services.settings.python),
+            "HOME": str(self._folder.root / "home"),
+            "TMPDIR": str(self._folder.root / "tmp"),
+        }
+
+    def _ranks_environment(self) -> dict[str, str]:
+        on_cpu = self.record.gpu_type == "cpu-slot"
+        return {
+            ATTEMPT_ENVIRONMENT: str(self._folder.context),
+            "CUDA_VISIBLE_DEVICES": "" if on_cpu else ",".join(self.record.gpu_ids),
+            "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host speak over loopback only
+        }
+
+    def _poll(self, name: str) -> RunState:
+        return self._services.driver.poll(self._folder.run(name))
+
+    def _status(self) -> GatewayStatus | None:
+        if self.record.order is None or self.record.phase in (AttemptPhase.PREPARING, AttemptPhase.SETUP):
+            return None
+        return self._gateway.status()
+
+    def _is_expired(self) -> bool:
+        clock = self._services.clock
+        return self.record.era != clock.era() or clock.monotonic_s() >= self.record.deadline_s
+
+    @property
+    def _spec(self) -> JobSpec:
+        assert self.record.order is not None, "only an attempt with an order is stepped"
+        return self.record.order.spec
+
+    def _save(self, **changes: Any) -> None:  # noqa: ANN401  fields of AttemptRecord
+        changed = self.record.model_copy(update=changes)
+        if changed != self.record:
+            self.record = changed
+            self._services.journal.save(changed)
+
+
+def _conclusion(state: RunState) -> tuple[ExitCause, int | None, str]:
+    cause, detail = _end_of(state)
+    return cause, state.exit_code, detail
+
+
+def _end_of(state: RunState) -> tuple[ExitCause, str]:
+    """Return why a run that was not asked to end is over, and a sentence about it."""
+    if state.phase is RunPhase.LOST or state.cause is None:
+        return ExitCause.SITE, state.detail
+    if state.cause is not EndCause.EXIT:
+        return _ENDED_BY_THE_SITE[state.cause][0], state.detail or _ENDED_BY_THE_SITE[state.cause][1]
+    code = state.exit_code or 0
+    if -code in _LIMIT_SIGNALS:
+        return ExitCause.LIMIT, f"killed by {_LIMIT_SIGNALS[-code]}; most often memory or a resource limit"
+    return _EXIT_CODES.get(code, (ExitCause.SCRIPT, f"exit code {code}; the end of the job's log says why"))
+
+
+_ENDED_BY_THE_SITE: Final = {
+    EndCause.EXPIRED: (ExitCause.EXPIRED, "the lease's liveness ran out"),
+    EndCause.STOPPED: (ExitCause.SITE, "the run was ended by someone at the site"),
+    EndCause.TIMEOUT: (ExitCause.LIMIT, "it ran longer than the operator allows"),
+    EndCause.NOT_STARTED: (ExitCause.SITE, "the command could not be started"),
+}
+_EXIT_CODES: Final = {
+    0: (ExitCause.DONE, ""),
+    EXIT_EXCHANGE: (ExitCause.EXCHANGE, "the round log was lost for longer than the job's patience"),
+}
+# The kernel's ways to end a process at a limit.
+_LIMIT_SIGNALS: Final = {9: "SIGKILL", 24: "SIGXCPU", 25: "SIGXFSZ"}
+
+
+def _own_environment(python: str) -> dict[str, str]:
+    environment = {
+        "PATH": os.pathsep.join((str(Path(python).parent), os.defpath)),
+        "LANG": "C.UTF-8",
+        "PYTHONSAFEPATH": "1",  # what -P says, for the processes that torchrun starts too
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    origin = Path(training.__file__).parents[1]
+    if origin.name not in {"site-packages", "dist-packages"}:
+        environment["PYTHONPATH"] = str(origin)  # a checkout: the interpreter does not find it by itself
+    return environment
+
+
+def _gateway_report(status: GatewayStatus) -> GatewayReport:
+    return GatewayReport(
+        view_number=status.view_number or 0,
+        sealed_round=status.sealed_round,
+        chain_hash=status.chain_hash,
+        applied_round=status.applied_round,
+        outer_hash=status.outer_hash,
+        samples_done=status.samples_done,
+        samples_by_site=status.samples_by_site,
+        hub_lost_s=status.hub_lost_s,
+        waiting_for=status.waiting_for,
+    )

@@ -1,0 +1,126 @@
+"""What the site sells, as an offer; a CPU slot's speed is measured once and kept in the site's folder.
+
+A GPU's speed comes from the catalogue until jobs have been measured. A CPU slot stands in for a
+GPU on hosts without one, and hosts differ too much for a catalogue: half a second of fp32 matrix
+products on one thread says what one slot does. Where a host sells more slots than it has cores,
+the figure is a slot's share when all slots are busy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sites.identity import write_private
+from sites.protocol import LinkOffer, Offer, PoolOffer
+from sites.settings import SiteSettings
+
+CPU_SLOT: Final = "cpu-slot"
+_PROBE_TIMEOUT_S: Final = 60.0
+
+# Runs under the ranks' interpreter: it tells what that has, and how fast one thread of it multiplies.
+_PROBE: Final = """
+import importlib.metadata as metadata, json, platform, time
+found = {"python": platform.python_version()}
+for name in ("torch", "numpy", "safetensors", "hansa"):
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+flops = None
+try:
+    import numpy
+    a = numpy.ones((256, 256), dtype=numpy.float32)
+    a @ a
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        a @ a
+        count += 1
+    flops = count * 2 * 256**3 / (time.perf_counter() - start)
+except ImportError:
+    pass
+print(json.dumps({"environment": found, "flops_per_s": flops}))
+"""
+
+
+class Measured(BaseModel):
+    """What the probe found under one interpreter."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    environment: dict[str, str] = {}
+    flops_per_s: float | None = None
+    python: str = ""
+    cores: int = 0
+
+
+def measure(settings: SiteSettings) -> Measured:
+    """Return what the ranks' interpreter offers, measured now or as kept in the site's folder."""
+    path = settings.folder / "measured.json"
+    cores = len(os.sched_getaffinity(0))
+    kept = _kept(path)
+    if kept is not None and (kept.python, kept.cores) == (settings.python, cores):
+        return kept
+    if not settings.calibrate:
+        return Measured(python=settings.python, cores=cores)
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    try:
+        probe = subprocess.run(
+            [settings.python, "-I", "-c", _PROBE],
+            env={"PATH": os.defpath, **threads},
+            capture_output=True,
+            check=True,
+            timeout=_PROBE_TIMEOUT_S,
+        )
+        found = Measured.model_validate_json(probe.stdout).model_copy(
+            update={"python": settings.python, "cores": cores}
+        )
+    except (OSError, subprocess.SubprocessError, ValidationError):
+        return Measured(python=settings.python, cores=cores)
+    write_private(path, found.model_dump_json().encode())
+    return found
+
+
+def offer(settings: SiteSettings, measured: Measured, *, draining: bool) -> Offer:
+    """Return the offer for the next heartbeat."""
+    return Offer(
+        pools=tuple(
+            PoolOffer(
+                gpu_type=pool.gpu_type,
+                gpu_ids=pool.gpu_ids,
+                ask_micros_per_gpu_hour=pool.ask,
+                flops_per_s=_slot_share(measured, len(pool.gpu_ids)) if pool.gpu_type == CPU_SLOT else None,
+            )
+            for pool in settings.pools
+        ),
+        links=tuple(
+            LinkOffer(
+                target=link.target,
+                bandwidth_bits_per_s=link.bandwidth,
+                delay_s=link.delay_ms / 1000,
+                egress_price_micros_per_gb=link.egress_price,
+            )
+            for link in settings.links
+        ),
+        listens=settings.listen is not None,
+        draining=draining,
+        environment=measured.environment,
+    )
+
+
+def _slot_share(measured: Measured, slots: int) -> float | None:
+    if measured.flops_per_s is None or not measured.cores:
+        return None
+    return measured.flops_per_s * min(1.0, measured.cores / slots)
+
+
+def _kept(path: Path) -> Measured | None:
+    try:
+        return Measured.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,212 @@
+"""What a site does about the leases in an answer: a pure decision, repeated with every heartbeat.
+
+The answer states what should be, the journal what is; `decide` lists what to do. Nothing is
+remembered between two calls, so a lost or doubled answer changes nothing but the delay. Three
+rules keep a GPU from serving two:
+
+- a lease starts only when the answer says `active`, this site confirmed it and holds its key;
+- it starts only when no process of the job's former attempt, nor of any attempt on its GPUs, lives;
+- an epoch older than one that was ever seen of the job does not start again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sites.journal import AttemptKey, AttemptRecord
+from sites.protocol import ExitCause, LeaseOrder, LeasePhase
+from sites.settings import Policy
+from training.roundlog.signing import SignedDocument
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Make a key and accept the proposal."""
+
+    order: LeaseOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Veto the proposal."""
+
+    order: LeaseOrder
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Forget the answer to a proposal that is gone, and its key."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin the attempt."""
+
+    order: LeaseOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Disown:
+    """Report a lease as exited that has no processes here and will have none."""
+
+    order: LeaseOrder
+    cause: ExitCause
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Let the attempt live for `liveness_s` from when the heartbeat was sent."""
+
+    key: AttemptKey
+    liveness_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """Hand the attempt's gateway the newest view and certificate, and ask for a promise."""
+
+    key: AttemptKey
+    view: SignedDocument | None
+    promise: int | None
+    certificate_pem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the attempt's ranks."""
+
+    key: AttemptKey
+    cause: ExitCause
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The broker has done with the lease: the gateway may end, and when all is reported, be forgotten."""
+
+    key: AttemptKey
+    gone: bool
+
+
+Action = Confirm | Refuse | Withdraw | Start | Disown | Renew | Steer | Stop | Release
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What the operator sells and under which rules; asks in micro-credits per GPU-hour."""
+
+    gpu_ids: Mapping[str, frozenset[str]]
+    asks: Mapping[str, int]
+    policy: Policy
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What is, according to the journal."""
+
+    attempts: Mapping[AttemptKey, AttemptRecord]
+    confirmed: frozenset[AttemptKey]
+    vetoed: frozenset[AttemptKey]
+    epochs: Mapping[str, int]
+
+
+def decide(orders: Sequence[LeaseOrder], standing: Standing, house: House) -> list[Action]:
+    """Return what to do, stops first."""
+    wanted = {(order.lease_id, order.epoch): order for order in orders}
+    epochs = _highest_epochs(orders, standing.epochs)
+    actions: list[Action] = []
+    for key, record in sorted(standing.attempts.items()):
+        actions += _about_attempt(record, wanted.get(key), orders)
+    busy = [record for record in standing.attempts.values() if not record.is_over]
+    for key, order in sorted(wanted.items()):
+        if key in standing.attempts:
+            continue
+        if order.phase is LeasePhase.PROPOSED:
+            actions += _about_proposal(order, standing, house, epochs)
+        elif order.phase is LeasePhase.ENDED:
+            actions.append(Disown(order, ExitCause.ORDERED, "the lease ended before anything was started here"))
+        elif order.epoch < epochs[order.job_id]:
+            actions.append(Disown(order, ExitCause.ORDERED, f"epoch {epochs[order.job_id]} of this job was seen here"))
+        elif key not in standing.confirmed or order.attempt is None:
+            actions.append(Disown(order, ExitCause.SITE, "this site holds no key for the lease; its journal is new"))
+        elif not any(_in_the_way(record, order) for record in busy):
+            actions.append(Start(order))
+    actions += [
+        Withdraw(key)
+        for key in sorted(standing.confirmed | standing.vetoed)
+        if key not in wanted or wanted[key].phase is LeasePhase.ENDED
+    ]
+    return actions
+
+
+def complaint(order: LeaseOrder, house: House) -> tuple[str, str] | None:
+    """Return the code and the reason for which the operator refuses a proposal, None if welcome."""
+    policy, gpus = house.policy, house.gpu_ids.get(order.gpu_type, frozenset())
+    unknown = sorted(set(order.gpu_ids) - gpus) or ([] if order.gpu_ids else ["(none)"])
+    rules = (
+        (bool(unknown), "gpu.unknown", f"this site has no {order.gpu_type} named {', '.join(unknown[:5])}"),
+        (house.draining, "policy.draining", "this site is draining and takes nothing new"),
+        (order.tenant_id in policy.tenants_refused, "policy.tenant", "the operator does not serve this tenant"),
+        (
+            len(order.gpu_ids) > policy.gpus_max_per_lease,
+            "policy.gpus_max",
+            f"the operator lends at most {policy.gpus_max_per_lease} GPUs to one job",
+        ),
+        (
+            order.spec is not None and order.spec.setup is not None and not policy.setup_allowed,
+            "policy.setup",
+            "the operator runs no setup commands; put what is needed into the workdir",
+        ),
+        (
+            order.price_micros_per_gpu_hour < house.asks.get(order.gpu_type, 0),
+            "price.below_ask",
+            "the price is below this site's ask",
+        ),
+    )
+    return next(((code, reason) for broken, code, reason in rules if broken), None)
+
+
+def _about_proposal(order: LeaseOrder, standing: Standing, house: House, epochs: Mapping[str, int]) -> list[Action]:
+    key = (order.lease_id, order.epoch)
+    if key in standing.confirmed or key in standing.vetoed:
+        return []  # said already; it is repeated in every heartbeat
+    if order.epoch < epochs[order.job_id]:
+        return [Refuse(order, "epoch.old", f"epoch {epochs[order.job_id]} of this job was seen here already")]
+    reason = complaint(order, house)
+    return [Confirm(order)] if reason is None else [Refuse(order, *reason)]
+
+
+def _about_attempt(record: AttemptRecord, order: LeaseOrder | None, orders: Sequence[LeaseOrder]) -> list[Action]:
+    superseded = any(
+        other.job_id == record.job_id and other.phase is LeasePhase.ACTIVE and other.epoch > record.epoch
+        for other in orders
+    )
+    if order is None or order.phase is LeasePhase.ENDED or superseded:
+        stop = [] if record.is_over else [Stop(record.key, ExitCause.ORDERED)]
+        return [*stop, Release(record.key, gone=order is None)]
+    if order.phase is not LeasePhase.ACTIVE or order.attempt is None:
+        return []
+    attempt = order.attempt
+    return [
+        Renew(record.key, order.liveness_s),
+        Steer(record.key, attempt.view, attempt.promise, attempt.certificate_pem),
+    ]
+
+
+def _in_the_way(record: AttemptRecord, order: LeaseOrder) -> bool:
+    same_gpus = record.gpu_type == order.gpu_type and not set(record.gpu_ids).isdisjoint(order.gpu_ids)
+    return same_gpus or record.job_id == order.job_id
+
+
+def _highest_epochs(orders: Sequence[LeaseOrder], known: Mapping[str, int]) -> dict[str, int]:
+    highest = dict(known)
+    for order in orders:
+        if order.phase is not LeasePhase.ENDED:
+            highest[order.job_id] = max(order.epoch, highest.get(order.job_id, 0))
+    return {**{order.job_id: 0 for order in orders}, **highest}

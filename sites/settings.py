@@ -1,0 +1,224 @@
+"""site.yaml: what an operator decides. Faults are reported with their line and key, all at once.
+
+site_id: hamburg
+folder: ./hamburg                 # relative to this file; created with mode 700
+pools:
+  - {gpu_type: cpu-slot, gpus: 2, ask: 0.20}          # credits per GPU-hour
+links:
+  - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
+listen: {host: 203.0.113.7, ports: 7600-7699}         # leave out to dial out only
+policy: {tenants_refused: [], gpus_max_per_lease: 8}
+i_trust_all_tenants: true         # the process driver runs their code as your own user
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pricing.errors import PricingError
+from pricing.money import parse_credits
+from sites.errors import SettingsError
+from sites.protocol import GPUS_PER_POOL_MAX, POOLS_PER_SITE_MAX, GpuId, Micros
+from training.catalogue import GPU_TYPES
+from training.spec import SiteId
+
+SETTINGS_BYTES_MAX: Final = 64 * 1024
+# A Unix socket's path has room for 107 bytes; attempts put theirs some 60 below the site's folder.
+_UNITS: Final = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_BANDWIDTH: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(?:bit/s|bps|b/s)")
+_PORTS: Final = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+_PORT_MAX: Final = 65_535
+
+
+def _credits(value: object) -> int:
+    try:
+        return parse_credits(str(value))
+    except PricingError as error:
+        raise ValueError(str(error)) from None
+
+
+def _bandwidth(value: object) -> float:
+    match = _BANDWIDTH.fullmatch(str(value).strip())
+    if match is None:
+        message = f"{value!r} is not a bandwidth; write bits a second, such as 200 Mbit/s"
+        raise ValueError(message)
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _ports(value: object) -> tuple[int, int]:
+    match = _PORTS.fullmatch(str(value).strip())
+    if match is None or not 0 < int(match[1]) <= int(match[2] or match[1]) <= _PORT_MAX:
+        message = f"{value!r} is not a range of ports; write it as 7600-7699"
+        raise ValueError(message)
+    return int(match[1]), int(match[2] or match[1])
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PoolSettings(_Section):
+    """One GPU type. `gpus` is a number, or the names of the devices as the driver knows them."""
+
+    gpu_type: str
+    gpus: Annotated[int, Field(ge=1, le=GPUS_PER_POOL_MAX)] | tuple[GpuId, ...]
+    ask: Annotated[Micros, BeforeValidator(_credits)] = Field(description="credits per GPU-hour")
+
+    @model_validator(mode="after")
+    def _known(self) -> PoolSettings:
+        if self.gpu_type not in GPU_TYPES:
+            message = f"unknown GPU type {self.gpu_type!r}; the market knows {', '.join(sorted(GPU_TYPES))}"
+            raise ValueError(message)
+        if len(set(self.gpu_ids)) != len(self.gpu_ids) or not self.gpu_ids:
+            message = "gpus must name each device once, and at least one"
+            raise ValueError(message)
+        return self
+
+    @property
+    def gpu_ids(self) -> tuple[str, ...]:
+        """The devices by name; numbered from 0 where only their count is given."""
+        return tuple(str(n) for n in range(self.gpus)) if isinstance(self.gpus, int) else self.gpus
+
+
+class LinkSettings(_Section):
+    """What this site may send to another, and what it asks for that."""
+
+    target: SiteId
+    bandwidth: Annotated[float, BeforeValidator(_bandwidth), Field(gt=0)]
+    delay_ms: float = Field(default=0, ge=0, le=60_000)
+    egress_price: Annotated[Micros, BeforeValidator(_credits)] = Field(default=0, description="credits per GB")
+
+
+class ListenSettings(_Section):
+    """Where other sites' gateways reach this one's; `bind` differs from `host` behind a NAT."""
+
+    host: str = Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,255}$")
+    ports: Annotated[
+        tuple[int, int] | None, BeforeValidator(lambda value: None if value is None else _ports(value))
+    ] = None
+    bind: str | None = None
+
+
+class Policy(_Section):
+    """Which leases the operator refuses."""
+
+    tenants_refused: tuple[str, ...] = Field(default=(), max_length=10_000)
+    gpus_max_per_lease: int = Field(default=GPUS_PER_POOL_MAX, ge=1)
+    setup_allowed: bool = True
+
+
+class LimitSettings(_Section):
+    """Limits of each process of a job, and of an attempt as a whole."""
+
+    open_files: int = Field(default=4096, ge=64)
+    file_gb: float = Field(default=64, gt=0)
+    address_space_gb: float | None = Field(default=None, gt=0)
+    processes: int | None = Field(default=None, ge=16, description="of the whole user, as Linux counts them")
+    log_mb: float = Field(default=16, gt=0, le=1000)
+    setup_timeout_s: float = Field(default=900, gt=0)
+    output_gb: float = Field(default=16, gt=0)
+    artifact_cache_gb: float = Field(default=8, gt=0)
+
+
+class SiteSettings(_Section):
+    """The whole file."""
+
+    site_id: SiteId
+    folder: Path
+    pools: tuple[PoolSettings, ...] = Field(min_length=1, max_length=POOLS_PER_SITE_MAX)
+    links: tuple[LinkSettings, ...] = Field(default=(), max_length=1000)
+    listen: ListenSettings | None = None
+    policy: Policy = Policy()
+    limits: LimitSettings = LimitSettings()
+    driver: Literal["process"] = "process"
+    i_trust_all_tenants: bool = False
+    python: str = Field(default=sys.executable, description="the interpreter that holds torch and hansa[train]")
+    calibrate: bool = Field(default=True, description="measure a CPU slot's speed once")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SiteSettings:
+        for what, names in (
+            ("pools", [pool.gpu_type for pool in self.pools]),
+            ("links", [link.target for link in self.links]),
+        ):
+            if len(set(names)) != len(names):
+                message = f"{what}: each GPU type and each target may stand once"
+                raise ValueError(message)
+        if self.site_id in [link.target for link in self.links]:
+            message = "links: a link leads to another site"
+            raise ValueError(message)
+        if self.driver == "process" and not self.i_trust_all_tenants:
+            message = (
+                "driver: the process driver runs tenants' code as this very user, without isolation; "
+                "set i_trust_all_tenants: true if you accept that"
+            )
+            raise ValueError(message)
+        return self
+
+
+def load_settings(path: Path) -> SiteSettings:
+    """Return the settings in the YAML file at `path`; `folder` is taken relative to it.
+
+    Raises SettingsError listing every fault with its line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read ({error}); write a site.yaml there") from None
+    if len(text) > SETTINGS_BYTES_MAX:
+        raise SettingsError(f"{path} is larger than {SETTINGS_BYTES_MAX // 1024} KiB; that is no site.yaml")
+    lines: dict[tuple[str | int, ...], int] = {}
+    try:
+        document = _document(text, lines)
+        settings = SiteSettings.model_validate(document)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise SettingsError("\n".join(_sentence(path, fault, lines) for fault in error.errors())) from None
+    return settings.model_copy(update={"folder": (path.parent / settings.folder).resolve()})
+
+
+def _document(text: str, lines: dict[tuple[str | int, ...], int]) -> Any:  # noqa: ANN401  any YAML value
+    loader = yaml.SafeLoader(text)
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # An alias of an alias of an alias … is a few hundred bytes here and gigabytes when walked.
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError(f"line {_line(event)}: aliases (*name) are not allowed")
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        _note_lines(node, (), lines)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _line(place: yaml.Node | yaml.Event) -> int:
+    return 1 + (place.start_mark.line if place.start_mark else 0)
+
+
+def _note_lines(node: yaml.Node, place: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> None:
+    lines[place] = _line(node)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _note_lines(value, (*place, str(key.value)), lines)
+            lines[(*place, str(key.value))] = _line(key)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _note_lines(value, (*place, index), lines)
+
+
+def _sentence(path: Path, fault: Any, lines: dict[tuple[str | int, ...], int]) -> str:  # noqa: ANN401  pydantic's ErrorDetails
+    place = tuple(fault["loc"])
+    known = place
+    while known and known not in lines:
+        known = known[:-1]
+    key = ".".join(str(part) for part in place) or "the file"
+    return f"{path}, line {lines.get(known, 1)}, {key}: {fault['msg'].removeprefix('Value error, ')}"
