@@ -45,15 +45,6 @@ def place_hold(session: Session, job: Job, amount_micros: int, now_ms: int) -> H
             f"{format_credits(amount_micros - available)} credits"
         )
         raise InsufficientFundsError(message)
-    hold = Hold(
-        job_id=job.job_id,
-        tenant_id=job.tenant_id,
-        amount_micros=amount_micros,
-        posted_micros=0,
-        voided_micros=0,
-        closed_ms=None,
-    )
-    session.add(hold)
     apply(
         session,
         Movement(
@@ -67,6 +58,16 @@ def place_hold(session: Session, job: Job, amount_micros: int, now_ms: int) -> H
         ),
         now_ms,
     )
+    hold = Hold(
+        job_id=job.job_id,
+        tenant_id=job.tenant_id,
+        amount_micros=amount_micros,
+        posted_micros=0,
+        voided_micros=0,
+        closed_ms=None,
+    )
+    session.add(hold)
+    session.flush()
     return hold
 
 
@@ -97,8 +98,10 @@ def post(
             f"{format_credits(left)} left of {format_credits(hold.amount_micros)}; nothing was posted"
         )
         raise LedgerError(message)
+    apply_all(session, movements, prefix, now_ms)
     hold.posted_micros += total
-    return apply_all(session, movements, prefix, now_ms)
+    session.flush()
+    return True
 
 
 def draw_equity(
@@ -113,7 +116,9 @@ def draw_equity(
     if not movements:
         return False
     _require_payable(session, movements, fees=False)
-    return apply_all(session, movements, f"{TransferKind.UPLIFT}/{key}", now_ms)
+    moved = apply_all(session, movements, f"{TransferKind.UPLIFT}/{key}", now_ms)
+    session.flush()
+    return moved
 
 
 def close_hold(session: Session, job_id: str, now_ms: int) -> int:

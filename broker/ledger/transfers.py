@@ -103,7 +103,7 @@ def apply(session: Session, movement: Movement, now_ms: int) -> bool:
     if row is not None:
         _require_same(row, movement)
         return False
-    move(session, movement, now_ms)
+    _write(session, [movement], now_ms)
     session.flush()
     return True
 
@@ -111,13 +111,12 @@ def apply(session: Session, movement: Movement, now_ms: int) -> bool:
 def apply_all(session: Session, movements: Sequence[Movement], key_prefix: str, now_ms: int) -> bool:
     """Make all movements of one key, `PREFIX/0` and on, or find that all were made already.
 
-    Returns whether they were made now; raises LedgerError where the key stands for others.
+    Returns whether they were made now; the caller flushes. Raises LedgerError where the key stands
+    for others, InsufficientFundsError where the debited account holds less than their sum.
     """
     if made_already(session, movements, key_prefix):
         return False
-    for movement in movements:
-        move(session, movement, now_ms)
-    session.flush()
+    _write(session, movements, now_ms)
     return True
 
 
@@ -137,41 +136,6 @@ def made_already(session: Session, movements: Sequence[Movement], key_prefix: st
     for movement in movements:
         _require_same(rows[movement.transfer_id], movement)
     return True
-
-
-def move(session: Session, movement: Movement, now_ms: int) -> None:
-    """Write a transfer and both balances; the caller knows that its id is new."""
-    amount = checked_amount(movement.amount_micros)
-    debit = account_row(session, movement.debit_account)
-    credit = account_row(session, movement.credit_account)
-    if debit.kind != AccountKind.WORLD and debit.balance_micros < amount:
-        message = (
-            f"{debit.account_id} holds {format_credits(debit.balance_micros)} credits and "
-            f"{format_credits(amount)} are needed; add at least "
-            f"{format_credits(amount - debit.balance_micros)} credits or ask for less"
-        )
-        raise InsufficientFundsError(message)
-    if credit.balance_micros + amount > BALANCE_MICROS_MAX or debit.balance_micros - amount < -BALANCE_MICROS_MAX:
-        message = (
-            f"moving {format_credits(amount)} credits from {debit.account_id} to {credit.account_id} would pass the "
-            f"largest balance that the ledger keeps, {format_credits(BALANCE_MICROS_MAX)} credits"
-        )
-        raise LedgerError(message)
-    debit.balance_micros -= amount
-    credit.balance_micros += amount
-    session.add(
-        Transfer(
-            transfer_id=movement.transfer_id,
-            kind=movement.kind,
-            debit_account=movement.debit_account,
-            credit_account=movement.credit_account,
-            amount_micros=amount,
-            job_id=movement.job_id,
-            lease_id=movement.lease_id,
-            memo=movement.memo[:MEMO_LENGTH_MAX],
-            created_ms=now_ms,
-        )
-    )
 
 
 def checked_amount(amount_micros: int) -> int:
@@ -209,3 +173,40 @@ def _require_same(row: Transfer, movement: Movement) -> None:
             f"{row.debit_account} to {row.credit_account}; it cannot stand for another: use a new key"
         )
         raise LedgerError(message)
+
+
+def _write(session: Session, movements: Sequence[Movement], now_ms: int) -> None:
+    """Write transfers out of one account and the balances after them; all is checked before anything is written."""
+    total = sum(checked_amount(movement.amount_micros) for movement in movements)
+    debit = account_row(session, movements[0].debit_account)
+    credited = [account_row(session, movement.credit_account) for movement in movements]
+    if debit.kind != AccountKind.WORLD and debit.balance_micros < total:
+        message = (
+            f"{debit.account_id} holds {format_credits(debit.balance_micros)} credits and {format_credits(total)} "
+            f"are needed; add at least {format_credits(total - debit.balance_micros)} credits or ask for less"
+        )
+        raise InsufficientFundsError(message)
+    fullest = max(credit.balance_micros for credit in credited)
+    if max(fullest + total, total - debit.balance_micros) > BALANCE_MICROS_MAX:
+        message = (
+            f"moving {format_credits(total)} credits out of {debit.account_id} would pass the largest balance that "
+            f"the ledger keeps, {format_credits(BALANCE_MICROS_MAX)} credits"
+        )
+        raise LedgerError(message)
+    debit.balance_micros -= total
+    for movement, credit in zip(movements, credited, strict=True):
+        assert movement.debit_account == debit.account_id, "the movements of one key leave one account"
+        credit.balance_micros += movement.amount_micros
+        session.add(
+            Transfer(
+                transfer_id=movement.transfer_id,
+                kind=movement.kind,
+                debit_account=movement.debit_account,
+                credit_account=movement.credit_account,
+                amount_micros=movement.amount_micros,
+                job_id=movement.job_id,
+                lease_id=movement.lease_id,
+                memo=movement.memo[:MEMO_LENGTH_MAX],
+                created_ms=now_ms,
+            )
+        )
