@@ -13,8 +13,8 @@ class Doorbell:
     """Wakes every waiting task when it rings. One event loop only."""
 
     def __init__(self) -> None:
-        """Start at version 0."""
-        self.version = 0
+        """Start at version 1: whoever has seen nothing says 0."""
+        self.version = 1
         self._event = asyncio.Event()
 
     def ring(self) -> None:

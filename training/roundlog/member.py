@@ -19,11 +19,12 @@ from pydantic import ValidationError
 
 from training.roundlog.blobs import ARRIVING_MAX
 from training.roundlog.errors import Reason, Refusal
-from training.roundlog.hub_wire import CHAIN_PAGE_BYTES, STATE_WAIT_S_MAX, HubState
+from training.roundlog.hub_wire import CHAIN_PAGE_BYTES, HubState
 from training.roundlog.replica import Replica
 from training.roundlog.transfer import HubLink
 from training.roundlog.view import View
 
+_POLL_S_MAX: Final = 5.0
 _RETRY_FIRST_S: Final = 0.05
 _RETRY_LONGEST_S: Final = 1.0
 # What the hub will refuse again however often the same header comes.
@@ -55,8 +56,9 @@ class Follower:
         """Follow the hub of `view` on behalf of `replica`."""
         self._replica = replica
         self._view = view
-        # A poll shorter than patience, so that a hub that vanished without a word is noticed within it.
-        self._poll_s = min(STATE_WAIT_S_MAX, replica.config.patience_s / 4)
+        # Poll and margin together stay within half of patience, so that a hub that vanished without
+        # a word is reported while there is time for a new view.
+        self._poll_s = min(_POLL_S_MAX, replica.config.patience_s / 4)
         self._delivered: str | None = None
         self._seen = 0
 

@@ -29,6 +29,8 @@ Answer = TypeVar("Answer", bound=BaseModel)
 _CHUNK_WAIT_S: Final = 60.0
 _REQUEST_WAIT_S: Final = 20.0
 _CONNECT_WAIT_S: Final = 5.0
+# What an answer to a poll may be late by, on a link that an upload fills, before the hub counts as lost.
+_POLL_MARGIN_S_MAX: Final = 10.0
 _CHUNK_TRIES_MAX: Final = 5
 _RETRY_FIRST_S: Final = 0.1
 _BAD_REQUEST: Final = 400
@@ -49,6 +51,7 @@ class HubLink:
         context = client_context(config.certificate_path, config.key_path, config.ca_path)
         self._context = pinned(context, peer_uri(view.job_id, hub.epoch, hub.site_id), hub.attempt_key)
         self._connections = config.connections
+        self._poll_margin_s = min(_POLL_MARGIN_S_MAX, config.patience_s / 4)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -71,7 +74,7 @@ class HubLink:
             f"after_round={after_round}&applied_round={applied_round}&seeking={int(seeking)}"
             f"&seen={seen}&wait_s={wait_s:.3f}"
         )
-        return await self._ask(HubState, "GET", f"/state?{query}", wait_s=wait_s + _REQUEST_WAIT_S)
+        return await self._ask(HubState, "GET", f"/state?{query}", wait_s=wait_s + self._poll_margin_s)
 
     async def announce(self, document: SignedDocument) -> BlobState:
         """Post a signed header and return which chunks of its blob the hub lacks."""

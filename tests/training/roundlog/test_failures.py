@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 from pathlib import Path
@@ -242,6 +243,62 @@ def test_bytes_are_counted_as_they_were_sent(federation: Federation) -> None:
     for site_id in ("bergen", "cadiz"):
         assert (links[site_id]["aachen"].bytes_sent, links[site_id]["aachen"].bytes_received) == (size, 2 * size)
         assert (links["aachen"][site_id].bytes_sent, links["aachen"][site_id].bytes_received) == (2 * size, size)
+
+
+class BreakingRelay:
+    """A TCP relay that breaks every connection off after some bytes, in the middle of a chunk."""
+
+    def __init__(self, target: str, bytes_before_break: int) -> None:
+        self._target, self._bytes = target, bytes_before_break
+        self.breaks = 0
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = self._target.rpartition(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        left = self._bytes
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            nonlocal left
+            while left > 0 and (piece := await source.read(65536)):
+                left -= len(piece)
+                sink.write(piece)
+                await sink.drain()
+
+        with contextlib.suppress(ConnectionError):
+            pumps = [asyncio.ensure_future(pump(reader, far_writer)), asyncio.ensure_future(pump(far_reader, writer))]
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            for pump_task in pumps:
+                pump_task.cancel()
+        self.breaks += left <= 0
+        for either in (writer, far_writer):
+            either.transport.abort()
+
+
+def test_transfers_resume_when_connections_break_in_the_middle(federation: Federation) -> None:
+    one, two = federation.start("aachen", "bergen")
+    assert one.config.listen is not None
+    relay = BreakingRelay(one.config.listen, 2_500_000)
+    address = asyncio.run_coroutine_threadsafe(relay.start(), federation.loop).result(10)
+    view = federation.view(one, two, hub=one)
+    hub, member = view.members
+    federation.install(view.model_copy(update={"members": (hub.model_copy(update={"address": address}), member)}))
+    big = hashlib.sha256(b"big").digest() * 400_000
+    one.contribute(1, payloads=(big[::-1],))
+    two.contribute(1, payloads=(big,))
+    two.client.await_sealed(1)
+    assert one.client.fetch_fragment(1, "bergen", 0) == big
+    assert two.client.fetch_fragment(1, "aachen", 0) == big[::-1]
+    assert relay.breaks >= 5
+    asyncio.run_coroutine_threadsafe(relay.stop(), federation.loop).result(10)
 
 
 def test_ranks_get_an_error_after_patience(federation: Federation) -> None:
