@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sites.errors import SettingsError
+from sites.settings import load_settings
+
+GOOD = """\
+site_id: hamburg
+folder: ./here
+pools:
+  - gpu_type: cpu-slot
+    gpus: 2
+    ask: 0.25
+  - {gpu_type: A100, gpus: [GPU-a, GPU-b], ask: "2.5"}
+links:
+  - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}
+listen: {host: 192.0.2.1, ports: 7600-7699}
+i_trust_all_tenants: true
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "site.yaml").write_text(text)
+    return tmp_path / "site.yaml"
+
+
+def test_quantities_are_read_in_the_units_people_write(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, GOOD))
+    assert settings.folder == tmp_path / "here"
+    assert [pool.gpu_ids for pool in settings.pools] == [("0", "1"), ("GPU-a", "GPU-b")]
+    assert [pool.ask for pool in settings.pools] == [250_000, 2_500_000]
+    assert settings.links[0].bandwidth == 200e6
+    assert settings.links[0].egress_price == 10_000
+    assert settings.listen is not None
+    assert settings.listen.ports == (7600, 7699)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("gpu_type: cpu-slot", "gpu_type: Z9000", 4, "unknown GPU type"),
+        ("    ask: 0.25", "    ask: cheap", 6, "not an amount of credits"),
+        ("200 Mbit/s", "fast", 9, "not a bandwidth"),
+        ("7600-7699", "7699-7600", 10, "not a range of ports"),
+        ("site_id: hamburg", "site_id: Hamburg", 1, "site_id"),
+        ("    gpus: 2", "    gpus: 0", 5, "gpus"),
+        ("    gpus: 2", "    gpus: 2\n    gpu_count: 2", 6, "gpu_count"),
+        ("i_trust_all_tenants: true", "i_trust_all_tenants: false", 1, "without isolation"),
+        ("target: bremen", "target: hamburg", 1, "leads to another site"),
+    ],
+)
+def test_fault_is_told_with_its_line(tmp_path: Path, old: str, new: str, line: int, words: str) -> None:
+    assert old in GOOD
+    with pytest.raises(SettingsError) as told:
+        load_settings(write(tmp_path, GOOD.replace(old, new)))
+    assert f"line {line}," in str(told.value)
+    assert words in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "a: !!python/object:os.system {}", "a: &x [1]\nb: *x\n", "\x00"])
+def test_file_that_is_no_settings_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SettingsError):
+        load_settings(write(tmp_path, text))
+
+
+def test_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load_settings(tmp_path / "site.yaml")
