@@ -6,8 +6,9 @@ They are handed to `broker.supervise.processes`, which asks until yes or until i
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Final
 
@@ -35,11 +36,14 @@ def port_accepts(host: str, port: int) -> Probe:
     return probe
 
 
-def http_answers(host: str, port: int, path: str = "/") -> Probe:
-    """Return a probe that is satisfied once GET `path` over plain HTTP answers with a status of 200 to 299."""
+def http_answers(host: str, port: int, path: str = "/", *, ca: Path | None = None) -> Probe:
+    """Return a probe that is satisfied once GET `path` answers with a status of 200 to 299.
+
+    Over plain HTTP, or over TLS with a certificate of the authority in the file `ca`.
+    """
 
     def probe() -> bool:
-        connection = HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
+        connection = _connection(host, port, ca)
         try:
             connection.request("GET", path)
             return connection.getresponse().status in HTTP_OK
@@ -65,3 +69,9 @@ def valkey_answers(socket_path: Path) -> Probe:
             return False
 
     return probe
+
+
+def _connection(host: str, port: int, ca: Path | None) -> HTTPConnection:
+    if ca is None:
+        return HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
+    return HTTPSConnection(host, port, timeout=PROBE_TIMEOUT_S, context=ssl.create_default_context(cafile=str(ca)))

@@ -1,0 +1,1 @@
+"""The command `hansa`: what tenants, operators and admins type. Talks to the broker through its public API alone."""

@@ -1,0 +1,394 @@
+"""`hansa admin …`: what the market's admins do, over the public API with an admin's token.
+
+Only `init` works on the broker's own home: it makes the market's keys and tables and the first admin token, before
+there is a token to call the API with.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from broker.cli import config
+from broker.cli.errors import CliError, UsageError
+from broker.cli.output import MICROS_PER_CREDIT, JsonOption, credits_text, print_json, print_table, time_text
+
+if TYPE_CHECKING:
+    from broker.cli.client import BrokerClient
+    from broker.market import Market
+
+app = typer.Typer(
+    help="For the market's admins: tenants, sites, rounds, audit.", no_args_is_help=True, rich_markup_mode=None
+)
+tenant_app = typer.Typer(help="Tenants, their credits and tokens.", no_args_is_help=True, rich_markup_mode=None)
+user_app = typer.Typer(help="People who sign in to the portal.", no_args_is_help=True, rich_markup_mode=None)
+site_app = typer.Typer(help="Sites of the federation.", no_args_is_help=True, rich_markup_mode=None)
+for name, sub in (("tenant", tenant_app), ("user", user_app), ("site", site_app)):
+    app.add_typer(sub, name=name)
+
+FIRST_TOKEN_LIFE_S: Final = 30 * 86_400
+SECONDS_PER_DAY: Final = 86_400
+CREDITS_MAX: Final = 1_000_000_000
+
+TenantId = Annotated[str, typer.Argument(metavar="TENANT")]
+SiteId = Annotated[str, typer.Argument(metavar="SITE")]
+RoundNumber = Annotated[int, typer.Argument(metavar="ROUND", min=0)]
+
+
+@app.command()
+def init(
+    label: Annotated[str, typer.Option(help="what the token is for")] = "first admin",
+    equity: Annotated[
+        float, typer.Option(help="credits that the market may spend on uplift", min=0, max=CREDITS_MAX)
+    ] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the market's keys and tables (HANSA_HOME) and print an admin token; on the broker's host only."""
+    from broker.bootstrap import open_market
+    from broker.identity.tokens import TokenKind, create_token
+    from broker.settings import Settings
+
+    settings = Settings()
+    market = open_market(settings)
+    token = create_token(market, TokenKind.ADMIN, life_s=FIRST_TOKEN_LIFE_S, label=label)
+    if equity:
+        _fund_equity(market, round(equity * MICROS_PER_CREDIT))
+    ca = settings.home.resolve() / "ca.pem"
+    ca.write_text(market.authority.ca_pem)
+    market.database.close()
+    if as_json:
+        print_json({"token": token.text, "expires_ms": token.expires_ms, "url": settings.public_url, "ca": str(ca)})
+        return
+    typer.echo(f"token    {token.text}   (shown once; until {time_text(token.expires_ms)})")
+    typer.echo(f"ca       {ca}")
+    typer.echo(f"next     hansa config set --url {settings.public_url} --ca {ca} --token …")
+
+
+@app.command()
+def freeze(reason: Annotated[str, typer.Option(help="why, for the record")] = "", as_json: JsonOption = False) -> None:
+    """Stop taking jobs and placing them; what runs goes on."""
+    _act("/freeze", {"reason": reason}, "the market is frozen", as_json=as_json)
+
+
+@app.command()
+def thaw(reason: Annotated[str, typer.Option(help="why, for the record")] = "", as_json: JsonOption = False) -> None:
+    """Take and place jobs again."""
+    _act("/thaw", {"reason": reason}, "the market is open", as_json=as_json)
+
+
+@app.command()
+def rounds(
+    limit: Annotated[int, typer.Option(min=1, max=10_000)] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List rounds, newest first."""
+    with _client() as client:
+        rows = client.rounds(limit)
+    if as_json:
+        print_json({"items": rows})
+        return
+    print_table(
+        ("round", "committed", "status", ">solved in", ">jobs", ">placed", ">welfare/h", ">gap/h"),
+        [
+            (
+                row["round_number"],
+                time_text(row["committed_ms"]),
+                row["status"],
+                f"{row['solve_s'] * 1000:.0f} ms",
+                row["jobs_considered"],
+                row["placements_made"],
+                credits_text(row["welfare_micros_per_hour"]),
+                credits_text(row["gap_micros_per_hour"]),
+            )
+            for row in rows
+        ],
+        empty="no round yet",
+    )
+
+
+@app.command("round")
+def show_round(number: RoundNumber, as_json: JsonOption = False) -> None:
+    """Show one round: prices, placements and why, certificate."""
+    with _client() as client:
+        document = client.round(number)
+    if as_json:
+        print_json(document)
+        return
+    typer.echo(
+        f"round {number}, {time_text(document['committed_ms'])}: {document['status']} by {document['solver']} "
+        f"in {document['solve_s'] * 1000:.0f} ms"
+    )
+    print_table(
+        ("pool", ">price/GPU-h"),
+        [(pool, credits_text(price)) for pool, price in sorted(document["prices"].items())],
+        empty="no pools",
+    )
+    print_table(
+        ("job", "configuration", ">credits/h", "why"),
+        [
+            (row["job_id"], row["configuration_key"], credits_text(row["charge_micros_per_hour"]), row["why"])
+            for row in document["placements"]
+        ],
+        empty="no new placements",
+    )
+
+
+@app.command()
+def replay(number: RoundNumber, as_json: JsonOption = False) -> None:
+    """Solve a stored round again; exit 1 where it comes out otherwise by the same solver or is unsound."""
+    with _client() as client:
+        document = client.admin_get(f"/rounds/{number}/replay")
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(f"{'identical to the bit' if document['identical'] else 'not identical'}: {document['solver_now']}")
+        for finding in document["findings"]:
+            typer.echo(finding)
+    same_solver = document["solver_now"] == document["solver_recorded"]
+    if document["findings"] or (same_solver and not document["identical"]):
+        raise CliError(f"round {number} does not replay", code="round.unsound")
+
+
+@app.command()
+def audit(as_json: JsonOption = False) -> None:
+    """Recompute what the market promises from its rows; exit 1 where anything breaks it."""
+    with _client() as client:
+        document = client.admin_get("/audit")
+    if as_json:
+        print_json(document)
+    else:
+        for row in document["findings"]:
+            typer.echo(f"invariant {row['invariant']}: {row['subject']}: {row['detail']}")
+        if document["sound"]:
+            typer.echo("sound: every invariant holds")
+    if not document["sound"]:
+        raise CliError(f"{len(document['findings'])} rows break an invariant", code="audit.unsound")
+
+
+@app.command()
+def ledger(limit: Annotated[int, typer.Option(min=1, max=200)] = 20, as_json: JsonOption = False) -> None:
+    """Show all balances, their sum (nought), and the newest transfers."""
+    with _client() as client:
+        document = client.admin_get("/ledger", limit=limit)
+    if as_json:
+        print_json(document)
+        return
+    print_table(
+        ("account", ">credits"),
+        [(account, credits_text(amount)) for account, amount in sorted(document["balances_micros"].items())],
+        empty="no accounts yet",
+    )
+    typer.echo(f"sum {credits_text(document['sum_micros'])}")
+    print_table(
+        ("when", "kind", "from", "to", ">credits"),
+        [
+            (
+                time_text(row["created_ms"]),
+                row["kind"],
+                row["debit_account"],
+                row["credit_account"],
+                credits_text(row["amount_micros"]),
+            )
+            for row in document["transfers"]
+        ],
+        empty="no transfers yet",
+    )
+
+
+@app.command()
+def events(limit: Annotated[int, typer.Option(min=1, max=10_000)] = 50, as_json: JsonOption = False) -> None:
+    """List what happened in the market, newest first."""
+    with _client() as client:
+        rows = client.admin_list("/events", limit)
+    if as_json:
+        print_json({"items": rows})
+        return
+    print_table(
+        ("when", "what", "before", "after", "about", "detail"),
+        [
+            (
+                time_text(row["created_ms"]),
+                row["kind"],
+                row["before"],
+                row["after"],
+                row["job_id"] or row["site_id"] or "",
+                row["detail"],
+            )
+            for row in rows
+        ],
+        empty="nothing has happened yet",
+    )
+
+
+@tenant_app.command("create")
+def create_tenant(
+    tenant_id: TenantId,
+    display_name: Annotated[str, typer.Option("--name", help="the tenant's name for people")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Open a tenant with its accounts."""
+    body = {"tenant_id": tenant_id, "name": display_name}
+    _act(
+        "/tenants",
+        body,
+        f"tenant {tenant_id} is open; next: hansa admin tenant deposit {tenant_id} CREDITS",
+        as_json=as_json,
+    )
+
+
+@tenant_app.command("list")
+def list_tenants(as_json: JsonOption = False) -> None:
+    """List tenants with their balances."""
+    with _client() as client:
+        rows = client.admin_list("/tenants", 10_000)
+    if as_json:
+        print_json({"items": rows})
+        return
+    print_table(
+        ("tenant", "name", ">balance", ">held"),
+        [
+            (row["tenant_id"], row["name"], credits_text(row["balance_micros"]), credits_text(row["held_micros"]))
+            for row in rows
+        ],
+        empty="no tenants yet",
+    )
+
+
+@tenant_app.command("deposit")
+def deposit(
+    tenant_id: TenantId,
+    amount: Annotated[str, typer.Argument(metavar="CREDITS", help="with up to six decimals")],
+    key: Annotated[str | None, typer.Option(help="idempotency key: the same key never deposits twice")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a tenant credits."""
+    from pricing.errors import PricingError
+    from pricing.money import parse_credits
+
+    try:
+        amount_micros = parse_credits(amount)
+    except PricingError as error:
+        raise UsageError(str(error)) from None
+    with _client() as client:
+        document = client.admin_post(f"/tenants/{tenant_id}/deposit", {"amount_micros": amount_micros}, key)
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(f"{tenant_id} has {credits_text(document['balance_micros'])} credits")
+
+
+@tenant_app.command("token")
+def token(
+    tenant_id: TenantId,
+    days: Annotated[int, typer.Option(min=1, max=366, help="how long it lives")] = 30,
+    scope: Annotated[list[str] | None, typer.Option(help="such as jobs:read; left out, all of a tenant's")] = None,
+    label: Annotated[str, typer.Option(help="what it is for")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Make an API token for a tenant; it is shown once."""
+    body: dict[str, Any] = {"life_s": days * SECONDS_PER_DAY, "label": label}
+    if scope:
+        body["scopes"] = scope
+    with _client() as client:
+        document = client.admin_post(f"/tenants/{tenant_id}/tokens", body)
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(document["token"])
+
+
+@user_app.command("create")
+def create_user(
+    login: Annotated[str, typer.Argument(metavar="LOGIN")],
+    role: Annotated[str, typer.Option(help="tenant, operator or admin")] = "tenant",
+    tenant: Annotated[str | None, typer.Option(help="whose jobs they see")] = None,
+    password_file: Annotated[
+        Path | None, typer.Option(help="file with the password; left out, you are asked", exists=True, dir_okay=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a person an account for the portal."""
+    if password_file is not None:
+        password = password_file.read_text().strip()
+    else:
+        password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    body = {"login": login, "password": password, "role": role, "tenant_id": tenant}
+    _act("/users", body, f"{login} may sign in to the portal", as_json=as_json)
+
+
+@site_app.command("invite")
+def invite(site_id: SiteId, as_json: JsonOption = False) -> None:
+    """Print a join string for a site; it works once, for a quarter of an hour."""
+    with _client() as client:
+        document = client.admin_post("/sites/invite", {"site_id": site_id})
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(document["join_string"])
+
+
+@site_app.command("list")
+def list_sites(as_json: JsonOption = False) -> None:
+    """List sites with what they offer."""
+    with _client() as client:
+        rows = client.admin_list("/sites", 10_000)
+    if as_json:
+        print_json({"items": rows})
+        return
+    print_table(
+        ("site", "state", "heard", ">leases", "offers"),
+        [
+            (
+                row["site_id"],
+                row["state"],
+                time_text(row["heard_ms"]),
+                row["leases_live"],
+                ", ".join(
+                    f"{pool['gpu_type']} at {credits_text(pool['ask_micros_per_gpu_hour'])}" for pool in row["pools"]
+                ),
+            )
+            for row in rows
+        ],
+        empty="no sites yet; invite one with: hansa admin site invite NAME",
+    )
+
+
+@site_app.command("remove")
+def remove(
+    site_id: SiteId,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a site out of the market for good."""
+    if not yes:
+        typer.confirm(f"Remove {site_id} for good? Its running leases end", abort=True)
+    _act(f"/sites/{site_id}/remove", {}, f"{site_id} is removed", as_json=as_json)
+
+
+def _client() -> BrokerClient:
+    from broker.cli.client import BrokerClient
+
+    return BrokerClient(config.load(os.environ))
+
+
+def _act(path: str, body: dict[str, Any], done: str, *, as_json: bool) -> None:
+    with _client() as client:
+        document = client.admin_post(path, body)
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(done)
+
+
+def _fund_equity(market: Market, amount_micros: int) -> None:
+    from broker import ledger as books
+
+    now_ms = market.clock.now_ms()
+    transfer_id = market.ids.new("equity")
+    market.database.write(
+        "fund equity",
+        lambda session: books.fund_equity(session, amount_micros, transfer_id, now_ms, memo="by its admin"),
+    )

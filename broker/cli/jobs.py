@@ -1,0 +1,294 @@
+"""`hansa submit`, `quote`, `status`, `logs`, `watch`, `cancel`, `invoice`, `fetch`: what a tenant does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from broker.cli import config
+from broker.cli.errors import CliError, MissingError, UsageError
+from broker.cli.output import (
+    JsonOption,
+    bytes_text,
+    credits_text,
+    duration_text,
+    print_json,
+    print_table,
+    time_text,
+)
+
+if TYPE_CHECKING:
+    from broker.cli.client import BrokerClient
+
+JOBS_SHOWN: Final = 50
+EVENTS_SHOWN: Final = 200
+SHARE: Final = 100
+MILLISECONDS_PER_HOUR: Final = 3_600_000
+
+JobFile = Annotated[Path, typer.Argument(help="the job as YAML", metavar="JOB.yaml")]
+JobId = Annotated[str, typer.Argument(help="the job's id, as `hansa status` shows it", metavar="JOB")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the root."""
+    for command in (submit, quote, status, logs, watch, cancel, invoice, fetch):
+        app.command()(command)
+
+
+def submit(
+    job_file: JobFile,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    key: Annotated[str | None, typer.Option(help="idempotency key: the same key never makes a second job")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload the workdir, show what the job could get, ask, and submit it."""
+    with _client() as client:
+        spec = _spec(client, job_file)
+        if not as_json:
+            _print_quote(client.quote(spec))
+        if not yes:
+            if as_json or not sys.stdin.isatty():
+                raise UsageError("nobody is there to ask", next_step="add --yes to submit without a question")
+            budget = credits_text(spec["market"]["budget_micros"])
+            typer.confirm(f"Submit {spec['name']}? {budget} credits are held until it ends", abort=True)
+        job = client.submit(spec, key or uuid.uuid4().hex)
+    if as_json:
+        print_json(job)
+    else:
+        typer.echo(f"{job['job_id']} is {job['state']}; follow it with: hansa watch {job['job_id']}")
+
+
+def quote(job_file: JobFile, as_json: JsonOption = False) -> None:
+    """Show what a job could get at the last prices, without any effect."""
+    with _client() as client:
+        document = client.quote(_spec(client, job_file))
+    if as_json:
+        print_json(document)
+    else:
+        _print_quote(document)
+
+
+def status(
+    job_id: Annotated[str | None, typer.Argument(help="one job; left out, all of yours", metavar="JOB")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="jobs to list")] = JOBS_SHOWN,
+    as_json: JsonOption = False,
+) -> None:
+    """Show your jobs, or one of them with its placement and why it stands where it does."""
+    with _client() as client:
+        if job_id is None:
+            jobs = client.jobs(limit)
+            if as_json:
+                print_json({"items": jobs})
+            else:
+                _print_jobs(jobs)
+            return
+        job = client.job(job_id)
+        if as_json:
+            print_json(job)
+            return
+        _print_job(job)
+        print_table(
+            ("when", "what", "detail"),
+            [
+                (time_text(row["created_ms"]), _event_text(row), row["detail"])
+                for row in client.events(job_id, EVENTS_SHOWN)
+            ],
+        )
+
+
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job has ended")] = False,
+    site: Annotated[str | None, typer.Option(help="of this site only")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what the job's script printed, with the site in front where there are several."""
+    from broker.cli.following import follow_log
+
+    with _client() as client:
+        raise typer.Exit(follow_log(client, job_id, site, follow=follow, as_json=as_json))
+
+
+def watch(job_id: JobId, as_json: JsonOption = False) -> None:
+    """Watch a job live (state, progress, loss, cost) until it ends; exit 6 where it does not finish."""
+    from broker.cli.following import watch_job
+
+    with _client() as client:
+        raise typer.Exit(watch_job(client, job_id, as_json=as_json))
+
+
+def cancel(job_id: JobId, as_json: JsonOption = False) -> None:
+    """End a job; what was delivered so far stays charged, the rest of its hold is released."""
+    with _client() as client:
+        job = client.cancel(job_id)
+    if as_json:
+        print_json(job)
+    else:
+        typer.echo(f"{job['job_id']} is {job['state']}")
+
+
+def invoice(job_id: JobId, as_json: JsonOption = False) -> None:
+    """Show what a job has cost, line by line."""
+    with _client() as client:
+        document = client.invoice(job_id)
+    if as_json:
+        print_json(document)
+        return
+    print_invoice(document)
+
+
+def fetch(
+    job_id: JobId,
+    name: Annotated[str | None, typer.Argument(help="one artifact; left out, all outputs")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write to")] = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch what a job has left: its outputs and checkpoints."""
+    with _client() as client:
+        held = client.artifacts(job_id)
+        wanted = [row for row in held if (row["name"] == name if name else row["kind"] == "output")]
+        if not wanted:
+            names = ", ".join(sorted(row["name"] for row in held)) or "nothing yet"
+            raise MissingError(f"job {job_id} has no {name or 'output'}", next_step=f"it has: {names}")
+        output.mkdir(parents=True, exist_ok=True)
+        fetched = []
+        for row in wanted:
+            target = output / _file_name(row["name"])
+            size = client.download(row["path"], target, row["digest"])
+            fetched.append({"name": row["name"], "path": str(target), "size_bytes": size, "digest": row["digest"]})
+    if as_json:
+        print_json({"items": fetched})
+        return
+    for row in fetched:
+        typer.echo(f"{row['path']}  {bytes_text(row['size_bytes'])}")
+
+
+def _client() -> BrokerClient:
+    from broker.cli.client import BrokerClient
+
+    return BrokerClient(config.load(os.environ))
+
+
+def _spec(client: BrokerClient, path: Path) -> dict[str, Any]:
+    """Read a job file, bring its workdir to the broker, and return the spec as the wire has it."""
+    from broker.cli.job_document import read_job
+
+    document = read_job(path)
+    client.upload_workdir(document.packed)
+    return document.spec
+
+
+def _print_quote(document: dict[str, Any]) -> None:
+    rows = document["items"]
+    print_table(
+        ("where", ">GPUs", ">samples/s", ">done in", ">credits/h", ">credits in all", "could win"),
+        [
+            (
+                where_text(row["configuration"]),
+                sum(part["gpus"] for part in row["configuration"]["parts"]),
+                f"{row['samples_per_s']:.0f}",
+                duration_text(row["hours_to_finish"] * 3600),
+                credits_text(row["price_micros_per_hour"], 4),
+                credits_text(row["total_micros"], 4),
+                "yes" if row["reason"] is None else f"no: {row['reason']}",
+            )
+            for row in rows
+        ],
+        title="At the last prices",
+        empty="no site could run this job now",
+    )
+
+
+def _print_jobs(jobs: list[dict[str, Any]]) -> None:
+    print_table(
+        ("job", "name", "state", ">done", "submitted", "why"),
+        [
+            (
+                job["job_id"],
+                job["name"],
+                job["state"],
+                _done_text(job),
+                time_text(job["submitted_ms"]),
+                job["reason"],
+            )
+            for job in jobs
+        ],
+        empty="no jobs yet; submit one with: hansa submit job.yaml",
+    )
+
+
+def _print_job(job: dict[str, Any]) -> None:
+    typer.echo(f"{job['job_id']}  {job['name']}")
+    typer.echo(f"state    {job['state']}" + (f": {job['reason']}" if job["reason"] else ""))
+    typer.echo(f"done     {_done_text(job)}")
+    placement = job["placement"]
+    if placement:
+        typer.echo(f"placed   {where_text(placement)} in round {placement['round_number']}, {placement['state']}")
+        typer.echo(f"why      {placement['why']}")
+        typer.echo(f"price    {credits_text(placement['charge_micros_per_hour'])} credits/h")
+        measured = placement["samples_per_s_measured"]
+        typer.echo(
+            f"speed    {'-' if measured is None else f'{measured:.1f}'} samples/s measured, "
+            f"{placement['samples_per_s_predicted']:.1f} predicted"
+        )
+    typer.echo(
+        f"cost     {credits_text(job['cost_micros'])} credits so far, {credits_text(job['held_micros'])} still held "
+        f"of {credits_text(job['budget_micros'])}"
+    )
+
+
+def print_invoice(document: dict[str, Any]) -> None:
+    """Print an invoice as a table."""
+    print_table(
+        ("site", "GPUs", ">credits/GPU-h", ">GPU-hours", ">GPUs", ">links", ">discount", ">charge"),
+        [
+            (
+                row["site_id"],
+                f"{row['gpus']}x{row['gpu_type']}",
+                credits_text(row["price_micros_per_gpu_hour"]),
+                f"{row['gpu_milliseconds'] / MILLISECONDS_PER_HOUR:.4f}",
+                credits_text(row["gpu_micros"]),
+                credits_text(row["rent_micros"] + row["egress_micros"]),
+                credits_text(row["discount_micros"] + row["cut_micros"]),
+                credits_text(row["charge_micros"]),
+            )
+            for row in document["lines"]
+        ],
+        title=f"Invoice of {document['job_id']} ({document['name']}){'' if document['final'] else ', not final yet'}",
+        empty=f"nothing was charged for {document['job_id']}",
+    )
+    typer.echo(
+        f"held {credits_text(document['hold_micros'])}, charged {credits_text(document['posted_micros'])}, "
+        f"returned {credits_text(document['voided_micros'])} credits"
+    )
+
+
+def where_text(placement: dict[str, Any]) -> str:
+    """Return where a placement (or a quoted configuration, whose rows are `parts`) is, for people."""
+    rows = placement.get("pools") or placement["parts"]
+    return " + ".join(
+        f"{row['pool_id'].partition('/')[0]} {row['gpus']}x{row['pool_id'].partition('/')[2]}" for row in rows
+    )
+
+
+def _done_text(job: dict[str, Any]) -> str:
+    return f"{job['samples_done']} of {job['samples']} ({SHARE * job['progress']:.0f} %)"
+
+
+def _event_text(row: dict[str, Any]) -> str:
+    where = f" at {row['site_id']}" if row["site_id"] else ""
+    change = f"{row['before']} → {row['after']}" if row["before"] else row["after"]
+    return f"{row['kind']} {change}{where}"
+
+
+def _file_name(name: str) -> str:
+    """Return the last part of an artifact's name, which a site chose: it must not lead elsewhere."""
+    last = Path(name).name
+    if not last or last in (".", ".."):
+        raise CliError(f"{name!r} is not a name that a file may have here", code="cli.name")
+    return last
