@@ -49,7 +49,8 @@ def invite_site(market: Market, site_id: str) -> str:
         session.add(
             JoinToken(token_digest=digest, site_id=site_id, created_ms=now_ms, expires_ms=now_ms + LIFE_S * 1000)
         )
-        record_event(session, "site", now_ms=now_ms, after="invited", site_id=site_id)
+        # Not of kind "site": the site has no state until it joins.
+        record_event(session, "invitation", now_ms=now_ms, after="made", site_id=site_id)
 
     market.database.write("invite", work)
     url = market.settings.public_url
