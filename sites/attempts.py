@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import training
 from sites import metering
 from sites.attempt_folder import AttemptFolder, Surroundings, write_attempt
 from sites.client import Broker
@@ -446,7 +445,7 @@ def _own_environment(python: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    origin = Path(training.__file__).parents[1]
+    origin = Path(__file__).parents[1]  # one distribution holds sites and training
     if origin.name not in {"site-packages", "dist-packages"}:
         environment["PYTHONPATH"] = str(origin)  # a checkout: the interpreter does not find it by itself
     return environment
