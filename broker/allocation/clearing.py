@@ -127,11 +127,16 @@ class Certificate(Row):
 
 
 class Effort(Row):
-    """What the round's solver did, as counts: the same on every replay."""
+    """What the round's solver did, as counts: the same on every replay.
+
+    `prices_settled` is false where the solver refused a step in choosing among equally valid
+    price vectors; the prices then hold all the same, but another solver could choose others.
+    """
 
     columns: int = 0
     links_priced: int = 0
     price_rounds: int = 0
+    prices_settled: bool = True
     repair_columns: int = 0
     repair_nodes: int = 0
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import highspy
 import numpy as np
+from numpy.typing import NDArray
 
 from broker.allocation.candidates import Column
 from broker.allocation.errors import SolverError
@@ -34,7 +35,10 @@ SNAP_MICROS: Final = 1e-3
 # What noise may do to a price, of a job's value: beyond it a loss is economic, not numerical.
 NOISE: Final = 1e-6
 CUT_ROUNDS_MAX: Final = 50
-VIOLATION: Final = 1e-7
+# In scaled money. A row enters the model when violated by more than VIOLATION; what a step has
+# settled may give way by SLIP, which is more, so that later rows cannot contradict it.
+VIOLATION: Final = 1e-8
+SLIP: Final = 1e-7
 
 # highspy's bindings carry no usable types.
 _Highs = Any
@@ -47,6 +51,7 @@ class Prices:
     pools: dict[str, int]
     links: dict[Pair, int]
     rounds: int = 0
+    settled: bool = True
 
     def gross(self, column: Column) -> int:
         """Return what a column's GPUs and link shares cost per hour."""
@@ -73,6 +78,7 @@ def canonical_prices(market: Market, columns: Sequence[Column], solution: Soluti
         },
         {pair: _whole(link_rents.get(pair, 0.0)) for pair in market.links},
         rounds,
+        face.settled,
     )
     in_use = [column for column, x in zip(columns, solution.x, strict=True) if x > IN_USE]
     return _without_noise(market, prices, [*placed, *in_use])
@@ -96,7 +102,7 @@ def _without_noise(market: Market, prices: Prices, columns: Sequence[Column]) ->
             excess -= cut * part.gpus
             if excess <= 0:
                 break
-    return Prices(pools, prices.links, prices.rounds)
+    return Prices(pools, prices.links, prices.rounds, prices.settled)
 
 
 class _Face:
@@ -108,6 +114,8 @@ class _Face:
 
     def __init__(self, market: Market, columns: Sequence[Column], solution: Solution, placed: Sequence[Column]) -> None:
         self._columns = columns
+        self._solution = solution
+        self.settled = False
         self._unit = max(1.0, max((abs(column.worth) for column in columns), default=1) / LARGEST_COEFFICIENT)
         used, job_share = _used(columns, solution.x)
         capacity: dict[str | Pair, int] = {pool.pool_id: pool.capacity_gpus for pool in market.pools.values()}
@@ -134,6 +142,7 @@ class _Face:
     def point(self) -> tuple[dict[str, float], dict[Pair, float], int]:
         """Return the chosen rents in micro-credits, and how many rounds of rows it took."""
         if not self._rents:
+            self.settled = True
             return {}, {}, 0
         highs = self._open()
         variables = highs.getNumCol()
@@ -144,18 +153,22 @@ class _Face:
         make_whole[len(self._lower) :] = 1.0
         rent = np.zeros(variables)
         rent[: len(self._rents)] = self._capacity / self._capacity.max()
+        steps = [step for step in (make_whole, rent) if step.any()]
+        steps += [_unit_vector(place, variables) for place in range(len(self._rents))]
+        values: Sequence[float] | None = None
         rounds = 0
-        for objective in (make_whole, rent):
-            if not objective.any():
-                continue
-            highs.changeColsCost(variables, np.arange(variables, dtype=np.int32), objective)
-            rounds += self._minimise(highs, inside)
-            best = highs.getInfo().objective_function_value
-            present = np.flatnonzero(objective).astype(np.int32)
-            most = best + VIOLATION * max(1.0, abs(best))
-            highs.addRow(-highspy.kHighsInf, most, len(present), present, objective[present])
-        rounds += self._settle(highs, inside)
-        values = highs.getSolution().col_value
+        for step in steps:
+            try:
+                rounds += self._minimise(highs, step, inside)
+            except SolverError:
+                # The last step's point is as good a dual; how far the choice got is recorded.
+                break
+            values = list(highs.getSolution().col_value)
+            self._settle(highs, step, values)
+        else:
+            self.settled = True
+        if values is None:
+            return dict(self._solution.pool_rents), dict(self._solution.link_rents), rounds
         rents = {row: values[i] * self._unit for i, row in enumerate(self._rents)}
         return (
             {row: rent for row, rent in rents.items() if isinstance(row, str)},
@@ -170,6 +183,7 @@ class _Face:
             ("threads", THREADS),
             ("random_seed", 0),
             ("simplex_iteration_limit", SIMPLEX_ITERATIONS_MAX),
+            ("primal_feasibility_tolerance", VIOLATION / 10),
         ):
             highs.setOptionValue(option, value)
         lower = np.array(self._lower + [0.0] * len(self._placed))
@@ -204,11 +218,12 @@ class _Face:
         if not indices:
             return
         worth = column.worth / self._unit
-        most = worth + VIOLATION if self._in_use[index] else highspy.kHighsInf
+        most = worth + SLIP if self._in_use[index] else highspy.kHighsInf
         highs.addRow(worth, most, len(indices), np.array(indices, dtype=np.int32), np.array(use))
 
-    def _minimise(self, highs: _Highs, inside: set[int]) -> int:
-        """Minimise the present objective over all columns' rows, adding the violated ones."""
+    def _minimise(self, highs: _Highs, step: NDArray[np.float64], inside: set[int]) -> int:
+        """Minimise one step's objective over all columns' rows, adding the violated ones."""
+        highs.changeColsCost(len(step), np.arange(len(step), dtype=np.int32), step)
         for rounds in range(1, CUT_ROUNDS_MAX + 1):
             highs.run()
             if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
@@ -224,17 +239,15 @@ class _Face:
         message = f"prices did not settle in {CUT_ROUNDS_MAX} rounds of rows; keep the snapshot and report it"
         raise SolverError(message)
 
-    def _settle(self, highs: _Highs, inside: set[int]) -> int:
-        """Take each rent as low as what is left of the face lets it, pools first, in order of name."""
-        variables = highs.getNumCol()
-        everything = np.arange(variables, dtype=np.int32)
-        rounds = 0
-        for place in range(len(self._rents)):
-            highs.changeColsCost(variables, everything, (everything == place).astype(float))
-            rounds += self._minimise(highs, inside)
-            least = max(0.0, highs.getSolution().col_value[place])
-            highs.changeColBounds(place, 0.0, least + VIOLATION / variables)
-        return rounds
+    def _settle(self, highs: _Highs, step: NDArray[np.float64], values: Sequence[float]) -> None:
+        """Hold what a step has reached, for the steps after it."""
+        present = np.flatnonzero(step).astype(np.int32)
+        if len(present) == 1:
+            place = int(present[0])
+            highs.changeColBounds(place, 0.0, max(0.0, values[place]) + SLIP)
+            return
+        best = float(step @ np.array(values))
+        highs.addRow(-highspy.kHighsInf, best + SLIP * max(1.0, abs(best)), len(present), present, step[present])
 
     def _violated(self, values: Sequence[float], inside: set[int]) -> list[int]:
         """Return, of each job, the column outside the model that exceeds its surplus the most."""
@@ -245,7 +258,7 @@ class _Face:
             paid = sum(values[place] * amount for place, amount in zip(*self._uses[index], strict=True))
             surplus = self._place.get(("job", column.job.job_id))
             excess = column.worth / self._unit - paid - (values[surplus] if surplus is not None else 0.0)
-            if excess > worst.get(column.job.job_id, (VIOLATION * 10, -1))[0]:
+            if excess > worst.get(column.job.job_id, (VIOLATION, -1))[0]:
                 worst[column.job.job_id] = (excess, index)
         return sorted(index for _, index in worst.values())
 
@@ -261,3 +274,9 @@ def _used(columns: Sequence[Column], x: Sequence[float]) -> tuple[dict[str | Pai
         for pair, shares in column.shares:
             used[pair] = used.get(pair, 0.0) + shares * value
     return used, jobs
+
+
+def _unit_vector(place: int, length: int) -> NDArray[np.float64]:
+    vector = np.zeros(length)
+    vector[place] = 1.0
+    return vector

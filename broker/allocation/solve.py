@@ -106,6 +106,7 @@ def _written(
             columns=len(every),
             links_priced=sum(1 for price in prices.links.values() if price),
             price_rounds=prices.rounds,
+            prices_settled=prices.settled,
             repair_columns=best.columns,
             repair_nodes=best.nodes,
         ),

@@ -370,3 +370,10 @@ def test_a_model_prints_like_mathematics() -> None:
     printed = str(build(book, [column for row in book.jobs for column in columns(book, row)]).problem)
     assert "pool_ada.1_A100: 4 x_0000000 + 2 x_0000001 <= 4" in printed
     assert "job_big.job: x_0000000 <= 1" in printed
+
+
+def test_a_face_thinner_than_the_solvers_tolerance_still_settles() -> None:
+    # Found by search: rows that entered late contradicted what earlier steps had fixed too tightly.
+    clearing = clear(random_market(5854, 15, 3))
+    assert clearing.effort.prices_settled
+    assert clearing.certificate.checks["lp_gap_proved"]
