@@ -20,6 +20,7 @@ class Settings(BaseSettings):
     database_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in home")
     redis_url: str = Field(default="", description="Redis or Valkey; empty means no doorbell, beat alone")
     public_url: str = Field(default="https://127.0.0.1:7400", description="where sites and tenants reach the API")
+    wake_url: str = Field(default="", description="where browsers reach the wake process; empty means they poll")
     market_name: str = "hansa"
 
     heartbeat_s: float = Field(default=5.0, gt=0, le=60)

@@ -63,7 +63,13 @@ class WakeServer:
         if self._streams >= STREAMS_MAX:
             raise web.HTTPServiceUnavailable(text="all streams are taken; poll instead", headers={"Retry-After": "30"})
         response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-store",
+                "X-Accel-Buffering": "no",
+                # A portal's page may come from another port. There is nothing to read here, and no cookie counts.
+                "Access-Control-Allow-Origin": "*",
+            }
         )
         await response.prepare(request)
         ring = asyncio.Event()

@@ -1,0 +1,7 @@
+"""The pages, by subject. Importing this package adds them to the blueprint."""
+
+from __future__ import annotations
+
+from broker.portal.pages import jobs, market, money, rounds, sign_in, sites, submit
+
+__all__ = ["jobs", "market", "money", "rounds", "sign_in", "sites", "submit"]

@@ -1,0 +1,90 @@
+"""The rounds as an admin sees them: the list, one round with its clearing, and its replay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from flask import request
+from sqlalchemy.orm import Session
+from werkzeug.wrappers import Response
+
+from broker.allocation.clearing import Certificate, Clearing, Placement, Unplaced
+from broker.api.context import the_market
+from broker.artifacts import ArtifactMissingError
+from broker.database.tables import Round
+from broker.errors import NotFoundError
+from broker.portal.blueprint import Access, page, show
+from broker.portal.queries.market import ROUNDS_PER_PAGE, list_rounds
+from broker.rounds.replay import replay
+
+PLACEMENTS_SHOWN: Final = 100
+PRICES_SHOWN: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class RoundView:
+    """One round; placements are None once its clearing is past its retention."""
+
+    row: Round
+    certificate: Certificate
+    prices: tuple[tuple[str, int], ...]
+    prices_in_all: int
+    placements: tuple[Placement, ...] | None
+    placements_in_all: int
+    unplaced: tuple[Unplaced, ...]
+    unplaced_in_all: int
+    dropped: tuple[dict[str, str], ...]
+
+
+@page("/admin/rounds", Access.ADMIN)
+def rounds() -> Response:
+    """List the rounds, newest first."""
+    text = request.args.get("before", "")
+    before = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None  # noqa: PLR2004  below 2^63
+    rows = the_market().database.read(lambda session: list_rounds(session, before=before))
+    shown = rows[:ROUNDS_PER_PAGE]
+    return show("rounds.html", rows=shown, next=shown[-1].round_number if len(rows) > ROUNDS_PER_PAGE else None)
+
+
+@page("/admin/rounds/<int:round_number>", Access.ADMIN)
+def round_page(round_number: int) -> Response:
+    """Show one round: prices, certificate, placements with why, and what was dropped."""
+    return show("round.html", view=_read(round_number))
+
+
+@page("/admin/rounds/<int:round_number>/replay", Access.ADMIN, method="POST")
+def replay_round(round_number: int) -> Response:
+    """Solve a round again from its snapshot and say whether it comes out the same."""
+    view = _read(round_number)
+    return show("round.html", view=view, replay=replay(the_market(), round_number))
+
+
+def _read(round_number: int) -> RoundView:
+    market = the_market()
+
+    def work(session: Session) -> Round:
+        row = session.get(Round, round_number) if round_number < 2**62 else None
+        if row is None:
+            raise NotFoundError(f"there is no round {round_number}")
+        return row
+
+    row = market.database.read(work)
+    try:
+        clearing = Clearing.from_json(market.artifacts.get_bytes(row.clearing_digest))
+    except ArtifactMissingError:
+        clearing = None
+    prices = sorted(json.loads(row.prices).items())
+    dropped = json.loads(row.dropped)
+    return RoundView(
+        row=row,
+        certificate=Certificate.model_validate_json(row.certificate),
+        prices=tuple((pool_id, int(price)) for pool_id, price in prices[:PRICES_SHOWN]),
+        prices_in_all=len(prices),
+        placements=None if clearing is None else clearing.placements[:PLACEMENTS_SHOWN],
+        placements_in_all=0 if clearing is None else len(clearing.placements),
+        unplaced=() if clearing is None else clearing.unplaced[:PLACEMENTS_SHOWN],
+        unplaced_in_all=0 if clearing is None else len(clearing.unplaced),
+        dropped=tuple(dropped[:PLACEMENTS_SHOWN]),
+    )
