@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from broker.attempts import order_for, take_report
 from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
-from broker.errors import BrokerError, CredentialError, NotFoundError, StaleEpochError
+from broker.errors import BrokerError, ConflictError, CredentialError, NotFoundError, StaleEpochError
 from broker.leases import confirm, renew_liveness, veto
 from broker.market import Market
 from broker.metering import accept_usage
@@ -25,20 +25,32 @@ from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnsw
 BeforeEffect = Callable[[Session], None]
 
 
+class OvertakenError(ConflictError):
+    """A heartbeat that arrived after a later one of the same site; what it says is out of date."""
+
+    code = "heartbeat.overtaken"
+
+
 def receive(
-    market: Market, site_id: str, heartbeat: Heartbeat, before_effect: BeforeEffect | None = None
+    market: Market,
+    site_id: str,
+    heartbeat: Heartbeat,
+    *,
+    sequence: int,
+    before_effect: BeforeEffect | None = None,
 ) -> HeartbeatAnswer:
     """Take a heartbeat of `site_id` and return what the broker wants of it.
 
-    `before_effect` runs first in the same transaction: the API spends the request's sequence
-    number there, so that a replayed request has no effect. Raises CredentialError for a removed
-    site and OfferError for an offer that makes no sense.
+    `sequence` is the request's number: a heartbeat that a later one has overtaken on the way is
+    refused. `before_effect` runs first in the same transaction: the API spends the number there,
+    so that a replayed request has no effect. Raises CredentialError for a removed site,
+    OvertakenError, and OfferError for an offer that makes no sense.
     """
 
     def work(session: Session) -> tuple[HeartbeatAnswer, set[str], set[str], bool]:
         if before_effect is not None:
             before_effect(session)
-        site = _heard(session, market, site_id, heartbeat)
+        site = _heard(session, market, site_id, heartbeat, sequence)
         changed = apply_offer(session, site, heartbeat.offer)
         taken = _Taken(session, market, site_id)
         taken.renew_livenesses()
@@ -143,11 +155,15 @@ class _Taken:
         return lease
 
 
-def _heard(session: Session, market: Market, site_id: str, heartbeat: Heartbeat) -> Site:
+def _heard(session: Session, market: Market, site_id: str, heartbeat: Heartbeat, sequence: int) -> Site:
     site = session.get(Site, site_id)
     if site is None or site.state == SiteState.REMOVED:
         message = f"site {site_id!r} is not part of this market; ask its admin for a new invitation"
         raise CredentialError(message)
+    if sequence < site.heartbeat_sequence:
+        message = f"heartbeat {sequence} was overtaken by {site.heartbeat_sequence}; nothing in it was taken"
+        raise OvertakenError(message)
+    site.heartbeat_sequence = sequence
     site.heard_ms = market.clock.now_ms()
     site.heard_monotonic_ms = round(market.clock.monotonic_s() * 1000)
     site.heard_era = market.clock.era()

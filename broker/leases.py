@@ -37,6 +37,7 @@ from broker.transitions import (
 from broker.views import issue_first_view
 from sites.protocol import Confirmation, Veto
 from training.roundlog.view import GENESIS_HASH
+from training.spec import JobSpec
 
 
 def live_placement(session: Session, job_id: str) -> Placement | None:
@@ -192,6 +193,7 @@ def requeue(session: Session, market: Market, job: Job, code: str, reason: str) 
     """Put a job back in the queue for the next round."""
     if job.state in FINAL_JOB_STATES:
         return
+    job.samples_done = _resumable_samples(session, job)
     job.reason_code, job.reason = code, reason[:1000]
     change_state(session, job, JobState.QUEUED, now_ms=market.clock.now_ms(), detail=reason)
     note_change(session)
@@ -264,6 +266,18 @@ def newest_checkpoint(session: Session, job_id: str) -> JobArtifact | None:
         .order_by(JobArtifact.round_number.desc(), JobArtifact.name)
         .limit(1)
     )
+
+
+def _resumable_samples(session: Session, job: Job) -> int:
+    """Return the samples that the newest checkpoint holds: what was sealed after it is done again.
+
+    A job whose last checkpoint holds them all still needs GPUs for a moment, to bring its outputs.
+    """
+    checkpoint = newest_checkpoint(session, job.job_id)
+    if checkpoint is None:
+        return 0
+    samples = JobSpec.model_validate_json(job.spec).market.workload.samples
+    return min(checkpoint.samples_done, samples - 1)
 
 
 def _checkpoint_for(session: Session, newest: JobArtifact, site_id: str) -> str:

@@ -40,7 +40,7 @@ def quote_job(market: Market, spec: JobSpec) -> list[QuoteRow]:
     return market.database.read(work)
 
 
-def reason_never_possible(session: Session, market: Market, spec: JobSpec) -> str | None:
+def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
     """Return why no state of this federation could ever hold `spec`, None where one could.
 
     Every pool counts with all its GPUs, also where they are taken or its site is silent now.

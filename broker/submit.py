@@ -102,7 +102,7 @@ def _check_admissible(session: Session, market: Market, tenant_id: str, spec: Jo
     if (waiting or 0) >= market.settings.jobs_queued_per_tenant_max:
         message = f"{waiting} jobs are waiting or running, which is the most for one tenant; wait or cancel some"
         raise QueueFullError(message)
-    never = reason_never_possible(session, market, spec)
+    never = reason_never_possible(session, spec)
     if never is not None:
         raise NeverPossibleError(never)
 

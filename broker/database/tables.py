@@ -101,7 +101,7 @@ class Site(Table):
     """A datacenter. `state` is live, silent or removed; `version` guards its offer.
 
     `sequence_seen` is a bit mask of the request numbers below and at `sequence_max`: the replay
-    window. `heard_monotonic_ms` is when it was last heard, in `heard_era`.
+    window; `heartbeat_sequence` that of the last heartbeat. `heard_monotonic_ms` is when it was last heard, in `heard_era`.
     """
 
     __tablename__ = "sites"
@@ -113,6 +113,7 @@ class Site(Table):
     agent_version: Mapped[str | None]
     sequence_max: Mapped[int] = mapped_column(default=0)
     sequence_seen: Mapped[str] = mapped_column(String(80), default="0")
+    heartbeat_sequence: Mapped[int] = mapped_column(default=0)
     joined_ms: Mapped[int]
     heard_ms: Mapped[int | None]
     heard_monotonic_ms: Mapped[int | None]

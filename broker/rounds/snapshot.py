@@ -126,7 +126,7 @@ def _count_by_pool(session: Session, *, ended: bool) -> dict[str, int]:
         .where(LeasedGpu.live, over if ended else ~over)
         .group_by(Lease.pool_id)
     )
-    return dict(counted.tuples().all())
+    return {pool_id: count for pool_id, count in counted}  # noqa: C416  rows are not pairs to mypy
 
 
 def standing_links(session: Session, sites: set[str]) -> list[LinkState]:

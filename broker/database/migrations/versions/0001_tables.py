@@ -114,6 +114,7 @@ def upgrade() -> None:
         sa.Column("agent_version", sa.String(length=64), nullable=True),
         sa.Column("sequence_max", sa.BigInteger(), nullable=False),
         sa.Column("sequence_seen", sa.String(length=80), nullable=False),
+        sa.Column("heartbeat_sequence", sa.BigInteger(), nullable=False),
         sa.Column("joined_ms", sa.BigInteger(), nullable=False),
         sa.Column("heard_ms", sa.BigInteger(), nullable=True),
         sa.Column("heard_monotonic_ms", sa.BigInteger(), nullable=True),

@@ -1,0 +1,81 @@
+"""Seeds of the fault simulator for about a minute, and the proof that a seed replays exactly."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy.orm import Session
+
+from broker import attempts, views
+from broker.database.tables import Lease
+from broker.market import Market
+from tests.simulation.__main__ import run_seed
+from tests.simulation.world import Faults, World, make_template
+from training.roundlog.view import GENESIS_HASH, ViewReport
+
+SEED_S = 60.0
+STEPS = 250
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_template(tmp_path_factory.mktemp("template"))
+
+
+@pytest.mark.timeout(300)
+def test_no_seed_breaks_an_invariant(template: Path) -> None:
+    started_s = time.perf_counter()
+    seed, steps = 0, 0
+    while time.perf_counter() - started_s < SEED_S:
+        seed += 1
+        outcome = run_seed(seed, STEPS, template)
+        steps += outcome.steps
+        assert not outcome.failure, f"replay with: python -m tests.simulation --seed {seed} --trace\n{outcome.failure}"
+    rate = steps / (time.perf_counter() - started_s)
+    print(f"\nsimulator: {seed} seeds, {steps} steps, {rate:.0f} steps/s, 0 violations")  # noqa: T201  reported by -rP
+    assert seed >= 3, "the simulator is too slow to have looked at anything"
+
+
+@pytest.mark.timeout(240)
+def test_a_seed_replays_exactly(template: Path) -> None:
+    first = run_seed(7, STEPS, template, tell=True)
+    second = run_seed(7, STEPS, template, tell=True)
+    assert first.story == second.story
+    assert len(first.story) > 20
+
+
+@pytest.mark.timeout(240)
+def test_without_faults_every_job_ends_without_a_lost_attempt(template: Path, tmp_path: Path) -> None:
+    world = World(3, tmp_path, template, Faults(0, 0, 0, 0, 0, 0, 0, 0, 0.0001), tell=True)
+    world.run(400)
+    world.close()
+    assert not [line for line in world.story.lines if "crashed" in line]
+    assert [line for line in world.story.lines if "starts lease" in line]
+
+
+@pytest.mark.timeout(240)
+def test_the_simulator_sees_a_view_that_forgets_a_sealed_round(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Break the promise that the highest report is the base of the next view.
+    def forgetful(session: Session, market: Market, lease: Lease, report: ViewReport) -> list[str]:
+        nothing = report.model_copy(update={"sealed_round": 0, "chain_hash": GENESIS_HASH})
+        return views.take_promise(session, market, lease, nothing)
+
+    monkeypatch.setattr(attempts, "take_promise", forgetful)
+    with pytest.raises(AssertionError, match="forgets round"):
+        _run_seeds(range(1, 40), template, tmp_path)
+
+
+def _run_seeds(seeds: range, template: Path, tmp_path: Path) -> None:
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        world = World(seed, folder, template)
+        try:
+            for _ in range(600):
+                world.step()
+        finally:
+            world.close()

@@ -1,0 +1,538 @@
+"""The simulated world: one seed decides what happens, in which order, and what goes wrong.
+
+Events stand in a queue by simulated time. The broker under test is the product's own code over a
+real SQLite file; a crash at a commit is an exception that the dispatcher swallows, as the network
+swallows a request whose server died. Nothing here reads a real clock or draws a number outside
+the seed's generator.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from broker import ledger
+from broker.artifacts import ArtifactStore
+from broker.cancel import request_cancel
+from broker.database.engine import Database
+from broker.database.schema import upgrade
+from broker.database.tables import Artifact, Job, Placement, Site, Tenant
+from broker.errors import BrokerError, ConflictError
+from broker.heartbeat import receive
+from broker.identity.authority import Authority
+from broker.ids import SequentialIds
+from broker.market import Market
+from broker.reconcile import reconcile
+from broker.rounds.clear import hold_round
+from broker.settings import Settings
+from broker.settle import settle
+from broker.submit import submit_job
+from broker.transitions import FINAL_JOB_STATES, JobState, PlacementState, SiteState, change_state
+from sites.protocol import ExitCause, Heartbeat, HeartbeatAnswer, LeaseOrder, Offer
+from tests.simulation.invariants import InvariantError, check_ended, check_tables, check_truth
+from tests.simulation.simulated_log import History
+from tests.simulation.simulated_site import SAMPLES_PER_ROUND, Attempt, SimulatedSite
+from training.attempt import NewestCheckpoint
+from training.clock import ManualClock
+from training.spec import JobSpec
+
+HEARTBEAT_S = 1.0
+REQUEST_TIMEOUT_S = 3.0
+ROUND_TRIP_S_MAX = 0.4
+TENANT = "acme"
+WORKDIR = "ab" * 32
+CHECK_TABLES_EVERY = 20
+
+
+class CrashError(BaseException):
+    """The broker's process died at a commit. Not an Exception: no code under test may catch it."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """How likely each fault is, per occasion. `none()` is a world in which nothing goes wrong."""
+
+    lose: float = 0.05
+    double: float = 0.05
+    late: float = 0.05
+    crash: float = 0.01
+    lose_ring: float = 0.3
+    break_site: float = 0.02
+    break_script: float = 0.002
+    step_utc: float = 0.01
+    meddle: float = 0.05
+
+    @classmethod
+    def none(cls) -> Faults:
+        """Return a world without faults."""
+        return cls(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(slots=True)
+class Story:
+    """What happened, told line by line when asked."""
+
+    tell: bool = False
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, at_s: float, line: str) -> None:
+        """Add a line."""
+        if self.tell:
+            self.lines.append(f"{at_s:9.2f}  {line}")
+
+
+class World:
+    """One run of one seed."""
+
+    def __init__(
+        self, seed: int, folder: Path, template: Path, faults: Faults | None = None, *, tell: bool = False
+    ) -> None:
+        """Make a market with three to five sites in `folder`; `template` comes from `make_template`."""
+        self.rng = random.Random(seed)  # noqa: S311  a seed that replays is the point
+        self.seed = seed
+        self.faults = faults or Faults()
+        self.story = Story(tell)
+        self.clock = ManualClock()
+        self.true_s = 0.0
+        self.steps = 0
+        self.history = History()
+        self.busy: dict[tuple[str, str], LeaseOrder] = {}
+        self.forgotten: set[str] = set()
+        self.started_s: dict[str, float] = {}
+        self.really_ran_ms: dict[str, float] = {}
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = 0
+        self._jobs = 0
+        self._sequences: dict[str, int] = {}
+        shutil.copy(template / "market.sqlite3", folder / "market.sqlite3")
+        settings = Settings(
+            home=template,
+            heartbeat_s=HEARTBEAT_S,
+            liveness_s=6,
+            liveness_margin_s=3,
+            proposal_s=8,
+            term_s=60,
+            round_s=2,
+            reconcile_s=1,
+            settle_s=20,
+            hub_lost_s=3,
+            attempts_max=8,
+        )
+        self.market = Market(
+            settings=settings,
+            database=Database(f"sqlite:///{folder / 'market.sqlite3'}", at_commit=self._at_commit),
+            clock=self.clock,
+            ids=SequentialIds(),
+            authority=Authority(template, self.clock),
+            artifacts=ArtifactStore(folder / "artifacts"),
+            doorbell=self,
+        )
+        count = self.rng.randrange(3, 6)
+        self.site_ids = [f"site-{letter}" for letter in "abcde"[:count]]
+        self.sites = {
+            site_id: SimulatedSite(self, site_id, self.rng.randrange(1, 4), listens=index < 2)
+            for index, site_id in enumerate(self.site_ids)
+        }
+        self._crashing = False
+        self._found()
+        self._crashing = True
+        for site_id in self.site_ids:
+            self.after(self.rng.random(), lambda site_id=site_id: self._beat(site_id))
+        self.after(1.0, self._every_reconcile)
+        self.after(2.0, self._every_round)
+        self.after(0.5, self._every_log)
+        self.after(self.rng.random() * 3, self._tenant)
+        self.after(3.0, self._mischief)
+
+    # --- Running ----------------------------------------------------------------------------------
+
+    def after(self, delay_s: float, happen: Callable[[], None]) -> None:
+        """Let something happen `delay_s` from now."""
+        self._order += 1
+        heapq.heappush(self._queue, (self.true_s + delay_s, self._order, happen))
+
+    def step(self) -> None:
+        """Let the next event happen, and look at the invariants."""
+        at_s, _, happen = heapq.heappop(self._queue)
+        self.clock.advance_s(max(0.0, at_s - self.true_s))
+        self.true_s = max(at_s, self.true_s)
+        for site in self.sites.values():
+            site.enforce_deadlines()
+        try:
+            happen()
+        except CrashError as crash:
+            self.story.add(self.true_s, f"the broker crashed {crash}")
+        self.steps += 1
+        if self.steps % CHECK_TABLES_EVERY == 0:
+            check_tables(self)
+            check_truth(self)
+
+    def run(self, steps: int) -> None:
+        """Run with faults, then without until every job has ended; raise InvariantError at the first wrong."""
+        for _ in range(steps):
+            self.step()
+        self.quiesce()
+
+    def quiesce(self, seconds: float = 900.0) -> None:
+        """Switch the faults off and wait for the end of every job, then check that all is settled."""
+        self.faults = Faults.none()
+        self.story.add(self.true_s, "--- faults off ---")
+        for site in self.sites.values():
+            site.draining = site.vetoing = False
+            site.start_agent()
+        until_s = self.true_s + seconds
+        while self.true_s < until_s and not self._all_settled():
+            self.step()
+        check_tables(self)
+        check_truth(self)
+        check_ended(self)
+
+    def close(self) -> None:
+        """Close the database."""
+        self.market.database.close()
+
+    def _all_settled(self) -> bool:
+        if self.steps % 20:
+            return False
+        try:
+            check_ended(self)
+        except InvariantError:
+            self._cancel_unplaceable()
+            return False
+        return True
+
+    def _cancel_unplaceable(self) -> None:
+        # A job that nobody outbids but whose bid is too low would wait for ever: its tenant gives up.
+        def work(session: Session) -> list[str]:
+            live = session.scalar(select(Placement.job_id).where(Placement.state != PlacementState.ENDED).limit(1))
+            if live is not None:
+                return []
+            return list(
+                session.scalars(
+                    select(Job.job_id).where(
+                        Job.state == JobState.QUEUED,
+                        Job.reason_code.in_(["bid_below_ask", "budget_short", "fragmented"]),
+                    )
+                )
+            )
+
+        for job_id in self.market.database.read(work):
+            request_cancel(self.market, TENANT, job_id)
+
+    # --- The broker's surroundings ----------------------------------------------------------------
+
+    def _at_commit(self, point: str) -> None:
+        if self._crashing and self.rng.random() < self.faults.crash:
+            raise CrashError(point)
+
+    def ring_round(self) -> None:
+        """Ring for a round; the ring may be lost."""
+        if self.rng.random() >= self.faults.lose_ring:
+            self.after(0.05 + self.rng.random() * 0.2, self._round)
+
+    def ring_reconcile(self) -> None:
+        """Ring for a reconcile; the ring may be lost."""
+        if self.rng.random() >= self.faults.lose_ring:
+            self.after(0.05, self._reconcile)
+
+    def wake_site(self, site_id: str) -> None:
+        """Wake an agent; the word may be lost."""
+        if self.rng.random() >= self.faults.lose_ring:
+            self.after(0.02, lambda: self._send(site_id))
+
+    def wake_watchers(self, job_id: str) -> None:
+        """Nobody watches here."""
+
+    def _every_round(self) -> None:
+        self.after(self.market.settings.round_s, self._every_round)
+        self._round()
+
+    def _every_reconcile(self) -> None:
+        self.after(self.market.settings.reconcile_s, self._every_reconcile)
+        self._reconcile()
+
+    def _round(self) -> None:
+        done = hold_round(self.market)
+        if done is not None:
+            self.story.add(self.true_s, f"round {done.round_number}: {done.placements_made} placed, {done.dropped}")
+
+    def _reconcile(self) -> None:
+        reconcile(self.market)
+        settle(self.market)
+
+    # --- Sites and the network --------------------------------------------------------------------
+
+    def _beat(self, site_id: str) -> None:
+        self.after(HEARTBEAT_S * (0.8 + 0.4 * self.rng.random()), lambda: self._beat(site_id))
+        self._send(site_id)
+
+    def _send(self, site_id: str) -> None:
+        site = self.sites[site_id]
+        if not site.agent_up:
+            return
+        heartbeat = site.heartbeat()
+        self._sequences[site_id] = sequence = self._sequences.get(site_id, 0) + 1
+        sent_s, boot = self.true_s, site.boots
+        copies = 2 if self.rng.random() < self.faults.double else 1
+        for _ in range(copies):
+            if self.rng.random() < self.faults.lose:
+                continue
+            delay_s = self.rng.random() * ROUND_TRIP_S_MAX / 2
+            if self.rng.random() < self.faults.late:
+                delay_s += self.rng.random() * 10
+            self.after(delay_s, lambda: self._arrive(site_id, heartbeat, sequence, sent_s, boot))
+
+    def _arrive(self, site_id: str, heartbeat: Heartbeat, sequence: int, sent_s: float, boot: int) -> None:
+        try:
+            answer = receive(self.market, site_id, heartbeat, sequence=sequence)
+        except ConflictError as refusal:
+            self.story.add(self.true_s, f"{site_id}: {refusal}")
+            return
+        if self.rng.random() < self.faults.lose:
+            return
+        delay_s = self.rng.random() * ROUND_TRIP_S_MAX / 2
+        self.after(delay_s, lambda: self._answered(site_id, answer, sequence, sent_s, boot))
+
+    def _answered(self, site_id: str, answer: HeartbeatAnswer, sequence: int, sent_s: float, boot: int) -> None:
+        site = self.sites[site_id]
+        # An agent takes the answer to its newest request only, and none after its time-out.
+        if not site.agent_up or site.boots != boot or sequence != self._sequences[site_id]:
+            return
+        if self.true_s - sent_s > REQUEST_TIMEOUT_S:
+            return
+        site.take_answer(answer, sent_s)
+
+    def occupy(self, site_id: str, gpu_id: str, order: LeaseOrder) -> None:
+        """Start a process on a GPU: the truth that no table can hide."""
+        holder = self.busy.get((site_id, gpu_id))
+        if holder is not None:
+            raise InvariantError(f"GPU {site_id}/{gpu_id} serves {holder.lease_id} and {order.lease_id} at once")
+        self.busy[site_id, gpu_id] = order
+        self.started_s.setdefault(order.lease_id, self.true_s)
+        self.story.add(self.true_s, f"{site_id}/{gpu_id} starts {order.lease_id} epoch {order.epoch}")
+
+    def vacate(self, site_id: str, gpu_id: str, order: LeaseOrder) -> None:
+        """End a process on a GPU."""
+        del self.busy[site_id, gpu_id]
+        ran_ms = (self.true_s - self.started_s[order.lease_id]) * 1000
+        self.really_ran_ms[order.lease_id] = self.really_ran_ms.get(order.lease_id, 0.0) + ran_ms
+        self.story.add(self.true_s, f"{site_id}/{gpu_id} ends {order.lease_id}")
+
+    def running_ms(self, lease_id: str) -> float:
+        """Return the GPU-milliseconds of a lease's processes that still run."""
+        running = sum(1 for order in self.busy.values() if order.lease_id == lease_id)
+        return running * (self.true_s - self.started_s.get(lease_id, self.true_s)) * 1000
+
+    # --- Training ---------------------------------------------------------------------------------
+
+    def _every_log(self) -> None:
+        self.after(0.5, self._every_log)
+        attempts: dict[str, list[tuple[SimulatedSite, Attempt]]] = {}
+        for site in self.sites.values():
+            for attempt in site.attempts.values():
+                if attempt.running:
+                    attempts.setdefault(attempt.order.job_id, []).append((site, attempt))
+        for job_id, group in attempts.items():
+            self._train(job_id, group)
+
+    def _train(self, job_id: str, group: list[tuple[SimulatedSite, Attempt]]) -> None:
+        for site, attempt in group:
+            view = attempt.gateway.view
+            if view is None or view.hub != site.site_id or not attempt.gateway.may_seal():
+                continue
+            seats = {(member.site_id, member.epoch) for member in view.members}
+            members = [(other, theirs) for other, theirs in group if (other.site_id, theirs.order.epoch) in seats]
+            ready = [
+                theirs.gateway.view is not None
+                and theirs.gateway.view.number == view.number
+                and theirs.gateway.may_seal()
+                and theirs.gateway.chain_hash == attempt.gateway.chain_hash
+                and theirs.cause is None
+                for _, theirs in members
+            ]
+            if len(members) == len(seats) and all(ready):
+                self._seal(job_id, attempt, members)
+            elif self.rng.random() >= self.faults.lose:
+                for _, theirs in members:
+                    theirs.gateway.learn(attempt.gateway.chain_hash, view.number)
+        for site, attempt in group:
+            self._advance(site, attempt)
+
+    def _seal(self, job_id: str, hub: Attempt, members: list[tuple[SimulatedSite, Attempt]]) -> None:
+        assert hub.gateway.view is not None
+        if hub.gateway.sealed_round * SAMPLES_PER_ROUND >= self._samples(hub):
+            return
+        number = hub.gateway.view.number
+        hub.gateway.chain_hash = self.history.seal(job_id, hub.gateway.chain_hash, number)
+        for _, theirs in members:
+            theirs.own_samples += SAMPLES_PER_ROUND // len(members)
+            if self.rng.random() >= self.faults.lose:
+                theirs.gateway.learn(hub.gateway.chain_hash, number)
+
+    def _advance(self, site: SimulatedSite, attempt: Attempt) -> None:
+        sealed = attempt.gateway.sealed_round
+        attempt.samples_done = sealed * SAMPLES_PER_ROUND
+        if sealed and sealed % 3 == 0 and (attempt.checkpoint is None or attempt.checkpoint.round_number < sealed):
+            attempt.checkpoint = self._store_checkpoint(attempt, sealed)
+        if self.rng.random() < self.faults.break_script:
+            site.stop(attempt, ExitCause.SCRIPT)
+        elif attempt.samples_done >= self._samples(attempt):
+            site.stop(attempt, ExitCause.DONE)
+
+    def _store_checkpoint(self, attempt: Attempt, sealed: int) -> NewestCheckpoint:
+        digest = attempt.gateway.chain_hash
+
+        def work(session: Session) -> None:
+            if session.get(Artifact, digest) is None:
+                session.add(Artifact(digest=digest, size_bytes=1000, complete=True, created_ms=self.clock.now_ms()))
+
+        self._crashing = False
+        self.market.database.write("checkpoint", work)
+        self._crashing = True
+        return NewestCheckpoint(
+            round_number=sealed,
+            chain_hash=digest,
+            outer_hash=digest,
+            file="checkpoint.safetensors",
+            digest=digest,
+            size_bytes=1000,
+            samples_done=sealed * SAMPLES_PER_ROUND,
+        )
+
+    @staticmethod
+    def _samples(attempt: Attempt) -> int:
+        assert attempt.order.attempt is not None
+        return attempt.order.attempt.spec.market.workload.samples
+
+    def hub_lost_s(self, site_id: str, attempt: Attempt) -> float | None:
+        """Return for how long an attempt has not reached its hub: the hub's gateway is not running."""
+        view = attempt.gateway.view
+        if view is None or view.hub == site_id or not attempt.running:
+            return None
+        hub = self.sites[view.hub]
+        epochs = {member.site_id: member.epoch for member in view.members}
+        alive = any(
+            other.order.job_id == attempt.order.job_id and other.order.epoch == epochs[view.hub]
+            for other in hub.attempts.values()
+        )
+        return None if alive else 100.0
+
+    # --- People and mischief ----------------------------------------------------------------------
+
+    def _found(self) -> None:
+        def work(session: Session) -> None:
+            now_ms = self.clock.now_ms()
+            ledger.open_accounts(session, now_ms)
+            session.add(Tenant(tenant_id=TENANT, name="Acme", created_ms=now_ms))
+            session.flush()
+            ledger.open_tenant(session, TENANT, now_ms)
+            ledger.deposit(session, TENANT, 10**12, "first", now_ms)
+            ledger.fund_equity(session, 10**9, "first", now_ms)
+            session.add(Artifact(digest=WORKDIR, size_bytes=100, complete=True, created_ms=now_ms))
+            for site_id in self.site_ids:
+                site = Site(
+                    site_id=site_id,
+                    state="",
+                    version=0,
+                    offer=Offer(pools=()).model_dump_json(),
+                    sequence_max=0,
+                    sequence_seen="0",
+                    heartbeat_sequence=0,
+                    joined_ms=now_ms,
+                )
+                session.add(site)
+                change_state(session, site, SiteState.LIVE, now_ms=now_ms)
+                session.flush()
+                ledger.open_site(session, site_id, now_ms)
+
+        self.market.database.write("found", work)
+
+    def _tenant(self) -> None:
+        if self.faults.meddle > 0:
+            self.after(self.rng.random() * 8, self._tenant)
+            self._submit()
+            if self.rng.random() < self.faults.meddle:
+                self._cancel_one()
+
+    def _submit(self) -> None:
+        self._jobs += 1
+        least = self.rng.choice([1, 2, 3, 4, 5])
+        spec = JobSpec.model_validate(
+            {
+                "name": f"job-{self._jobs}",
+                "run": "python train.py",
+                "workdir_digest": WORKDIR,
+                "resources": {
+                    "accelerators": [
+                        {"gpu_type": "cpu-slot", "count_min": least, "count_max": least + self.rng.randrange(3)}
+                    ]
+                },
+                "market": {
+                    "budget_micros": self.rng.randrange(5, 80) * 1_000_000,
+                    "bid_micros_per_million_samples": self.rng.randrange(5, 90) * 1_000_000,
+                    "sites_max": self.rng.choice([1, 3, 3]),
+                    "workload": {
+                        "samples": self.rng.randrange(5, 60) * SAMPLES_PER_ROUND,
+                        "batch_per_gpu": 8,
+                        "parameters": 100_000,
+                        "flops_per_sample": 1e7,
+                    },
+                },
+            }
+        )
+        try:
+            job = submit_job(self.market, TENANT, spec)
+        except BrokerError as refusal:
+            self.story.add(self.true_s, f"refused: {refusal}")
+            return
+        self.story.add(self.true_s, f"submitted {job.job_id}: {least}+ slots")
+
+    def _cancel_one(self) -> None:
+        open_jobs = self.market.database.read(
+            lambda session: list(session.scalars(select(Job.job_id).where(Job.state.not_in(sorted(FINAL_JOB_STATES)))))
+        )
+        if open_jobs:
+            job_id = self.rng.choice(sorted(open_jobs))
+            self.story.add(self.true_s, f"cancel {job_id}")
+            request_cancel(self.market, TENANT, job_id)
+
+    def _mischief(self) -> None:
+        self.after(0.5, self._mischief)
+        if self.rng.random() < self.faults.step_utc:
+            seconds = self.rng.uniform(-300, 300)
+            self.story.add(self.true_s, f"UTC steps by {seconds:.0f} s")
+            self.clock.step_utc_s(seconds)
+        for site in self.sites.values():
+            if not site.agent_up:
+                if self.rng.random() < 0.1:
+                    self.story.add(self.true_s, f"{site.site_id}: the agent starts")
+                    site.start_agent()
+            elif self.rng.random() < self.faults.break_site:
+                self._break(site)
+            elif self.rng.random() < self.faults.meddle / 10:
+                site.ask = self.rng.randrange(1, 6) * 100_000
+                site.draining, site.vetoing = self.rng.random() < 0.1, self.rng.random() < 0.1
+
+    def _break(self, site: SimulatedSite) -> None:
+        if self.rng.random() < 0.5:
+            self.story.add(self.true_s, f"{site.site_id}: the agent is killed")
+            site.kill_agent()
+        else:
+            self.story.add(self.true_s, f"{site.site_id}: the power fails")
+            site.lose_power()
+
+
+def make_template(folder: Path) -> Path:
+    """Make what all worlds share: an empty schema and the market's keys."""
+    database = Database(f"sqlite:///{folder / 'market.sqlite3'}")
+    upgrade(database)
+    database.close()
+    Authority(folder, ManualClock()).authority_key  # noqa: B018  made on first use
+    return folder
