@@ -146,7 +146,11 @@ class Agent:
     def attend(self) -> None:
         """Step every attempt."""
         for key, attempt in sorted(self._attempts.items()):
-            attempt.step()
+            try:
+                attempt.step()
+            except (SiteError, OSError) as error:  # one attempt's broken folder is not the other attempts' affair
+                _log.error("attempt.broken", lease=key[0], detail=str(error))
+                attempt.stop(ExitCause.SITE, f"the site could not go on with it: {error}")
             if attempt.is_forgettable:
                 self._forget(key, attempt)
 
@@ -309,10 +313,15 @@ class Agent:
     def _take_refusal(self, lease_id: str, code: str, detail: str) -> None:
         """Take the broker's word that it will never accept an item, so that it is not said for ever."""
         _log.warning("item.refused", lease=lease_id, code=code, detail=detail)
-        if code in FINAL_REFUSALS or lease_id not in {key[0] for key in self._attempts}:
-            dropped = self._journal.drop_usage(lease_id)
-            if dropped:
-                _log.error("usage.dropped", lease=lease_id, rows=dropped, code=code)
+        attempts = [attempt for key, attempt in self._attempts.items() if key[0] == lease_id]
+        if code not in FINAL_REFUSALS and attempts:
+            return
+        lowest = self._journal.drop_usage(lease_id)
+        if lowest is None:
+            return
+        _log.error("usage.dropped", lease=lease_id, since=lowest, code=code)
+        for attempt in attempts:
+            attempt.renumber_usage(lowest, is_taken=code == USAGE_CONFLICT)
 
     def _house(self) -> House:
         return House(
@@ -324,7 +333,8 @@ class Agent:
 
 
 # Codes of the broker after which a lease's usage can never be taken.
-FINAL_REFUSALS: Final = frozenset({"request.not_found", "lease.stale_epoch", "usage.refused", "usage.conflict"})
+USAGE_CONFLICT: Final = "usage.conflict"
+FINAL_REFUSALS: Final = frozenset({"request.not_found", "lease.stale_epoch", "usage.refused", USAGE_CONFLICT})
 
 
 def _record(order: LeaseOrder) -> AttemptRecord:

@@ -157,6 +157,10 @@ class Attempt:
             self.record = row[0]
             self._services.journal.cut(*row)
 
+    def renumber_usage(self, refused: int, *, is_taken: bool) -> None:
+        """Go on numbering after the broker refused row `refused`; `is_taken` where it holds another one of that number."""
+        self._save(usage_sequence=refused if is_taken else refused - 1)
+
     @property
     def is_forgettable(self) -> bool:
         """Whether nothing of the attempt is left to do, to report or to end."""
@@ -331,7 +335,7 @@ class Attempt:
         now_s = self._services.clock.monotonic_s()
         try:
             shipped = future.result()
-        except SiteError:
+        except (SiteError, OSError):
             self._ship_at_s = now_s + RETRY_S
             return
         self._ship_at_s = now_s if shipped.more else now_s + SHIP_INTERVAL_S

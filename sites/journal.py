@@ -180,9 +180,14 @@ class Journal:
         """Forget the rows of a lease up to `sequence`."""
         self._database.execute("DELETE FROM usage WHERE lease_id = ? AND sequence <= ?", (lease_id, sequence))
 
-    def drop_usage(self, lease_id: str) -> int:
-        """Forget all rows of a lease whose usage the broker will never take; return how many."""
-        return self._database.execute("DELETE FROM usage WHERE lease_id = ?", (lease_id,)).rowcount
+    def drop_usage(self, lease_id: str) -> int | None:
+        """Forget all rows of a lease whose usage the broker will never take; return the lowest number dropped."""
+        with self._transaction():
+            (lowest,) = self._database.execute(
+                "SELECT min(sequence) FROM usage WHERE lease_id = ?", (lease_id,)
+            ).fetchone()
+            self._database.execute("DELETE FROM usage WHERE lease_id = ?", (lease_id,))
+        return None if lowest is None else int(lowest)
 
     def _replies(self, kind: str) -> list[tuple[str, int, str]]:
         return self._database.execute(

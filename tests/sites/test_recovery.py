@@ -177,9 +177,9 @@ def test_unacknowledged_usage_is_sent_again_exactly(
 def test_usage_that_the_broker_never_takes_is_not_sent_for_ever(
     market: Market, settings: SiteSettings, identity: Identity, start_agent: StartAgent
 ) -> None:
-    test_unacknowledged = Usage(lease_id="lease_z", epoch=1, sequence=1, gpu_milliseconds=1, samples=0)
+    waiting = Usage(lease_id="lease_z", epoch=1, sequence=1, gpu_milliseconds=1, samples=0)
     journal = Journal(settings.folder / "journal.sqlite3")
-    row = (test_unacknowledged.lease_id, 1, 1, test_unacknowledged.model_dump_json())
+    row = (waiting.lease_id, 1, 1, waiting.model_dump_json())
     journal._database.execute("INSERT INTO usage VALUES (?, ?, ?, ?)", row)
     journal.close()
     market.acknowledges = False
@@ -187,7 +187,7 @@ def test_usage_that_the_broker_never_takes_is_not_sent_for_ever(
     agent = start_agent()
     agent.tick()
     agent.tick()
-    assert market.usage == [test_unacknowledged]
+    assert market.usage == [waiting]
 
 
 def test_agent_stays_small(settings: SiteSettings, identity: Identity, market: Market) -> None:
