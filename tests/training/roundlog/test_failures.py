@@ -99,6 +99,19 @@ def test_gateway_killed_and_started_again_resumes_the_open_round(federation: Fed
     assert len(chain_hashes(one, two)) == 1
 
 
+def test_hub_that_restarts_gets_again_what_it_had_not_sealed(federation: Federation) -> None:
+    one = federation.add("aachen")
+    one.start(process=True)
+    (two,) = federation.start("bergen")
+    federation.open(one, two, hub=one)
+    two.contribute(1, samples=samples(1, 1))
+    wait_until(lambda: one.control.status().waiting_for == ("aachen",), "the hub to hold bergen's contribution")
+    one.kill()
+    one.start(process=True)
+    one.contribute(1, samples=samples(1, 0))
+    assert len(two.apply(1).entries) == 2
+
+
 def test_quorum_seals_without_the_late_site_which_sees_its_absence(federation: Federation) -> None:
     one, two = federation.start("aachen", "bergen")
     federation.open(one, two, hub=one, quorum=1, grace_s=0.05)

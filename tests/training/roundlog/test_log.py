@@ -105,6 +105,8 @@ def test_seal_must_come_from_the_hub_and_continue_the_chain() -> None:
     entry = contribution(view, 1, "bergen", GENESIS_HASH, ())
     assert refusal(log, seal_manifest(view, 1, GENESIS_HASH, (entry,), KEYS["cadiz"])) is Reason.SIGNATURE
     assert refusal(log, sealed_by(view, 2, GENESIS_HASH, ())) is Reason.ROUND_FUTURE
+    # The entries fit, but the hub chained its manifest to another past.
+    assert refusal(log, seal_manifest(view, 1, "ab" * 32, (entry,), KEYS["aachen"])) is Reason.EQUIVOCATION
     assert refusal(log, sealed_by(view, 1, "ab" * 32, ())) is Reason.EQUIVOCATION
     log.append(log.open_next(sealed_by(view, 1, GENESIS_HASH, ()).document))
     assert refusal(log, sealed_by(view, 1, GENESIS_HASH, ())) is Reason.ROUND_SEALED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import json
@@ -211,9 +210,19 @@ def test_connection_that_trickles_its_headers_is_ended(federation: Federation, m
     assert hub.config.listen is not None
     host, _, port = hub.config.listen.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=10) as plain, context.wrap_socket(plain) as connection:
-        connection.sendall(b"GET /views/1/state HTTP/1.1\r\n")
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            assert connection.recv(1000) == b""
+        connection.sendall(b"GET /views/1/state HTTP/1.1\r\nX: ")
+        connection.settimeout(0.05)
+
+        def ended() -> bool:
+            try:
+                connection.sendall(b"x")
+                return connection.recv(1000) == b""
+            except TimeoutError:
+                return False
+            except (ConnectionError, ssl.SSLError):
+                return True
+
+        wait_until(ended, "the connection to be ended", 5.0)
 
 
 class Insider(Caller):
@@ -321,6 +330,13 @@ def test_blob_must_be_announced_and_be_what_was_announced(federation: Federation
     assert insider.ask(context, path, "PUT", b"b" * 100)[1] == {"missing": []}
     wait_until(lambda: insider.hub.control.status().waiting_for == ("aachen",), "bergen's contribution")
     assert post(federation, insider, insider.header(weight=9)) == "contribution.changed"
+
+
+def test_blobs_own_digest_must_hold_even_if_its_fragments_do(federation: Federation, insider: Insider) -> None:
+    header = insider.header(digest="ab" * 32)
+    post(federation, insider, header)
+    path = f"/views/1/blobs/{header.digest}?offset=0"
+    assert insider.ask(bergen(federation, insider), path, "PUT", b"b" * 100)[1]["code"] == "blob.digest"
 
 
 def test_fragment_digests_must_hold_too(federation: Federation, insider: Insider) -> None:
