@@ -25,18 +25,19 @@ from tests.broker.sold import BUDGET, CREDIT, EQUITY, HOUR_MS, sold_market
 
 
 @pytest.fixture
-def market(database_url: str, tmp_path: Path) -> Iterator[Market]:
-    market = sold_market(database_url, tmp_path / "home")
-    yield market
-    market.database.close()
-
-
-@pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/market.sqlite3"
 
 
-def test_half_an_hour_costs_half_of_what_the_job_is_worth_an_hour(market: Market) -> None:
+@pytest.fixture
+def market(sqlite_url: str, tmp_path: Path) -> Iterator[Market]:
+    market = sold_market(sqlite_url, tmp_path / "home")
+    yield market
+    market.database.close()
+
+
+def test_half_an_hour_costs_half_of_what_the_job_is_worth_an_hour(database_url: str, tmp_path: Path) -> None:
+    market = sold_market(database_url, tmp_path / "home")
     market.clock.advance_s(1800)
     assert _report(market, "ada", 1, gpu_ms=4 * HOUR_MS // 2, egress={"bob": 2_500_000_000}) == 1
     assert _report(market, "bob", 1, gpu_ms=8 * HOUR_MS // 2, egress={"ada": 2_500_000_000}) == 1
@@ -50,6 +51,7 @@ def test_half_an_hour_costs_half_of_what_the_job_is_worth_an_hour(market: Market
     assert balances["equity"] == EQUITY - 600_000
     assert balances["fees"] == 0
     assert market.database.read(audit) == []
+    market.database.close()
 
 
 def test_an_invoice_adds_up_line_by_line_and_is_final_once_its_hold_is_closed(market: Market) -> None:
