@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
@@ -180,9 +181,9 @@ class _planted:  # noqa: N801  reads as the verb that it is
         return sql.replace("{false}", "0" if self.sqlite else "false")
 
 
-def _market_with_usage(url: str, folder: object) -> Market:
-    market = sold_market(url, folder / "home")  # type: ignore[operator]  # a Path
-    market.clock.advance_s(600)  # type: ignore[attr-defined]  # a ManualClock
+def _market_with_usage(url: str, folder: Path) -> Market:
+    market = sold_market(url, folder / "home")
+    market.clock.advance_s(600)
 
     def work(session: Session) -> None:
         for site_id in GPUS:
