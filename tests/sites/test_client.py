@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import datetime as dt
 import io
+import ipaddress
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from sites.client import BrokerClient, enrol
 from sites.errors import ArtifactError, BrokerConnectionError, RequestRefusedError
-from sites.identity import Identity, decode_join_string
+from sites.identity import Identity, JoinString, decode_join_string
 from tests.sites.market import Market
 
 
@@ -70,3 +78,42 @@ def test_unreachable_broker_is_an_error_that_may_be_tried_again(market: Market, 
     market.server.server_close()
     with pytest.raises(BrokerConnectionError):
         client.append_stream("lease_a", 1, "log", 0, b"x")
+
+
+def test_only_the_pinned_authority_is_trusted_over_https(tmp_path: Path) -> None:
+    key, stranger = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    pems = [own_authority(key), own_authority(stranger)]
+    (tmp_path / "server.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + pems[0].encode()
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    market = Market()
+    market.server.socket = context.wrap_socket(market.server.socket, server_side=True)
+    try:
+        url = market.url.replace("http:", "https:")
+        join = JoinString(url=url, site_id="hamburg", token="spent", ca_pem=pems[0])
+        with pytest.raises(RequestRefusedError, match="used already"):
+            enrol(join, "csr")
+        with pytest.raises(BrokerConnectionError, match=r"(?i)certificate"):
+            enrol(join.model_copy(update={"ca_pem": pems[1]}), "csr")
+    finally:
+        market.close()
+
+
+def own_authority(key: ec.EllipticCurvePrivateKey) -> str:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "broker")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(minutes=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(Encoding.PEM).decode()
