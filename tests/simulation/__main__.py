@@ -20,7 +20,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.simulation.world import World, make_template
+from tests.simulation.founding import make_template
+from tests.simulation.world import World
 
 
 @dataclass(frozen=True, slots=True)

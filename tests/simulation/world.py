@@ -18,13 +18,11 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from broker import ledger
 from broker.artifacts import ArtifactStore
 from broker.cancel import request_cancel
 from broker.database.engine import Database
-from broker.database.schema import upgrade
-from broker.database.tables import Artifact, Job, Placement, Site, Tenant
-from broker.errors import BrokerError, ConflictError
+from broker.database.tables import Artifact, Job, Placement
+from broker.errors import ConflictError
 from broker.heartbeat import receive
 from broker.identity.authority import Authority
 from broker.ids import SequentialIds
@@ -33,21 +31,19 @@ from broker.reconcile import reconcile
 from broker.rounds.clear import hold_round
 from broker.settings import Settings
 from broker.settle import settle
-from broker.submit import submit_job
-from broker.transitions import FINAL_JOB_STATES, JobState, PlacementState, SiteState, change_state
-from sites.protocol import ExitCause, Heartbeat, HeartbeatAnswer, LeaseOrder, Offer
+from broker.transitions import JobState, PlacementState
+from sites.protocol import ExitCause, Heartbeat, HeartbeatAnswer, LeaseOrder
+from tests.simulation.founding import TENANT_ID, found
 from tests.simulation.invariants import InvariantError, check_ended, check_tables, check_truth
+from tests.simulation.people import mischief, tenant
 from tests.simulation.simulated_log import History
 from tests.simulation.simulated_site import SAMPLES_PER_ROUND, Attempt, SimulatedSite
 from training.attempt import NewestCheckpoint
 from training.clock import ManualClock
-from training.spec import JobSpec
 
 HEARTBEAT_S = 1.0
 REQUEST_TIMEOUT_S = 3.0
 ROUND_TRIP_S_MAX = 0.4
-TENANT = "acme"
-WORKDIR = "ab" * 32
 CHECK_TABLES_EVERY = 20
 
 
@@ -109,7 +105,7 @@ class World:
         self.really_ran_ms: dict[str, float] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
-        self._jobs = 0
+        self.jobs = 0
         self._sequences: dict[str, int] = {}
         shutil.copy(template / "market.sqlite3", folder / "market.sqlite3")
         settings = Settings(
@@ -141,15 +137,15 @@ class World:
             for index, site_id in enumerate(self.site_ids)
         }
         self._crashing = False
-        self._found()
+        found(self)
         self._crashing = True
         for site_id in self.site_ids:
             self.after(self.rng.random(), lambda site_id=site_id: self._beat(site_id))
         self.after(1.0, self._every_reconcile)
         self.after(2.0, self._every_round)
         self.after(0.5, self._every_log)
-        self.after(self.rng.random() * 3, self._tenant)
-        self.after(3.0, self._mischief)
+        self.after(self.rng.random() * 3, lambda: tenant(self))
+        self.after(3.0, lambda: mischief(self))
 
     # --- Running ----------------------------------------------------------------------------------
 
@@ -224,7 +220,7 @@ class World:
             )
 
         for job_id in self.market.database.read(work):
-            request_cancel(self.market, TENANT, job_id)
+            request_cancel(self.market, TENANT_ID, job_id)
 
     # --- The broker's surroundings ----------------------------------------------------------------
 
@@ -423,116 +419,3 @@ class World:
             for other in hub.attempts.values()
         )
         return None if alive else 100.0
-
-    # --- People and mischief ----------------------------------------------------------------------
-
-    def _found(self) -> None:
-        def work(session: Session) -> None:
-            now_ms = self.clock.now_ms()
-            ledger.open_accounts(session, now_ms)
-            session.add(Tenant(tenant_id=TENANT, name="Acme", created_ms=now_ms))
-            session.flush()
-            ledger.open_tenant(session, TENANT, now_ms)
-            ledger.deposit(session, TENANT, 10**12, "first", now_ms)
-            ledger.fund_equity(session, 10**9, "first", now_ms)
-            session.add(Artifact(digest=WORKDIR, size_bytes=100, complete=True, created_ms=now_ms))
-            for site_id in self.site_ids:
-                site = Site(
-                    site_id=site_id,
-                    state="",
-                    version=0,
-                    offer=Offer(pools=()).model_dump_json(),
-                    sequence_max=0,
-                    sequence_seen="0",
-                    heartbeat_sequence=0,
-                    joined_ms=now_ms,
-                )
-                session.add(site)
-                change_state(session, site, SiteState.LIVE, now_ms=now_ms)
-                session.flush()
-                ledger.open_site(session, site_id, now_ms)
-
-        self.market.database.write("found", work)
-
-    def _tenant(self) -> None:
-        if self.faults.meddle > 0:
-            self.after(self.rng.random() * 8, self._tenant)
-            self._submit()
-            if self.rng.random() < self.faults.meddle:
-                self._cancel_one()
-
-    def _submit(self) -> None:
-        self._jobs += 1
-        least = self.rng.choice([1, 2, 3, 4, 5])
-        spec = JobSpec.model_validate(
-            {
-                "name": f"job-{self._jobs}",
-                "run": "python train.py",
-                "workdir_digest": WORKDIR,
-                "resources": {
-                    "accelerators": [
-                        {"gpu_type": "cpu-slot", "count_min": least, "count_max": least + self.rng.randrange(3)}
-                    ]
-                },
-                "market": {
-                    "budget_micros": self.rng.randrange(5, 80) * 1_000_000,
-                    "bid_micros_per_million_samples": self.rng.randrange(5, 90) * 1_000_000,
-                    "sites_max": self.rng.choice([1, 3, 3]),
-                    "workload": {
-                        "samples": self.rng.randrange(5, 60) * SAMPLES_PER_ROUND,
-                        "batch_per_gpu": 8,
-                        "parameters": 100_000,
-                        "flops_per_sample": 1e7,
-                    },
-                },
-            }
-        )
-        try:
-            job = submit_job(self.market, TENANT, spec)
-        except BrokerError as refusal:
-            self.story.add(self.true_s, f"refused: {refusal}")
-            return
-        self.story.add(self.true_s, f"submitted {job.job_id}: {least}+ slots")
-
-    def _cancel_one(self) -> None:
-        open_jobs = self.market.database.read(
-            lambda session: list(session.scalars(select(Job.job_id).where(Job.state.not_in(sorted(FINAL_JOB_STATES)))))
-        )
-        if open_jobs:
-            job_id = self.rng.choice(sorted(open_jobs))
-            self.story.add(self.true_s, f"cancel {job_id}")
-            request_cancel(self.market, TENANT, job_id)
-
-    def _mischief(self) -> None:
-        self.after(0.5, self._mischief)
-        if self.rng.random() < self.faults.step_utc:
-            seconds = self.rng.uniform(-300, 300)
-            self.story.add(self.true_s, f"UTC steps by {seconds:.0f} s")
-            self.clock.step_utc_s(seconds)
-        for site in self.sites.values():
-            if not site.agent_up:
-                if self.rng.random() < 0.1:
-                    self.story.add(self.true_s, f"{site.site_id}: the agent starts")
-                    site.start_agent()
-            elif self.rng.random() < self.faults.break_site:
-                self._break(site)
-            elif self.rng.random() < self.faults.meddle / 10:
-                site.ask = self.rng.randrange(1, 6) * 100_000
-                site.draining, site.vetoing = self.rng.random() < 0.1, self.rng.random() < 0.1
-
-    def _break(self, site: SimulatedSite) -> None:
-        if self.rng.random() < 0.5:
-            self.story.add(self.true_s, f"{site.site_id}: the agent is killed")
-            site.kill_agent()
-        else:
-            self.story.add(self.true_s, f"{site.site_id}: the power fails")
-            site.lose_power()
-
-
-def make_template(folder: Path) -> Path:
-    """Make what all worlds share: an empty schema and the market's keys."""
-    database = Database(f"sqlite:///{folder / 'market.sqlite3'}")
-    upgrade(database)
-    database.close()
-    Authority(folder, ManualClock()).authority_key  # noqa: B018  made on first use
-    return folder
