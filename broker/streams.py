@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from broker.market import Market
 from sites.protocol import StreamState
 
 STREAM_NAMES: Final = frozenset({"log", "metrics"})
@@ -59,12 +60,21 @@ class StreamStore:
             held = 0
         return StreamState(held_bytes=held, full=held >= self._bytes_max)
 
-    def discard(self, lease_id: str) -> None:
-        """Remove all streams of a lease."""
+    def discard(self, lease_id: str) -> int:
+        """Remove all streams of a lease and return how many there were."""
+        removed = 0
         for name in STREAM_NAMES:
-            self._path(lease_id, name).unlink(missing_ok=True)
+            path = self._path(lease_id, name)
+            removed += path.exists()
+            path.unlink(missing_ok=True)
+        return removed
 
     def _path(self, lease_id: str, name: str) -> Path:
         assert _LEASE_ID.fullmatch(lease_id), "a lease id is checked at the edge"
         assert name in STREAM_NAMES, "a stream's name is checked at the edge"
         return self._root / name / lease_id
+
+
+def streams_of(market: Market) -> StreamStore:
+    """Return where the market keeps logs and measurements."""
+    return StreamStore(market.settings.home / "streams", market.settings.stream_bytes_max)

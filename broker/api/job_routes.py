@@ -32,7 +32,7 @@ from broker.api.downloads import send_artifact
 from broker.api.idempotency import HEADER, once
 from broker.api.pages import CURSOR_LENGTH_MAX, PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
-from broker.api.site_routes import OFFSET_MAX, artifact_state, streams_of
+from broker.api.site_routes import OFFSET_MAX, artifact_state
 from broker.artifacts import ArtifactMissingError
 from broker.cancel import request_cancel
 from broker.database.tables import Event, Job, JobArtifact, Lease
@@ -40,6 +40,7 @@ from broker.freeze import require_open
 from broker.invoices import invoice
 from broker.market import Market
 from broker.quote import quote_job
+from broker.streams import streams_of
 from broker.submit import submit_job
 from broker.transitions import JobState
 from broker.uploads import Upload, check_workdir, take_chunk

@@ -25,13 +25,15 @@ from broker.errors import NotFoundError, StaleEpochError
 from broker.heartbeat import receive
 from broker.identity.site_requests import spend_sequence
 from broker.market import Market
-from broker.streams import STREAM_NAMES, StreamStore
+from broker.streams import STREAM_NAMES, streams_of
 from broker.transitions import LeaseState
 from broker.uploads import Upload, take_chunk
 from sites.protocol import ROUTE_PREFIX, ArtifactState, Enrolment, Heartbeat
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 OFFSET_MAX: Final = 2**62
+
+__all__ = ["OFFSET_MAX", "artifact_state", "blueprint", "streams_of"]
 
 blueprint = Blueprint("site", __name__, url_prefix=ROUTE_PREFIX)
 M = TypeVar("M", bound=BaseModel)
@@ -116,11 +118,6 @@ def post_stream(lease_id: str, epoch: int, name: str) -> Response:
 
     market.database.write("stream", work)
     return json_answer(streams_of(market).append(lease_id, name, query.offset, request.get_data()))
-
-
-def streams_of(market: Market) -> StreamStore:
-    """Return where the market keeps logs and measurements."""
-    return StreamStore(market.settings.home / "streams", market.settings.stream_bytes_max)
 
 
 def artifact_state(digest: str, size_bytes: int, progress: Progress) -> ArtifactState:

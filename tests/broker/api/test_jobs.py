@@ -7,8 +7,8 @@ import json
 
 from sqlalchemy.orm import Session
 
-from broker.api.site_routes import streams_of
 from broker.database.tables import Artifact, JobArtifact, Lease, Placement, Round
+from broker.streams import streams_of
 from tests.broker.api.conftest import WORKDIR, World, code_of, spec
 
 

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from broker.api.site_routes import streams_of
 from broker.database.tables import Event, Lease, LeasedGpu, Site, SiteCertificate
 from broker.identity.join import LIFE_S
+from broker.streams import streams_of
 from sites.identity import certificate_request_pem, decode_join_string, site_uri
 from sites.protocol import REQUEST_AGE_MS_MAX
 from tests.broker.api.conftest import WORKDIR, World, code_of, spec
