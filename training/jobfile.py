@@ -1,0 +1,263 @@
+"""A job as a person writes it: YAML with SkyPilot's outer keys and one `market` block, made into a `JobSpec`.
+
+    name: my-job
+    workdir: .                          # relative to this file
+    resources: {accelerators: "H100:2..8"}   # or a list of such; any one of them will do
+    setup: pip install -r requirements.txt
+    run: python train.py --width 64
+    envs: {SEED: "7"}
+    market:
+      budget: 20                        # credits; never exceeded
+      bid: 1.5                          # credits per million samples; left out, the budget over all samples
+      deadline: 2030-01-31T12:00:00Z
+      sites_max: 2
+      workload: {samples: 19200, batch_per_gpu: 16, parameters: 136960, flops_per_sample: 5.3e7}
+      sync: {codec: auto}
+
+Reading is strict, since a misspelt key would otherwise cost money: unknown keys, doubled keys, aliases and tags are
+refused, each with its line. `budget` and `bid` are credits here and micro-credits on the wire.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import ValidationError
+
+from training.errors import SpecError
+from training.spec import BUDGET_MICROS_MAX, JobSpec
+
+JOB_FILE_BYTES_MAX: Final = 256 * 1024
+DEPTH_MAX: Final = 12
+MICROS_PER_CREDIT: Final = 1_000_000
+JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "market")
+MARKET_KEYS: Final = ("budget", "bid", "deadline", "sites_max", "sites_allowed", "workload", "sync")
+# How the file's names stand on the wire, so that a fault found there is reported where the person wrote it.
+WRITTEN_AS: Final[dict[str, str]] = {
+    "/market/budget_micros": "/market/budget",
+    "/market/bid_micros_per_million_samples": "/market/bid",
+    "/market/deadline_ms": "/market/deadline",
+}
+_ACCELERATOR: Final = re.compile(r"([A-Za-z][A-Za-z0-9-]{0,30})(?::([0-9]{1,9})(?:\.\.([0-9]{1,9}))?)?")
+_PLAIN_TAGS: Final = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
+)
+_TIMESTAMP: Final = "tag:yaml.org,2002:timestamp"
+
+Problems = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class JobFile:
+    """A job file as read: the wire's document but for the workdir's digest, and the workdir as it was written."""
+
+    document: Mapping[str, Any]
+    workdir: str
+    lines: Mapping[str, int]
+
+    def spec(self, workdir_digest: str) -> JobSpec:
+        """Return the whole specification. Raises SpecError with the line of each fault."""
+        try:
+            return JobSpec.model_validate({**self.document, "workdir_digest": workdir_digest})
+        except ValidationError as error:
+            raise SpecError([_problem(row) for row in error.errors()], _known_lines(error, self.lines)) from None
+
+
+def load_job_file(path: Path) -> JobFile:
+    """Read the job file at `path`. Raises OSError where it cannot be opened, SpecError for its content."""
+    with path.open("rb") as stream:
+        return read_job_file(stream.read(JOB_FILE_BYTES_MAX + 1))
+
+
+def read_job_file(text: str | bytes) -> JobFile:
+    """Read a job file's text. Raises SpecError listing its faults, each with its line."""
+    content = text.encode() if isinstance(text, str) else text
+    if len(content) > JOB_FILE_BYTES_MAX:
+        raise SpecError([("", f"it is larger than {JOB_FILE_BYTES_MAX // 1024} KiB; data belongs in the workdir")])
+    document, lines = _parsed(content)
+    problems: Problems = []
+    job = _table(document, "", JOB_KEYS, problems)
+    market = _table(job.get("market", {}), "/market", MARKET_KEYS, problems)
+    workdir = job.pop("workdir", ".")
+    if not isinstance(workdir, str):
+        problems.append(("/workdir", "must be the path of a folder"))
+    if "market" in job:
+        job["market"] = _market(market, problems)
+    if "resources" in job:
+        job["resources"] = _resources(job["resources"], problems)
+    if isinstance(job.get("envs"), dict):
+        job["envs"] = {name: _environment_value(name, value, problems) for name, value in job["envs"].items()}
+    if problems:
+        raise SpecError(problems, lines)
+    return JobFile(job, str(workdir), lines)
+
+
+def _parsed(content: bytes) -> tuple[object, dict[str, int]]:
+    loader = yaml.SafeLoader(content)
+    lines: dict[str, int] = {}
+    try:
+        _refuse_aliases(content)
+        node = loader.get_single_node()
+        if node is None:
+            raise SpecError([("", "the file is empty; it needs at least name, resources, run and market")])
+        return _value(loader, node, "", lines, 0), lines
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = f"this is not YAML: {getattr(error, 'problem', None) or error}"
+        raise SpecError([("", what)], {"": mark.line + 1} if mark else None) from None
+    finally:
+        loader.dispose()
+
+
+def _refuse_aliases(content: bytes) -> None:
+    """Look through the events first: composing an alias of aliases is what a bomb waits for."""
+    depth = 0
+    for event in yaml.parse(content, Loader=yaml.SafeLoader):
+        line = 0 if event.start_mark is None else event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise SpecError([("", "aliases (*name) are not allowed; write the value out")], {"": line})
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH_MAX:
+            raise SpecError([("", f"it is nested more than {DEPTH_MAX} deep")], {"": line})
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node, place: str, lines: dict[str, int], depth: int) -> object:
+    lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        found: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            below = f"{place}/{key}"
+            if key in found:
+                raise SpecError([(below, "stands twice")], {below: key_node.start_mark.line + 1})
+            lines[below] = key_node.start_mark.line + 1
+            found[key] = _value(loader, value_node, below, lines, depth + 1)
+        return found
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(loader, each, f"{place}/{index}", lines, depth + 1) for index, each in enumerate(node.value)]
+    if node.tag == _TIMESTAMP:
+        return node.value  # kept as written: a time without its zone must be seen as such
+    if node.tag not in _PLAIN_TAGS:
+        raise SpecError([(place, f"the tag {node.tag} is not allowed; write a plain value")], lines)
+    return loader.construct_object(node)
+
+
+def _table(value: object, place: str, known: tuple[str, ...], problems: Problems) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        problems.append((place, f"must have the keys {', '.join(known)}"))
+        return {}
+    problems += [
+        (f"{place}/{key}", f"unknown key {key!r}; known here: {', '.join(known)}") for key in value if key not in known
+    ]
+    return {key: each for key, each in value.items() if key in known}
+
+
+def _market(market: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """Return the block with its amounts and its time as the wire has them."""
+    renamed: dict[str, tuple[str, Callable[[object], int]]] = {
+        "budget": ("budget_micros", _micros),
+        "bid": ("bid_micros_per_million_samples", _micros),
+        "deadline": ("deadline_ms", _milliseconds),
+    }
+    found: dict[str, Any] = {}
+    for key, value in market.items():
+        if key not in renamed or value is None:
+            found[key] = value
+            continue
+        name, convert = renamed[key]
+        try:
+            found[name] = convert(value)
+        except ValueError as error:
+            problems.append((f"/market/{key}", str(error)))
+    for block in ("workload", "sync"):
+        if isinstance(found.get(block), dict):
+            found[block] = {key: _number(value) for key, value in found[block].items()}
+    return found
+
+
+def _micros(value: object) -> int:
+    try:
+        amount = Decimal(str(value)) if not isinstance(value, bool) else Decimal("NaN")
+    except InvalidOperation:
+        amount = Decimal("NaN")
+    if not amount.is_finite() or amount <= 0:
+        raise ValueError(f"{value!r} is not an amount of credits above nought")
+    micros = amount * MICROS_PER_CREDIT
+    if micros > BUDGET_MICROS_MAX:
+        raise ValueError(f"{value} credits are more than a job may hold")
+    if micros != micros.to_integral_value():
+        raise ValueError(f"{value} has more than six decimals; a micro-credit is the least amount")
+    return int(micros)
+
+
+def _milliseconds(value: object) -> int:
+    try:
+        moment = dt.datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is not a time; write it as 2030-01-31T12:00:00Z") from None
+    if moment.tzinfo is None:
+        raise ValueError(f"{value} has no time zone; write it as 2030-01-31T12:00:00Z")
+    return round(moment.timestamp() * 1000)
+
+
+def _number(value: object) -> object:
+    """Return 5.3e7 as a number: YAML 1.1 takes it for a string, as it has no sign in its exponent."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+", value):
+        return float(value)
+    return value
+
+
+def _resources(value: object, problems: Problems) -> dict[str, Any]:
+    place = "/resources/accelerators"
+    accelerators = _table(value, "/resources", ("accelerators",), problems).get("accelerators")
+    if isinstance(accelerators, dict):
+        accelerators = [f"{gpu_type}:{count}" for gpu_type, count in accelerators.items()]
+    if isinstance(accelerators, str):
+        accelerators = [accelerators]
+    if not isinstance(accelerators, list) or not accelerators:
+        problems.append((place, 'say which GPUs will do, such as "H100:8", "H100:2..8" or a list of such'))
+        return {}
+    return {"accelerators": [_accelerator(each, place, problems) for each in accelerators]}
+
+
+def _accelerator(value: object, place: str, problems: Problems) -> dict[str, Any]:
+    match = _ACCELERATOR.fullmatch(str(value).strip())
+    if match is None:
+        problems.append((place, f"{value!r} is no GPU request; write TYPE:COUNT or TYPE:LEAST..MOST"))
+        return {}
+    least = int(match[2] or 1)
+    return {"gpu_type": match[1], "count_min": least, "count_max": int(match[3] or least)}
+
+
+def _environment_value(name: str, value: object, problems: Problems) -> object:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        problems.append((f"/envs/{name}", 'must be text; put it in quotes, such as "true"'))
+    return str(value)
+
+
+def _problem(row: Mapping[str, Any]) -> tuple[str, str]:
+    return _written(row), str(row["msg"]).removeprefix("Value error, ")
+
+
+def _written(row: Mapping[str, Any]) -> str:
+    place = "".join(f"/{part}" for part in row["loc"])
+    return WRITTEN_AS.get(place, place)
+
+
+def _known_lines(error: ValidationError, lines: Mapping[str, int]) -> dict[str, int]:
+    """Return a line for each fault: its own, or that of the nearest block around it which was written."""
+    found: dict[str, int] = {}
+    for row in error.errors():
+        place = around = _written(row)
+        while around and around not in lines:
+            around = around.rpartition("/")[0]
+        if around in lines:
+            found[place] = lines[around]
+    return found
