@@ -21,6 +21,7 @@ from sites.protocol import LinkOffer, Offer, PoolOffer
 from sites.settings import SiteSettings
 
 CPU_SLOT: Final = "cpu-slot"
+MEASURED_FILE: Final = "measured.json"
 _PROBE_TIMEOUT_S: Final = 60.0
 
 # Runs under the ranks' interpreter: it tells what that has, and how fast one thread of it multiplies.
@@ -61,7 +62,7 @@ class Measured(BaseModel):
 
 def measure(settings: SiteSettings) -> Measured:
     """Return what the ranks' interpreter offers, measured now or as kept in the site's folder."""
-    path = settings.folder / "measured.json"
+    path = settings.folder / MEASURED_FILE
     cores = len(os.sched_getaffinity(0))
     kept = _kept(path)
     if kept is not None and (kept.python, kept.cores) == (settings.python, cores):
@@ -94,7 +95,9 @@ def offer(settings: SiteSettings, measured: Measured, *, draining: bool) -> Offe
                 gpu_type=pool.gpu_type,
                 gpu_ids=pool.gpu_ids,
                 ask_micros_per_gpu_hour=pool.ask,
-                flops_per_s=_slot_share(measured, len(pool.gpu_ids)) if pool.gpu_type == CPU_SLOT else None,
+                flops_per_s=_slot_share(measured, settings.cores, len(pool.gpu_ids))
+                if pool.gpu_type == CPU_SLOT
+                else None,
             )
             for pool in settings.pools
         ),
@@ -113,10 +116,11 @@ def offer(settings: SiteSettings, measured: Measured, *, draining: bool) -> Offe
     )
 
 
-def _slot_share(measured: Measured, slots: int) -> float | None:
-    if measured.flops_per_s is None or not measured.cores:
+def _slot_share(measured: Measured, cores_own: float | None, slots: int) -> float | None:
+    cores = min(measured.cores, cores_own or measured.cores)
+    if measured.flops_per_s is None or not cores:
         return None
-    return measured.flops_per_s * min(1.0, measured.cores / slots)
+    return measured.flops_per_s * min(1.0, cores / slots)
 
 
 def _kept(path: Path) -> Measured | None:

@@ -140,6 +140,9 @@ class SiteSettings(_Section):
     i_trust_all_tenants: bool = False
     python: str = Field(default=sys.executable, description="the interpreter that holds torch and hansa[train]")
     calibrate: bool = Field(default=True, description="measure a CPU slot's speed once")
+    cores: float | None = Field(
+        default=None, gt=0, description="this site's share of the host's cores, where several sites share a host"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> SiteSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from typing import Any, Final
 
@@ -65,9 +66,9 @@ def _print_grown(
 def watch_job(client: BrokerClient, job_id: str, *, as_json: bool) -> int:
     """Show a job until it ends; return the exit code. Raises UnfinishedError where it failed or was cancelled."""
     job = client.job(job_id)
-    losses = Losses()
+    seen = Measurements()
     try:
-        job = (_watch_as_json if as_json else _watch_live)(client, job, losses)
+        job = (_watch_as_json if as_json else _watch_live)(client, job, seen)
     except KeyboardInterrupt:
         return INTERRUPTED
     if job["state"] != "finished":
@@ -75,8 +76,8 @@ def watch_job(client: BrokerClient, job_id: str, *, as_json: bool) -> int:
     return 0
 
 
-class Losses:
-    """The losses that a job reported so far: first and last of each name, read piece by piece."""
+class Measurements:
+    """What a job reported so far, read piece by piece: first and last seen, rounds, speed while it trained."""
 
     def __init__(self) -> None:
         """Start with nothing."""
@@ -84,6 +85,7 @@ class Losses:
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.round_last: int | None = None
+        self._speeds: dict[str, list[float]] = {}
 
     def read(self, client: BrokerClient, job_id: str) -> None:
         """Read what was reported since the last time."""
@@ -99,9 +101,20 @@ class Losses:
             if isinstance(value, int | float):
                 self.first.setdefault(name, float(value))
                 self.last[name] = float(value)
+        speed = row.get("samples_per_s")
+        # Every row repeats the last round's speed; the row that closes a round says how many sites it merged.
+        if isinstance(speed, int | float) and "sites_merged" in row:
+            self._speeds.setdefault(str(row["site_id"]), []).append(float(speed))
         number = row.get("round")
         if isinstance(number, int | float):
             self.round_last = max(int(number), self.round_last or 0)
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """How fast the job trained in its median round, all sites together; None before the first."""
+        if not self._speeds:
+            return None
+        return sum(statistics.median(speeds) for speeds in self._speeds.values())
 
     @property
     def text(self) -> str:
@@ -112,12 +125,12 @@ class Losses:
         return "no loss reported yet"
 
 
-def _watch_as_json(client: BrokerClient, job: dict[str, Any], losses: Losses) -> dict[str, Any]:
+def _watch_as_json(client: BrokerClient, job: dict[str, Any], seen: Measurements) -> dict[str, Any]:
     """Print one line of JSON for each change of the job."""
     shown = ""
     while True:
-        losses.read(client, job["job_id"])
-        line = json.dumps({**job, "loss_first": losses.first, "loss_last": losses.last}, ensure_ascii=False)
+        seen.read(client, job["job_id"])
+        line = json.dumps({**job, "loss_first": seen.first, "loss_last": seen.last}, ensure_ascii=False)
         if line != shown:
             typer.echo(line)
             shown = line
@@ -127,7 +140,7 @@ def _watch_as_json(client: BrokerClient, job: dict[str, Any], losses: Losses) ->
         job = client.job(job["job_id"])
 
 
-def _watch_live(client: BrokerClient, job: dict[str, Any], losses: Losses) -> dict[str, Any]:
+def _watch_live(client: BrokerClient, job: dict[str, Any], seen: Measurements) -> dict[str, Any]:
     from rich.console import Console, Group
     from rich.live import Live
     from rich.progress_bar import ProgressBar
@@ -137,8 +150,8 @@ def _watch_live(client: BrokerClient, job: dict[str, Any], losses: Losses) -> di
     said = ""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            losses.read(client, job["job_id"])
-            lines = _lines(job, losses)
+            seen.read(client, job["job_id"])
+            lines = _lines(job, seen)
             if console.is_terminal:
                 bar = ProgressBar(total=1.0, completed=job["progress"], width=BAR_WIDTH)
                 live.update(Group(*(Text(line) for line in lines), bar), refresh=True)
@@ -155,7 +168,7 @@ def _watch_live(client: BrokerClient, job: dict[str, Any], losses: Losses) -> di
     return job
 
 
-def _lines(job: dict[str, Any], losses: Losses) -> list[str]:
+def _lines(job: dict[str, Any], seen: Measurements) -> list[str]:
     lines = [f"{job['name']} is {job['state']}: {job['reason']}"]
     placement = job["placement"]
     if placement is not None:
@@ -165,7 +178,7 @@ def _lines(job: dict[str, Any], losses: Losses) -> list[str]:
             left_s = (job["samples"] - job["samples_done"]) / measured
             predicted = placement["samples_per_s_predicted"]
             lines.append(f"{measured:.1f} samples/s ({predicted:.1f} predicted), {duration_text(left_s)} left")
-    lines.append(losses.text)
+    lines.append(seen.text)
     lines.append(
         f"{job['samples_done']} of {job['samples']} samples, {credits_text(job['cost_micros'])} credits "
         f"of {credits_text(job['budget_micros'])}"

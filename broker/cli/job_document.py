@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from training.jobfile import JobFileError, load_job
-
 from broker.cli.errors import UsageError
-from sites.bundle import pack
+from sites.bundle import digest_of, pack
 from sites.errors import SiteError
-from training.spec import JobSpec
-
-FIELD_ERRORS_SHOWN = 5
+from training.errors import SpecError
+from training.jobfile import load_job_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +27,13 @@ def read_job(path: Path) -> JobDocument:
     Raises UsageError, with the line or the field, for what a broker would refuse anyway.
     """
     try:
-        job = load_job(path)
-        packed = pack(job.workdir)
+        job = load_job_file(path)
+        packed = pack((path.parent / job.workdir).resolve())
+        spec = job.spec(digest_of(packed))
     except FileNotFoundError as error:
-        raise UsageError(f"there is no {error.filename}") from None
-    except JobFileError as error:
-        raise UsageError(str(error), code=error.code) from None
+        raise UsageError(f"there is no file {error.filename}") from None
+    except SpecError as error:
+        raise UsageError(f"{path}: {error}", code=error.code) from None
     except SiteError as error:
         raise UsageError(str(error), code=error.code) from None
-    document = {**job.spec, "workdir_digest": hashlib.sha256(packed).hexdigest()}
-    try:
-        spec = JobSpec.model_validate(document)
-    except ValidationError as error:
-        raise UsageError(f"{path}: {_in_words(error)}", code="job.invalid") from None
     return JobDocument(spec.model_dump(mode="json"), packed)
-
-
-def _in_words(error: ValidationError) -> str:
-    rows = error.errors(include_url=False, include_input=False, include_context=False)
-    shown = [f"{'.'.join(str(part) for part in row['loc'])}: {row['msg']}" for row in rows[:FIELD_ERRORS_SHOWN]]
-    return "; ".join(shown) + (f"; and {len(rows) - len(shown)} more" if len(rows) > len(shown) else "")

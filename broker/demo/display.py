@@ -93,9 +93,9 @@ class LiveDisplay:
         self._spinner.update(text=Text(f"{self._stage}  ({elapsed_s:.0f} s)", style="bold"))
         parts: list[RenderableType] = [self._spinner]
         if self._board.pools:
-            parts += [Text(), _pool_table(self._board)]
+            parts += [Text(), Text(_round_text(self._board)), _pool_table(self._board)]
         if self._board.jobs:
-            parts += [Text(), _job_table(self._board.jobs)]
+            parts += [Text(), _job_table(self._board.jobs), Text(), _reasons(self._board.jobs)]
         return Group(*parts)
 
 
@@ -164,20 +164,15 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def _pool_table(board: Board) -> Table:
+def _round_text(board: Board) -> str:
     solved = "" if board.solve_ms is None else f", solved in {board.solve_ms:.0f} ms"
-    gap = (
-        ""
-        if board.gap_micros_per_hour is None
-        else f", {credits_text(board.gap_micros_per_hour)} credits/h from the bound"
-    )
-    table = Table(
-        title=f"Round {board.round_number}: prices are the LP's duals{solved}{gap}",
-        title_justify="left",
-        title_style="",
-        box=None,
-        pad_edge=False,
-    )
+    gap = board.gap_micros_per_hour
+    bound = "" if gap is None else f", at most {credits_text(gap)} credits/h below the best"
+    return f"Round {board.round_number}: prices are the LP's duals{solved}{bound}"
+
+
+def _pool_table(board: Board) -> Table:
+    table = Table(box=None, pad_edge=False)
     table.add_column("pool")
     for name in ("slots", "leased", "ask /slot-h", "price /slot-h"):
         table.add_column(name, justify="right")
@@ -187,19 +182,18 @@ def _pool_table(board: Board) -> Table:
             pool.pool_id,
             str(pool.capacity),
             str(pool.leased),
-            credits_text(pool.ask_micros),
-            Text(credits_text(pool.price_micros), style="bold yellow" if above else ""),
+            credits_text(pool.ask_micros, 3),
+            Text(credits_text(pool.price_micros, 3), style="bold yellow" if above else ""),
         )
     return table
 
 
 def _job_table(jobs: tuple[JobRow, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, title="Jobs", title_justify="left", title_style="")
-    for name in ("job", "state", "where", "progress"):
+    table = Table(box=None, pad_edge=False)
+    for name in ("job", "state", "on", "progress"):
         table.add_column(name, no_wrap=True)
-    for name in ("held-out loss", "sealed", "samples/s", "charged"):
+    for name in ("held-out loss", "sealed", "samples/s (predicted)", "charged"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why", overflow="ellipsis", no_wrap=True, ratio=1)
     for job in jobs:
         table.add_row(
             job.name,
@@ -209,9 +203,17 @@ def _job_table(jobs: tuple[JobRow, ...]) -> Table:
             loss_text(job),
             "-" if job.sealed_round is None else str(job.sealed_round),
             speed_text(job),
-            credits_text(job.charged_micros),
-            Text(job.why, style="dim"),
+            credits_text(job.charged_micros, 4),
         )
+    return table
+
+
+def _reasons(jobs: tuple[JobRow, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(style="dim")
+    for job in jobs:
+        table.add_row(job.name, job.why)
     return table
 
 
@@ -227,7 +229,7 @@ def speed_text(job: JobRow) -> str:
     if job.samples_per_s_predicted is None:
         return "-"
     measured = "…" if job.samples_per_s_measured is None else f"{job.samples_per_s_measured:.0f}"
-    return f"{measured} ({job.samples_per_s_predicted:.0f} predicted)"
+    return f"{measured} ({job.samples_per_s_predicted:.0f})"
 
 
 def _pool_text(pool: PoolRow) -> str:
@@ -240,4 +242,6 @@ def _pool_text(pool: PoolRow) -> str:
 def _progress_text(job: JobRow) -> str:
     parts = [f"{job.samples_done} of {job.samples} samples", f"held-out loss {loss_text(job)}"]
     parts += [f"{job.sealed_round} sealed rounds"] if job.sealed_round is not None else []
-    return ", ".join([*parts, f"{speed_text(job)} samples/s", f"{credits_text(job.charged_micros)} credits"])
+    return ", ".join(
+        [*parts, f"{speed_text(job)} samples/s (predicted)", f"{credits_text(job.charged_micros)} credits"]
+    )

@@ -92,13 +92,19 @@ class Journey:
 
     def let_sites_join(self) -> None:
         """Invite three sites, start their agents, and wait until the market hears all of them."""
-        for site, ports in zip(world.SITES, processes.port_ranges(len(world.SITES)), strict=True):
-            self._display.stage(f"{site.site_id} joins with a one-time join string")
+        self._display.stage("measuring what a CPU slot can do")
+        ranges = processes.port_ranges(len(world.SITES))
+        settings = [
+            processes.write_site_settings(self._places, site, ports)
+            for site, ports in zip(world.SITES, ranges, strict=True)
+        ]
+        processes.measure_once(settings)
+        for site, path in zip(world.SITES, settings, strict=True):
+            self._display.stage(f"{site.site_id} joins with a one-time join string, and its agent starts")
             invitation = self.admin.admin_post("/sites/invite", {"site_id": site.site_id})
-            config = processes.write_site_settings(self._places, site, ports)
-            processes.join_site(config, invitation["join_string"])
-            self._supervisor.start(processes.agent_process(self._places, site, config))
-        self._display.stage("the agents measure what a CPU slot can do and make their first offers")
+            processes.join_site(path, invitation["join_string"])
+            self._supervisor.start(processes.agent_process(self._places, site, path))
+        self._display.stage("the agents make their first offers")
         self._wait(lambda: _all_offer(self.admin.admin_list("/sites")), JOIN_TIMEOUT_S, "not all sites made an offer")
         for site in world.SITES:
             hub = ", other sites may connect to it" if site.listens else ""
@@ -220,6 +226,7 @@ def write_job(places: Places, plan: DemoJob) -> Path:
     market["bid"] = plan.bid_micros_per_million_samples / world.CREDIT_MICROS
     market["sites_max"] = plan.sites_max
     market["workload"]["samples"] = plan.samples
+    market["sync"]["period_steps"] = world.PERIOD_STEPS
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path

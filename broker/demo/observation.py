@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from broker.cli.client import BrokerClient
 from broker.cli.errors import UnreachableError
-from broker.cli.following import FINAL_STATES, Losses
+from broker.cli.following import FINAL_STATES, Measurements
 from broker.demo import world
 from broker.demo.board import Board, JobRow, PoolRow
 
@@ -27,7 +27,7 @@ class SeenJob:
     """Everything that was seen of one job."""
 
     submitted: SubmittedJob
-    losses: Losses = field(default_factory=Losses)
+    measured: Measurements = field(default_factory=Measurements)
     detail: dict[str, Any] = field(default_factory=dict)
     invoice: dict[str, Any] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ class Observation:
     def _look_at(self, job: SeenJob) -> None:
         client = self._tenants[job.submitted.plan.tenant_id]
         job.detail = client.job(job.submitted.job_id)
-        job.losses.read(client, job.submitted.job_id)
+        job.measured.read(client, job.submitted.job_id)
         if job.is_final:
             job.invoice = client.invoice(job.submitted.job_id)
 
@@ -124,11 +124,11 @@ def _job_row(job: SeenJob) -> JobRow:
         why=detail["reason"] if placement is None or detail["state"] == "queued" else placement["why"],
         samples_done=detail["samples_done"],
         samples=detail["samples"],
-        loss_first=job.losses.first.get(HELD_OUT),
-        loss_last=job.losses.last.get(HELD_OUT),
-        sealed_round=job.losses.round_last if spanning else None,
+        loss_first=job.measured.first.get(HELD_OUT),
+        loss_last=job.measured.last.get(HELD_OUT),
+        sealed_round=job.measured.round_last if spanning else None,
         samples_per_s_predicted=None if placement is None else placement["samples_per_s_predicted"],
-        samples_per_s_measured=None if placement is None else placement["samples_per_s_measured"],
+        samples_per_s_measured=job.measured.samples_per_s,
         charged_micros=detail["cost_micros"],
     )
 

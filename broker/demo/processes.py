@@ -6,6 +6,7 @@ Every one is the real thing, started through the same `hansa` commands that a pr
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from broker.supervise import valkey
 from broker.supervise.processes import ProcessSpec
 from broker.supervise.readiness import http_answers
 from broker.supervise.valkey import ValkeySource
+from sites.inventory import MEASURED_FILE, measure
+from sites.settings import load_settings
 
 HOST: Final = "127.0.0.1"
 PORT_MAX: Final = 65_535
@@ -35,8 +38,8 @@ JOIN_TIMEOUT_S: Final = 60.0
 HOME_PATH_BYTES_MAX: Final = 30
 # Each attempt at a listening site takes one port for its gateway.
 PORTS_PER_SITE: Final = 4
-LINK_BANDWIDTH: Final = "200 Mbit/s"
-LINK_DELAY_MS: Final = 10
+LINK_BANDWIDTH: Final = "20 Mbit/s"
+LINK_DELAY_MS: Final = 20
 EGRESS_CREDITS_PER_GB: Final = "0.02"
 # On two cores, threads inside a process would only wait for each other.
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -209,6 +212,8 @@ def write_site_settings(places: Places, site: DemoSite, ports: tuple[int, int]) 
             for other in SITES
             if other != site
         ],
+        # All sites share this one machine: each may count on its part of the cores, and no more.
+        "cores": round(len(os.sched_getaffinity(0)) * site.slots / sum(each.slots for each in SITES), 3),
         "i_trust_all_tenants": True,
     }
     if site.listens:
@@ -218,6 +223,17 @@ def write_site_settings(places: Places, site: DemoSite, ports: tuple[int, int]) 
     path = folder / "site.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
+
+
+def measure_once(settings: list[Path]) -> None:
+    """Measure what a CPU slot can do, and let all sites know: they stand on the same machine.
+
+    Three agents that measured at the same time would measure each other.
+    """
+    sites = [load_settings(path) for path in settings]
+    measure(sites[0])
+    for site in sites[1:]:
+        shutil.copy(sites[0].folder / MEASURED_FILE, site.folder / MEASURED_FILE)
 
 
 def join_site(settings: Path, join_string: str) -> None:

@@ -14,6 +14,7 @@ GPU_TYPE: Final = "cpu-slot"
 DEPOSIT_MICROS: Final = 1000 * CREDIT_MICROS
 EQUITY_MICROS: Final = 10 * CREDIT_MICROS
 EXAMPLE: Final = "stdlib_lm"
+PERIOD_STEPS: Final = 10  # short, so that a person sees many sync rounds
 
 
 @dataclass(frozen=True, slots=True)
