@@ -19,7 +19,8 @@ from broker.leases import confirm, renew_liveness, veto
 from broker.market import Market
 from broker.metering import accept_usage
 from broker.offers import apply_offer
-from broker.transitions import LeaseState, SiteState, change_state, note_change, record_event
+from broker.tickets import TICKET_PURPOSE, ticket
+from broker.transitions import LeaseState, SiteState, change_state, is_round_due, note_change, record_event
 from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
 
 BeforeEffect = Callable[[Session], None]
@@ -51,7 +52,7 @@ def receive(
         if before_effect is not None:
             before_effect(session)
         site = _heard(session, market, site_id, heartbeat, sequence)
-        changed = apply_offer(session, site, heartbeat.offer)
+        apply_offer(session, site, heartbeat.offer)
         taken = _Taken(session, market, site_id)
         taken.renew_livenesses()
         for confirmation in heartbeat.confirmations:
@@ -70,8 +71,9 @@ def receive(
             usage_acknowledged=taken.acknowledged,
             certificate_pem=_renewed_certificate(session, market, site_id, heartbeat.renewal_csr_pem),
             heartbeat_s=market.settings.heartbeat_s,
+            wake_url=_wake_url(market, site_id),
         )
-        return answer, taken.wake - {site_id}, taken.jobs, changed or bool(taken.wake)
+        return answer, taken.wake - {site_id}, taken.jobs, is_round_due(session)
 
     answer, wake, jobs, ring = market.database.write("heartbeat", work)
     for other in sorted(wake):
@@ -185,6 +187,13 @@ def _standing_leases(session: Session, site_id: str) -> list[Lease]:
             .order_by(Lease.lease_id)
         )
     )
+
+
+def _wake_url(market: Market, site_id: str) -> str | None:
+    if not market.settings.wake_url:
+        return None
+    key = market.authority.derive_key(TICKET_PURPOSE)
+    return f"{market.settings.wake_url}/wake/site/{site_id}?ticket={ticket(key, 'site', site_id)}"
 
 
 def _renewed_certificate(session: Session, market: Market, site_id: str, csr_pem: str | None) -> str | None:

@@ -11,11 +11,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.attempts import lose_lease
-from broker.database.tables import Job, Lease, LeasedGpu, MarketState, Placement, Site
+from broker.database.tables import Job, Lease, LeasedGpu, Placement, Site
 from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
 from broker.market import Market
 from broker.rounds.snapshot import renewal_starts_ms
-from broker.transitions import LeaseState, PlacementState, SiteState, change_state, note_change
+from broker.transitions import LeaseState, PlacementState, SiteState, change_state, is_round_due, note_change
 from broker.views import check_view
 
 
@@ -33,8 +33,7 @@ def reconcile(market: Market) -> bool:
         ):
             wake.update(_look_at(session, market, placement))
         session.flush()
-        state = session.get(MarketState, 1)
-        return wake, state is not None and state.changes != state.changes_cleared
+        return wake, is_round_due(session)
 
     wake, due = market.database.write("reconcile", work)
     for site_id in sorted(wake):

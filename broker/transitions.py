@@ -183,6 +183,12 @@ def note_change(session: Session) -> None:
         state.changes += 1
 
 
+def is_round_due(session: Session) -> bool:
+    """Say whether something has changed since the last round, and rounds are not frozen."""
+    state = session.get(MarketState, 1)
+    return state is not None and state.frozen_ms is None and state.changes != state.changes_cleared
+
+
 def _kind(thing: Stateful) -> str:
     kinds: dict[type[Stateful], str] = {
         Job: "job",

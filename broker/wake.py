@@ -6,13 +6,12 @@ publishes in Redis, and when it is away everything goes at the pace of heartbeat
 
     GET /wake/site/SITE?ticket=…   GET /wake/job/JOB?ticket=…
 
-A ticket is a keyed digest of the path, given out by the API to whoever may read that site or job.
+Tickets (`broker.tickets`) are given out by the API to whoever may read that site or job.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 from collections import defaultdict
@@ -26,17 +25,15 @@ from aiohttp import web
 from redis.exceptions import RedisError
 
 from broker.celery_doorbell import WAKE_CHANNEL
+from broker.tickets import ticket
 
 STREAMS_MAX: Final = 2000
 KEEPALIVE_S: Final = 20.0
 RECONNECT_S: Final = 1.0
+# Streams never end by themselves: those that are open at a stop are cut.
+STOP_S: Final = 0.5
 
 _log = structlog.get_logger(__name__)
-
-
-def ticket(key: bytes, kind: str, name: str) -> str:
-    """Return the ticket that opens the stream of one site or job."""
-    return hmac.new(key, f"wake/{kind}/{name}".encode(), hashlib.sha256).hexdigest()[:32]
 
 
 class WakeServer:
@@ -136,4 +133,5 @@ class WakeServer:
 
 def serve(key: bytes, redis_url: str, *, host: str, port: int) -> None:
     """Run the wake process on `host`:`port` until it is told to stop."""
-    web.run_app(WakeServer(key, redis_url).application(), host=host, port=port, print=None)
+    application = WakeServer(key, redis_url).application()
+    web.run_app(application, host=host, port=port, print=None, shutdown_timeout=STOP_S)

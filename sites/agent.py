@@ -56,6 +56,7 @@ from sites.protocol import (
     Veto,
 )
 from sites.settings import ListenSettings, SiteSettings
+from sites.wake import WakeListener
 from training.clock import Clock
 from training.roundlog.signing import public_hex
 
@@ -106,6 +107,7 @@ class Agent:
         self._told: dict[AttemptKey, object] = {}
         self.heartbeat_s = identity.heartbeat_s
         self.wake = threading.Event()
+        self._listener = WakeListener(self.wake, identity.ca_pem)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ class Agent:
                 self.wake.clear()
                 self.tick()
                 next_s = now_s + self.heartbeat_s
-            stop.wait(ATTEND_INTERVAL_S)
+            self.wake.wait(ATTEND_INTERVAL_S)
 
     def tick(self) -> bool:
         """Send one heartbeat and apply its answer; False where none came."""
@@ -138,6 +140,7 @@ class Agent:
         except SiteError as error:
             _log.warning("heartbeat.unanswered", code=error.code, detail=str(error))
             return False
+        self._listener.follow(answer.wake_url)
         self._told = {report.key: _news(report) for report in self._records()}
         self._apply(answer, sent_s)
         self.attend()

@@ -273,6 +273,7 @@ class HeartbeatAnswer(Message):
     usage_acknowledged: dict[LeaseId, int] = Field(description="the highest number without a gap")
     certificate_pem: Pem | None = None
     heartbeat_s: float = Field(gt=0)
+    wake_url: str | None = Field(default=None, max_length=2000, description="a stream that says when to look")
 
 
 class ArtifactState(Message):

@@ -11,11 +11,12 @@ from sqlalchemy.orm import Session
 from broker.allocation.clearing import Clearing
 from broker.allocation.snapshot import Snapshot
 from broker.allocation.solve import clear
-from broker.database.tables import MarketState, Round
+from broker.database.tables import Round
 from broker.errors import ConflictError
 from broker.market import Market
 from broker.rounds.commit import Committed, commit
 from broker.rounds.snapshot import TakenSnapshot, take
+from broker.transitions import is_round_due
 
 
 def hold_round(market: Market) -> Round | None:
@@ -51,7 +52,4 @@ def keep_document(market: Market, document: Snapshot | Clearing) -> str:
 
 
 def _take_if_due(session: Session, market: Market) -> TakenSnapshot | None:
-    state = session.get(MarketState, 1)
-    if state is None or state.frozen_ms is not None or state.changes == state.changes_cleared:
-        return None
-    return take(session, market)
+    return take(session, market) if is_round_due(session) else None

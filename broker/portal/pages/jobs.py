@@ -34,7 +34,7 @@ from broker.portal.queries.jobs import (
 from broker.portal.queries.money import tenant_balance
 from broker.streams import READ_BYTES_MAX
 from broker.transitions import JobState
-from broker.wake import ticket
+from broker.tickets import ticket
 
 LOGS_SHOWN: Final = 8
 
