@@ -81,7 +81,10 @@ def number(value: float | None) -> str:
 
 def share(part: float, whole: float) -> str:
     """Return `part` of `whole` in per cent; a dash of nothing."""
-    return f"{100 * part / whole:.0f} %" if whole else _NOTHING
+    if not whole:
+        return _NOTHING
+    percent = 100 * part / whole
+    return "below 0.01 %" if 0 < percent < 0.01 else f"{percent:.2g} %" if 0 < percent < 1 else f"{percent:.0f} %"  # noqa: PLR2004  the smallest that reads well
 
 
 def shortened(name: str) -> str:

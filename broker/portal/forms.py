@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any, Final
 
-import yaml
 from pydantic import ValidationError
 
 from pricing.errors import AmountError
-from pricing.money import parse_credits
+from pricing.money import format_credits, parse_credits
+from training.jobfile import read_job_file
 from training.spec import JobSpec
 
 GPU_ROWS: Final = (1, 2, 3)
@@ -66,20 +66,18 @@ def example_text() -> str:
 
 def example_values() -> dict[str, str]:
     """Return the form filled as the bundled example."""
-    document: dict[str, Any] = yaml.safe_load(example_text())
-    market = document["market"]
-    gpu_type, _, count = str(document["resources"]["accelerators"]).partition(":")
-    least, _, most = count.partition("..")
-    values = {
-        "name": document["name"],
-        "run": document["run"],
-        "sites_max": market["sites_max"],
-        "budget": market["budget"],
-        "gpu_type_1": gpu_type,
-        "gpu_min_1": least,
-        "gpu_max_1": most or least,
-        **{name: market["workload"][name] for name in _WORKLOAD},
-        **{name: market["sync"][name] for name in _SYNC},
+    job = read_job_file(example_text()).spec(NO_WORKDIR)
+    (gpus,) = job.resources.accelerators
+    values: dict[str, object] = {
+        "name": job.name,
+        "run": job.run,
+        "sites_max": job.market.sites_max,
+        "budget": format_credits(job.market.budget_micros),
+        "gpu_type_1": gpus.gpu_type,
+        "gpu_min_1": gpus.count_min,
+        "gpu_max_1": gpus.count_max,
+        **job.market.workload.model_dump(),
+        **job.market.sync.model_dump(),
     }
     return {name: str(value) for name, value in values.items()}
 

@@ -33,8 +33,8 @@ from broker.portal.queries.jobs import (
 )
 from broker.portal.queries.money import tenant_balance
 from broker.streams import READ_BYTES_MAX
-from broker.transitions import JobState
 from broker.tickets import ticket
+from broker.transitions import JobState
 
 LOGS_SHOWN: Final = 8
 

@@ -136,7 +136,7 @@ def list_jobs(
 def count_jobs(session: Session, tenant_id: str) -> dict[str, int]:
     """Return how many of a tenant's jobs are in each state."""
     rows = session.execute(select(Job.state, func.count()).where(Job.tenant_id == tenant_id).group_by(Job.state))
-    return dict(rows.tuples().all())
+    return dict(rows.all())
 
 
 def job_row(session: Session, job_id: str, tenant_id: str | None) -> Job:

@@ -86,14 +86,12 @@ def list_pools(
         query = query.where(Site.state != SiteState.REMOVED)
     if gpu_type is not None:
         query = query.where(Pool.gpu_type == gpu_type)
-    pools = session.execute(query).tuples().all()
+    pools = session.execute(query).all()
     names = [pool.pool_id for pool, _ in pools]
     present = dict(
         session.execute(
             select(Gpu.pool_id, func.count()).where(Gpu.pool_id.in_(names), Gpu.present).group_by(Gpu.pool_id)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     taken = _taken_by_pool(session, names)
     return [
@@ -131,9 +129,7 @@ def list_types(session: Session) -> list[TypeRow]:
             .join(LeasedGpu, LeasedGpu.lease_id == Lease.lease_id)
             .where(LeasedGpu.live)
             .group_by(Lease.gpu_type)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     return [TypeRow(gpu_type, pools, gpus, taken.get(gpu_type, 0)) for gpu_type, pools, gpus in rows]
 
@@ -147,7 +143,7 @@ def price_history(session: Session, pool_ids: list[str]) -> dict[str, list[float
         select(Round.round_number, Round.prices).order_by(Round.round_number.desc()).limit(PRICED_ROUNDS_MAX)
     )
     columns: dict[str, list[float | None]] = {"round": [], **{pool_id: [] for pool_id in pool_ids}}
-    for number, text in reversed(rows.tuples().all()):
+    for number, text in reversed(rows.all()):
         prices = json.loads(text)
         columns["round"].append(number)
         for pool_id in pool_ids:
@@ -182,4 +178,4 @@ def _taken_by_pool(session: Session, pool_ids: list[str]) -> dict[str, int]:
         .where(LeasedGpu.live, Lease.pool_id.in_(pool_ids))
         .group_by(Lease.pool_id)
     )
-    return dict(rows.tuples().all())
+    return dict(rows.all())

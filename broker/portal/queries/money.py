@@ -61,9 +61,7 @@ def list_tenants(session: Session, *, after: str = "") -> list[TenantRow]:
             select(Job.tenant_id, func.count())
             .where(Job.tenant_id.in_([row[0].tenant_id for row in rows]), Job.state.not_in(sorted(FINAL_JOB_STATES)))
             .group_by(Job.tenant_id)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     return [
         TenantRow(
@@ -82,7 +80,7 @@ def tenant_balance(session: Session, tenant_id: str) -> Balance:
     """Return what a tenant may spend and has set aside."""
     names = [tenant_account(tenant_id), held_account(tenant_id)]
     rows = session.execute(select(Account.account_id, Account.balance_micros).where(Account.account_id.in_(names)))
-    found = dict(rows.tuples().all())
+    found = dict(rows.all())
     return Balance(free_micros=found.get(names[0], 0), held_micros=found.get(names[1], 0))
 
 
@@ -92,6 +90,6 @@ def read_ledger(session: Session) -> LedgerView:
     newest = select(Transfer).order_by(Transfer.created_ms.desc(), Transfer.transfer_id.desc()).limit(TRANSFERS_MAX)
     return LedgerView(
         sum_micros=sum(balances(session).values()),
-        by_kind={kind: int(total) for kind, total in sorted(kinds.tuples().all())},
+        by_kind={kind: int(total) for kind, total in sorted(kinds.all())},
         transfers=tuple(session.scalars(newest)),
     )

@@ -61,15 +61,11 @@ def list_sites(session: Session, *, after: str = "") -> list[SiteRow]:
             select(Lease.site_id, func.count())
             .where(Lease.site_id.in_(names), Lease.state != LeaseState.ENDED)
             .group_by(Lease.site_id)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     accounts = [site_account(name) for name in names]
     balances = dict(
-        session.execute(select(Account.owner, Account.balance_micros).where(Account.account_id.in_(accounts)))
-        .tuples()
-        .all()
+        session.execute(select(Account.owner, Account.balance_micros).where(Account.account_id.in_(accounts))).all()
     )
     return [_site_row(row, leases.get(row.site_id, 0), balances.get(row.site_id, 0)) for row in rows]
 

@@ -10,16 +10,24 @@
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  const options = (holder, labels) => ({
+  const options = (holder, labels, few) => ({
     width: Math.max(holder.clientWidth, 260),
     height: CHART_HEIGHT,
-    scales: { x: { time: false } },
+    scales: {
+      x: { time: false, range: (_plot, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
+      // A flat line is no drama: the axis spans at least a tenth of the value.
+      y: { range: (_plot, low, high) => {
+        const spare = Math.max((high - low) * 0.08, Math.abs(high) * 0.05, 1e-6);
+        return [low - spare, high + spare];
+      } },
+    },
     cursor: { drag: { x: true, y: false } },
     axes: [0, 1].map((side) => ({
       stroke: colour("--quiet"),
       grid: { stroke: colour("--line"), width: 1 },
       ticks: { stroke: colour("--line"), width: 1 },
-      size: side ? 58 : 34,
+      size: side ? 62 : 34,
+      incrs: !side ? [1, 2, 5].flatMap((first) => Array.from({ length: 12 }, (_none, power) => first * 10 ** power)) : undefined,
     })),
     series: [
       { label: holder.dataset.over.replaceAll("_", " ") },
@@ -29,7 +37,7 @@
         width: 2,
         dash: label === "predicted" ? [6, 5] : undefined,
         spanGaps: true,
-        points: { show: label === "held out", size: 6 },
+        points: { show: few || label === "held out", size: 6 },
       })),
     ],
   });
@@ -55,7 +63,7 @@
       return;
     }
     holder.replaceChildren();
-    holder.plot = new uPlot(options(holder, holder.dataset.labels.split(", ")), data, holder);
+    holder.plot = new uPlot(options(holder, holder.dataset.labels.split(", "), data[0].length < 3), data, holder);
     holder.dataset.drawn = "yes";
   };
 

@@ -103,6 +103,12 @@ class Agent:
             ),
         )
 
+    def run_log(self, line: str) -> None:
+        """Add a line to the log of the first active lease."""
+        streams = streams_of(self.market)
+        lease_id = next(order.lease_id for order in self.orders if order.phase is LeasePhase.ACTIVE)
+        streams.append(lease_id, "log", streams.state(lease_id, "log").held_bytes, f"{line}\n".encode())
+
     def _others(self, order: LeaseOrder) -> list[str]:
         assert order.attempt is not None
         assert order.attempt.view is not None
