@@ -93,7 +93,7 @@ def _hold_market(places: Places, console: Console, display: Display, *, keep: bo
     from broker.demo.report import make_report, print_report
     from broker.supervise.processes import Supervisor
 
-    with Supervisor(places.logs) as supervisor, Journey(places, supervisor, display) as journey:
+    with Supervisor(places.logs, end_together=True) as supervisor, Journey(places, supervisor, display) as journey:
         try:
             environment = journey.start_market()
             journey.let_sites_join()
@@ -107,6 +107,9 @@ def _hold_market(places: Places, console: Console, display: Display, *, keep: bo
             if keep:
                 _print_credentials(console, places, journey)
                 journey.stay()
+        except KeyboardInterrupt:
+            display.stage("ending all processes")
+            raise
         except CliError:
             supervisor.check()  # where a process has died, that is the news, and not that it does not answer
             raise

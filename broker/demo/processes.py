@@ -252,10 +252,10 @@ def join_site(settings: Path, join_string: str) -> None:
 
 
 def agent_process(places: Places, site: DemoSite, settings: Path) -> ProcessSpec:
-    """Return a site's agent, which ends what it runs when it is ended."""
+    """Return a site's agent. What it runs would outlive it, as it must; the supervisor ends that with the market."""
     return ProcessSpec(
         name=site.site_id,
-        argv=hansa("site", "run", "--settings", str(settings), "--stop-attempts-on-exit"),
+        argv=hansa("site", "run", "--settings", str(settings)),
         env=ONE_THREAD,
         cwd=places.site_home(site),
         stop_timeout_s=STOP_TIMEOUT_S,

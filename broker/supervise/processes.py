@@ -66,8 +66,12 @@ class _Child:
 class Supervisor:
     """Named processes with readiness, logs and an ordered end. Use it from the main thread, as a context manager."""
 
-    def __init__(self, log_dir: Path, *, clock: Clock | None = None) -> None:
-        """Write each process's output to `log_dir`/NAME.log; the folder is made if it is missing."""
+    def __init__(self, log_dir: Path, *, clock: Clock | None = None, end_together: bool = False) -> None:
+        """Write each process's output to `log_dir`/NAME.log; the folder is made if it is missing.
+
+        `end_together` asks all processes to end at once, where nothing of theirs is to be kept and haste counts.
+        """
+        self._end_together = end_together
         self._log_dir = log_dir
         self._clock = clock or SystemClock()
         self._children: dict[str, _Child] = {}
@@ -148,8 +152,12 @@ class Supervisor:
         former = {number: signal.signal(number, self._lose_patience) for number in ENDING_SIGNALS}
         try:
             family = descendants.descendants({child.popen.pid for child in self._children.values()})
+            if self._end_together:
+                for child in self._children.values():
+                    child.popen.send_signal(child.spec.stop_signal)
             while self._children:
                 _, child = self._children.popitem()
+                family |= descendants.descendants({child.popen.pid})  # what it has started since
                 self._end(child)
             descendants.kill(family | descendants.marked(f"{MARK}={self._mark}"))
         finally:
