@@ -10,25 +10,17 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker import ledger
-from broker.database.tables import Hold, IdempotencyKey, Job, JoinToken, Lease
+from broker.database.tables import Hold, Job, Lease
 from broker.market import Market
 from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
 from sites.protocol import AttemptPhase
 
-# Stripe keeps idempotency keys for at least a day; a client that retries later has forgotten.
-IDEMPOTENCY_MS = 24 * 3600 * 1000
-
 
 def settle(market: Market) -> int:
-    """Close the holds that can be closed and forget what is past its retention; return how many closed."""
+    """Close the holds that can be closed; return how many were."""
 
     def work(session: Session) -> list[str]:
         closed = [job.job_id for job in _open_final_jobs(session) if _close(session, market, job)]
-        before_ms = market.clock.now_ms() - IDEMPOTENCY_MS
-        for key in session.scalars(select(IdempotencyKey).where(IdempotencyKey.created_ms < before_ms).limit(1000)):
-            session.delete(key)
-        for token in session.scalars(select(JoinToken).where(JoinToken.expires_ms < before_ms).limit(1000)):
-            session.delete(token)
         return closed
 
     closed = market.database.write("settle", work)

@@ -10,6 +10,7 @@ runs alone in a dedicated worker (`-Q rounds -c 1`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
@@ -19,6 +20,7 @@ from broker.bootstrap import open_market
 from broker.celery_doorbell import celery_url
 from broker.market import Market
 from broker.reconcile import reconcile
+from broker.retention import sweep
 from broker.rounds.clear import hold_round
 from broker.settings import Settings
 from broker.settle import settle
@@ -29,6 +31,7 @@ TASK_S_MAX: Final = 60
 # How long a message stays with a worker that died. Tasks take far less, so none runs twice on a
 # healthy worker; the beat makes up for a message that is stuck.
 VISIBILITY_S: Final = 120
+SWEEP_S: Final = 3600
 
 
 def make_app(settings: Settings) -> Celery:
@@ -100,5 +103,24 @@ def reconcile_task() -> None:
 
 @app.task(name="hansa.settle")  # type: ignore[untyped-decorator]  # celery has no types
 def settle_task() -> None:
-    """Close the holds of jobs that are over."""
+    """Close the holds of jobs that are over; once an hour forget what is past its retention."""
     settle(_market())
+    if _SWEEP.is_due(_market().clock.monotonic_s()):
+        sweep(_market())
+
+
+@dataclass(slots=True)
+class _Sweep:
+    """When this worker last swept; a new worker sweeps at once, which does no harm."""
+
+    last_s: float | None = None
+
+    def is_due(self, now_s: float) -> bool:
+        """Say whether an hour has passed, and count from now if so."""
+        if self.last_s is not None and now_s - self.last_s < SWEEP_S:
+            return False
+        self.last_s = now_s
+        return True
+
+
+_SWEEP: Final = _Sweep()
