@@ -20,8 +20,7 @@ def settle(market: Market) -> int:
     """Close the holds that can be closed; return how many were."""
 
     def work(session: Session) -> list[str]:
-        closed = [job.job_id for job in _open_final_jobs(session) if _close(session, market, job)]
-        return closed
+        return [job.job_id for job in _open_final_jobs(session) if _close(session, market, job)]
 
     closed = market.database.write("settle", work)
     for job_id in closed:
