@@ -30,6 +30,8 @@ from broker.tickets import ticket
 STREAMS_MAX: Final = 2000
 KEEPALIVE_S: Final = 20.0
 RECONNECT_S: Final = 1.0
+# A portal's page may come from another port. There is nothing to read here, and no cookie counts.
+_ANY_ORIGIN: Final = {"Access-Control-Allow-Origin": "*"}
 # Streams never end by themselves: those that are open at a stop are cut.
 STOP_S: Final = 0.5
 
@@ -58,14 +60,15 @@ class WakeServer:
         if not hmac.compare_digest(ticket(self._key, kind, name), request.query.get("ticket", "")):
             raise web.HTTPForbidden(text="this ticket does not open this stream; fetch a new one from the API")
         if self._streams >= STREAMS_MAX:
-            raise web.HTTPServiceUnavailable(text="all streams are taken; poll instead", headers={"Retry-After": "30"})
+            raise web.HTTPServiceUnavailable(
+                text="all streams are taken; poll instead", headers={"Retry-After": "30", **_ANY_ORIGIN}
+            )
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
                 "Cache-Control": "no-store",
                 "X-Accel-Buffering": "no",
-                # A portal's page may come from another port. There is nothing to read here, and no cookie counts.
-                "Access-Control-Allow-Origin": "*",
+                **_ANY_ORIGIN,
             }
         )
         await response.prepare(request)
