@@ -100,9 +100,10 @@ def read_job_file(text: str | bytes) -> JobFile:
 
 
 def _parsed(content: bytes) -> tuple[object, dict[str, int]]:
-    loader = yaml.SafeLoader(content)
     lines: dict[str, int] = {}
+    loader = None
     try:
+        loader = yaml.SafeLoader(content)
         _refuse_aliases(content)
         node = loader.get_single_node()
         if node is None:
@@ -113,7 +114,8 @@ def _parsed(content: bytes) -> tuple[object, dict[str, int]]:
         what = f"this is not YAML: {getattr(error, 'problem', None) or error}"
         raise SpecError([("", what)], {"": mark.line + 1} if mark else None) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _refuse_aliases(content: bytes) -> None:

@@ -121,13 +121,15 @@ def verify(
 
 
 def _read(path: Path, kind: type[D]) -> D:
+    from broker.allocation.errors import AllocationError
+
     try:
         if path.stat().st_size > DOCUMENT_BYTES_MAX:
             raise UsageError(f"{path} is larger than {DOCUMENT_BYTES_MAX} bytes")
         return kind.from_json(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except ValueError as error:
+    except (ValueError, AllocationError) as error:
         where = str(error).splitlines()
         raise UsageError(
             f"{path} is not a {kind.__name__.lower()}: {' '.join(where[:3])}",

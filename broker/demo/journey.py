@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -26,7 +26,7 @@ from broker.demo.display import Display
 from broker.demo.errors import DemoError
 from broker.demo.observation import Observation
 from broker.demo.processes import Places
-from broker.demo.world import DemoJob
+from broker.demo.world import DemoJob, DemoSite
 from broker.identity.tokens import TokenKind, create_token
 from broker.ledger import fund_equity
 from broker.settings import Settings
@@ -52,8 +52,18 @@ class SubmittedJob:
 class Journey:
     """One run of the demo inside a running `Supervisor`."""
 
-    def __init__(self, places: Places, supervisor: Supervisor, display: Display) -> None:
-        """Prepare; nothing is started yet."""
+    def __init__(
+        self,
+        places: Places,
+        supervisor: Supervisor,
+        display: Display,
+        *,
+        sites: Sequence[DemoSite] = world.SITES,
+        settings: Mapping[str, str] = world.BROKER_SETTINGS,
+    ) -> None:
+        """Prepare; nothing is started yet. Another market than the demo's own has its own `sites` and `settings`."""
+        self._sites = sites
+        self._settings = settings
         self._places = places
         self._supervisor = supervisor
         self._display = display
@@ -81,7 +91,7 @@ class Journey:
         """Start Valkey and the API, make the first admin token, and return the broker's environment."""
         valkey = processes.private_valkey(self._places)
         self._start_valkey(valkey)
-        environment = processes.broker_environment(self._places, valkey.url)
+        environment = processes.broker_environment(self._places, valkey.url, self._settings)
         self._display.stage("making the market's keys, tables and first admin token")
         token = self._open_books(environment)
         self._display.stage("starting the API and the portal (gunicorn with Flask, TLS by the market's own authority)")
@@ -91,22 +101,26 @@ class Journey:
         return environment
 
     def let_sites_join(self) -> None:
-        """Invite three sites, start their agents, and wait until the market hears all of them."""
+        """Invite the sites, start their agents, and wait until the market hears all of them."""
         self._display.stage("measuring what a CPU slot can do")
-        ranges = processes.port_ranges(len(world.SITES))
+        ranges = processes.port_ranges(len(self._sites))
         settings = [
-            processes.write_site_settings(self._places, site, ports)
-            for site, ports in zip(world.SITES, ranges, strict=True)
+            processes.write_site_settings(self._places, site, ports, self._sites)
+            for site, ports in zip(self._sites, ranges, strict=True)
         ]
         processes.measure_once(settings)
-        for site, path in zip(world.SITES, settings, strict=True):
+        for site, path in zip(self._sites, settings, strict=True):
             self._display.stage(f"{site.site_id} joins with a one-time join string, and its agent starts")
             invitation = self.admin.admin_post("/sites/invite", {"site_id": site.site_id})
             processes.join_site(path, invitation["join_string"])
             self._supervisor.start(processes.agent_process(self._places, site, path))
         self._display.stage("the agents make their first offers")
-        self._wait(lambda: _all_offer(self.admin.admin_list("/sites")), JOIN_TIMEOUT_S, "not all sites made an offer")
-        for site in world.SITES:
+        self._wait(
+            lambda: _all_offer(self.admin.admin_list("/sites"), self._sites),
+            JOIN_TIMEOUT_S,
+            "not all sites made an offer",
+        )
+        for site in self._sites:
             hub = ", other sites may connect to it" if site.listens else ""
             self._display.say(
                 f"site {site.site_id}: {site.slots} CPU slots standing in for GPUs, asks "
@@ -232,6 +246,6 @@ def write_job(places: Places, plan: DemoJob) -> Path:
     return path
 
 
-def _all_offer(rows: list[dict[str, Any]]) -> bool:
+def _all_offer(rows: list[dict[str, Any]], sites: Sequence[DemoSite]) -> bool:
     offering = {row["site_id"] for row in rows if row["state"] == "live" and row["pools"]}
-    return offering >= {site.site_id for site in world.SITES}
+    return offering >= {site.site_id for site in sites}

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -129,11 +129,11 @@ def clear_environment() -> None:
         del os.environ[name]
 
 
-def broker_environment(places: Places, redis_url: str) -> dict[str, str]:
+def broker_environment(places: Places, redis_url: str, settings: Mapping[str, str] = BROKER_SETTINGS) -> dict[str, str]:
     """Return the settings of the broker's processes."""
     return {
         **ONE_THREAD,
-        **BROKER_SETTINGS,
+        **settings,
         "HANSA_HOME": str(places.broker_home),
         "HANSA_REDIS_URL": redis_url,
         "HANSA_PUBLIC_URL": places.url,
@@ -190,8 +190,10 @@ def wake_process(places: Places, environment: Mapping[str, str]) -> ProcessSpec:
     )
 
 
-def write_site_settings(places: Places, site: DemoSite, ports: tuple[int, int]) -> Path:
-    """Write a site's settings as an operator would, and return the file."""
+def write_site_settings(
+    places: Places, site: DemoSite, ports: tuple[int, int], sites: Sequence[DemoSite] = SITES
+) -> Path:
+    """Write a site's settings as an operator would, and return the file; it has links to all other `sites`."""
     document: dict[str, object] = {
         "site_id": site.site_id,
         "folder": ".",
@@ -209,11 +211,11 @@ def write_site_settings(places: Places, site: DemoSite, ports: tuple[int, int]) 
                 "delay_ms": LINK_DELAY_MS,
                 "egress_price": EGRESS_CREDITS_PER_GB,
             }
-            for other in SITES
+            for other in sites
             if other != site
         ],
         # All sites share this one machine: each may count on its part of the cores, and no more.
-        "cores": round(len(os.sched_getaffinity(0)) * site.slots / sum(each.slots for each in SITES), 3),
+        "cores": round(len(os.sched_getaffinity(0)) * site.slots / sum(each.slots for each in sites), 3),
         "i_trust_all_tenants": True,
     }
     if site.listens:

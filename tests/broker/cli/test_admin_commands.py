@@ -1,0 +1,86 @@
+"""What admins type; `init` on an empty home, the rest over the API."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+from sites.identity import decode_join_string
+from tests.broker.cli.calling import Broker, Hansa
+
+
+def test_init_makes_a_market_whose_first_token_is_an_admins(hansa: Hansa, tmp_path: Path) -> None:
+    home = tmp_path / "market"
+    outcome = hansa("admin", "init", "--json", HANSA_HOME=str(home))
+    assert outcome.code == 0, outcome.err
+    document = json.loads(outcome.out)
+    assert document["token"].startswith("hansa_admin_")
+    assert "BEGIN CERTIFICATE" in Path(document["ca"]).read_text()
+    assert (home / "market.sqlite3").exists()
+
+
+def test_tenant_is_opened_given_credits_and_a_token(hansa: Hansa) -> None:
+    assert hansa("admin", "tenant", "create", "hanse", "--name", "Hanse", who="admin").code == 0
+    deposited = hansa("admin", "tenant", "deposit", "hanse", "1.5", "--json", who="admin")
+    assert json.loads(deposited.out) == {"tenant_id": "hanse", "balance_micros": 1_500_000}
+    token = hansa("admin", "tenant", "token", "hanse", who="admin").out.strip()
+    assert "1.5 credits" in hansa("account", HANSA_TOKEN=token).out
+    assert "hanse" in hansa("admin", "tenant", "list", who="admin").out
+
+
+def test_the_same_key_never_deposits_twice(hansa: Hansa) -> None:
+    hansa("admin", "tenant", "create", "thrifty", who="admin")
+    for _ in range(2):
+        outcome = hansa("admin", "tenant", "deposit", "thrifty", "1", "--key", "gift", "--json", who="admin")
+        assert json.loads(outcome.out)["balance_micros"] == 1_000_000
+
+
+def test_amount_below_a_micro_credit_is_wrong_usage(hansa: Hansa) -> None:
+    assert hansa("admin", "tenant", "deposit", "acme", "0.0000001", who="admin").code == 2
+
+
+def test_invitation_is_a_join_string_for_that_site(hansa: Hansa, broker: Broker) -> None:
+    join = decode_join_string(hansa("admin", "site", "invite", "visby", who="admin").out)
+    assert (join.site_id, join.url) == ("visby", broker.url)
+
+
+def test_sites_are_listed_with_their_asks(hansa: Hansa) -> None:
+    assert "cpu-slot at 0.5" in hansa("admin", "site", "list", who="admin").out
+
+
+def test_books_sum_to_nought_and_the_audit_is_clean(hansa: Hansa) -> None:
+    assert json.loads(hansa("admin", "ledger", "--json", who="admin").out)["sum_micros"] == 0
+    assert "sum 0" in hansa("admin", "ledger", who="admin").out
+    assert hansa("admin", "audit", who="admin").out == "sound: every invariant holds\n"
+
+
+def test_frozen_market_is_said_to_be_so(hansa: Hansa) -> None:
+    assert hansa("admin", "freeze", "--reason", "test", who="admin").code == 0
+    assert "frozen" in hansa("account").out
+    assert hansa("admin", "thaw", who="admin").code == 0
+    assert "frozen" not in hansa("account").out
+
+
+def test_round_that_was_never_held_is_exit_code_4(hansa: Hansa) -> None:
+    assert hansa("admin", "round", "999", who="admin").code == 4
+    assert hansa("admin", "replay", "999", who="admin").code == 4
+
+
+def test_context_is_kept_for_its_owner_alone_and_used(hansa: Hansa, broker: Broker, tmp_path: Path) -> None:
+    words = ("config", "set", "--context", "lab", "--url", broker.url, "--token", broker.tokens["acme"])
+    assert hansa(*words).code == 0
+    path = tmp_path / "config.toml"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert hansa("account", HANSA_URL="", HANSA_TOKEN="").code == 0
+    shown = hansa("config", "show")
+    assert "* lab" in shown.out
+    assert broker.tokens["acme"] not in shown.out
+
+
+def test_unknown_context_and_unknown_key_are_wrong_usage(hansa: Hansa, tmp_path: Path) -> None:
+    assert hansa("account", HANSA_CONTEXT="nowhere").code == 2
+    (tmp_path / "config.toml").write_text('[contexts.default]\nurll = "x"\n')
+    outcome = hansa("account")
+    assert outcome.code == 2
+    assert "urll" in outcome.err
