@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from broker.attempts import order_for, take_report
 from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
 from broker.errors import BrokerError, ConflictError, CredentialError, NotFoundError, StaleEpochError
-from broker.leases import confirm, renew_liveness, veto
+from broker.leases import confirm, renew_certificate, renew_liveness, veto
 from broker.market import Market
 from broker.metering import accept_usage
 from broker.offers import apply_offer
@@ -98,13 +98,14 @@ class _Taken:
         self.jobs: set[str] = set()
 
     def renew_livenesses(self) -> None:
-        """Count anew the liveness of all that runs at the site."""
+        """Count anew the liveness of all that runs at the site, and renew the certificates that need it."""
         for lease in self.session.scalars(
             select(Lease).where(
                 Lease.site_id == self.site_id, Lease.state.in_([LeaseState.CONFIRMED, LeaseState.ACTIVE])
             )
         ):
             renew_liveness(self.market, lease)
+            renew_certificate(self.market, lease)
 
     def confirmation(self, item: Confirmation) -> None:
         """Take the site's word that it accepts a lease."""

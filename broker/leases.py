@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cryptography import x509
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -145,14 +146,7 @@ def confirm(session: Session, market: Market, lease: Lease, confirmation: Confir
     lease.attempt_key = confirmation.attempt_key
     lease.csr_pem = confirmation.csr_pem
     lease.gateway_address = confirmation.gateway_address
-    lease.certificate_pem = market.authority.issue_attempt_certificate(
-        confirmation.csr_pem,
-        job_id=lease.job_id,
-        epoch=lease.epoch,
-        site_id=lease.site_id,
-        life_s=market.settings.attempt_certificate_s,
-        attempt_key=confirmation.attempt_key,
-    ).pem
+    _certify(market, lease)
     change_state(session, lease, LeaseState.CONFIRMED, now_ms=now_ms)
     renew_liveness(market, lease)
     session.flush()
@@ -162,6 +156,18 @@ def confirm(session: Session, market: Market, lease: Lease, confirmation: Confir
         _activate(session, market, placement, gang)
         return [member.site_id for member in gang]
     return []
+
+
+def renew_certificate(market: Market, lease: Lease) -> None:
+    """Certify an active lease's gateway anew once two thirds of its certificate's life are over.
+
+    The key stays, so peers accept either; a lease may be renewed for longer than a certificate lives.
+    """
+    assert lease.certificate_pem is not None, "an active lease has its attempt's certificate"
+    certificate = x509.load_pem_x509_certificate(lease.certificate_pem.encode())
+    left_s = certificate.not_valid_after_utc.timestamp() - market.clock.now_ms() / 1000
+    if left_s * 3 <= market.settings.attempt_certificate_s:
+        _certify(market, lease)
 
 
 def veto(session: Session, market: Market, lease: Lease, refusal: Veto) -> list[str]:
@@ -266,6 +272,19 @@ def newest_checkpoint(session: Session, job_id: str) -> JobArtifact | None:
         .order_by(JobArtifact.round_number.desc(), JobArtifact.name)
         .limit(1)
     )
+
+
+def _certify(market: Market, lease: Lease) -> None:
+    assert lease.csr_pem is not None, "a site sends its request with its confirmation"
+    assert lease.attempt_key is not None, "a site sends its attempt's key with its confirmation"
+    lease.certificate_pem = market.authority.issue_attempt_certificate(
+        lease.csr_pem,
+        job_id=lease.job_id,
+        epoch=lease.epoch,
+        site_id=lease.site_id,
+        life_s=market.settings.attempt_certificate_s,
+        attempt_key=lease.attempt_key,
+    ).pem
 
 
 def _resumable_samples(session: Session, job: Job) -> int:
