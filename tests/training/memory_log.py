@@ -46,6 +46,7 @@ class MemoryLog:
     done: tuple[SampleRange, ...] = ()
     excluded: Callable[[int, str], bool] = _nobody
     tamper: Callable[[int, str, int, bytes], bytes] = _untouched
+    waiting: dict[tuple[int, str], dict[int, bytes]] = field(default_factory=dict)
     contributions: dict[int, dict[str, _Contribution]] = field(default_factory=dict)
     sealed: dict[int, SealedRound] = field(default_factory=dict)
     applied: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -119,9 +120,8 @@ class MemoryExchange:
 
     def post_fragment(self, round_number: int, fragment: int, payload: bytes) -> None:
         with self.log.condition:
-            posted = self.log.contributions.setdefault(round_number, {})
-            waiting = posted.setdefault(f"~{self.site_id}", _Contribution(0, (), {}, ""))
-            waiting.fragments[fragment] = self.log.tamper(round_number, self.site_id, fragment, payload)
+            waiting = self.log.waiting.setdefault((round_number, self.site_id), {})
+            waiting[fragment] = self.log.tamper(round_number, self.site_id, fragment, payload)
 
     def commit(
         self, round_number: int, *, weight: int, samples: Collection[SampleRange], fragments: int, outer_hash: str
@@ -130,10 +130,10 @@ class MemoryExchange:
         with self.log.condition:
             if round_number in self.log.sealed:
                 raise ExchangeRefusedError(Reason.ROUND_SEALED, "too late")
-            posted = self.log.contributions[round_number]
-            waiting = posted.pop(f"~{self.site_id}")
-            assert sorted(waiting.fragments) == list(range(fragments)), "a fragment was not posted"
-            posted[self.site_id] = _Contribution(weight, tuple(samples), waiting.fragments, outer_hash)
+            waiting = self.log.waiting.pop((round_number, self.site_id))
+            assert sorted(waiting) == list(range(fragments)), "a fragment was not posted"
+            posted = self.log.contributions.setdefault(round_number, {})
+            posted[self.site_id] = _Contribution(weight, tuple(samples), waiting, outer_hash)
             self.log._seal_complete()
 
     def await_sealed(self, round_number: int) -> SealedRound:
