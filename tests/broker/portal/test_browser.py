@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
 from tests.broker.portal.conftest import Visitor
 from tests.broker.portal.scene import HOSTILE, PASSWORD, Scene
@@ -177,3 +177,21 @@ def _picture(visitor: Visitor, name: str) -> None:
         if visitor.page.locator(".chart").count():
             visitor.page.wait_for_timeout(500)  # charts follow a new width and palette after a moment
         visitor.page.screenshot(path=Path(PICTURES) / f"{plain}-{scheme}.png", full_page=True)
+
+
+def test_without_javascript_a_job_is_quoted_submitted_and_watched(
+    chromium: Browser, address: str, cookies: dict[str, str]
+) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    context.set_default_timeout(10_000)
+    visitor = Visitor(context.new_page(), address)
+    visitor.become(cookies["ada"])
+    visitor.visit("/jobs/new")
+    visitor.page.get_by_label("Job name").fill("no-script")
+    visitor.page.get_by_role("button", name="Show what it would get").click()
+    expect(visitor.page.locator("#quote tr.chosen")).to_contain_text("cpu-slot at")
+    visitor.page.get_by_role("button", name="Submit", exact=True).click()
+    expect(visitor.page.locator("#state")).to_contain_text("queued")
+    visitor.page.get_by_role("button", name="Cancel job").click()
+    expect(visitor.page.locator("#state")).to_contain_text("cancelled by its tenant")
+    context.close()

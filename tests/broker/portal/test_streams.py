@@ -30,11 +30,13 @@ pytestmark = pytest.mark.xdist_group("portal")
 def _waking(market: Market, redis_url: str) -> Iterator[str]:
     """Run the wake process's server in a thread of its own."""
     loop = asyncio.new_event_loop()
-    runner = web.AppRunner(wake.WakeServer(market.authority.derive_key("wake"), redis_url).application())
+    runner = web.AppRunner(
+        wake.WakeServer(market.authority.derive_key("wake"), redis_url).application(), shutdown_timeout=0.1
+    )
 
     async def start() -> int:
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+        site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         return int(runner.addresses[0][1])
 
