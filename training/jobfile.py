@@ -132,6 +132,8 @@ def _refuse_aliases(content: bytes) -> None:
 
 def _value(loader: yaml.SafeLoader, node: yaml.Node, place: str, lines: dict[str, int], depth: int) -> object:
     lines.setdefault(place, node.start_mark.line + 1)
+    if node.tag not in _PLAIN_TAGS | {_TIMESTAMP}:
+        raise SpecError([(place, f"the tag {node.tag} is not allowed; write a plain value")], lines)
     if isinstance(node, yaml.MappingNode):
         found: dict[str, object] = {}
         for key_node, value_node in node.value:
@@ -146,8 +148,6 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, place: str, lines: dict[str
         return [_value(loader, each, f"{place}/{index}", lines, depth + 1) for index, each in enumerate(node.value)]
     if node.tag == _TIMESTAMP:
         return node.value  # kept as written: a time without its zone must be seen as such
-    if node.tag not in _PLAIN_TAGS:
-        raise SpecError([(place, f"the tag {node.tag} is not allowed; write a plain value")], lines)
     return loader.construct_object(node)
 
 

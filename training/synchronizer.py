@@ -190,7 +190,11 @@ class Synchronizer:
     def _rejoin(self) -> None:
         """Come back to a chain that this site's state has left; its unsealed work goes to its carry."""
         self.replica.shelve()
-        self._reach(self._position())
+        position = self._position()
+        if not position.needs_snapshot:
+            message = "the log sent this site for a snapshot and then offered none; start it from its newest checkpoint"
+            raise ExchangeError(message)
+        self._reach(position)
 
     # One round.
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ def numbers(parts: tuple[SampleRange, ...]) -> list[int]:
 def test_a_union_has_the_same_samples_sorted_and_once(parts: tuple[SampleRange, ...]) -> None:
     joined = dealing.union(parts)
     assert numbers(joined) == sorted(set(numbers(parts)))
-    assert all(earlier.stop < later.start for earlier, later in zip(joined, joined[1:], strict=False))
+    assert all(earlier.stop < later.start for earlier, later in pairwise(joined))
     assert dealing.disjoint(parts) == (len(numbers(parts)) == len(set(numbers(parts))))
 
 

@@ -1,106 +1,130 @@
-"""Reading a job as a person writes it: what it becomes, and that each fault is told with its line."""
-
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import training
 from training.errors import SpecError
 from training.jobfile import JOB_FILE_BYTES_MAX, load_job_file, read_job_file
+from training.spec import GpuRequest, JobSpec
 
-DIGEST = "0" * 64
-GOOD = """\
-name: tiny
-workdir: code
+EXAMPLE = Path(__file__).resolve().parents[2] / "training/examples/stdlib_lm/job.yaml"
+DIGEST = "a" * 64
+JOB = """\
+name: my-job
+workdir: .
 resources:
-  accelerators: [H100:8, "A100:2..16"]
+  accelerators: "H100:2..8"
 run: python train.py --width 64
 envs: {SEED: 7}
 market:
-  budget: 1.25
-  bid: 0.000001
-  deadline: 2030-01-31T12:00:00Z
-  sites_max: 2
+  budget: 12.5
   workload:
-    samples: 1000
-    batch_per_gpu: 4
-    parameters: 10
+    samples: 19200
+    batch_per_gpu: 16
+    parameters: 136960
     flops_per_sample: 5.3e7
 """
 
 
-def faults(text: str) -> str:
-    with pytest.raises(SpecError) as caught:
-        read_job_file(text).spec(DIGEST)
-    return str(caught.value)
+def spec_of(text: str) -> JobSpec:
+    return read_job_file(text).spec(DIGEST)
 
 
-def test_job_becomes_what_the_wire_carries() -> None:
-    job = read_job_file(GOOD)
+def faults(text: str) -> dict[str, int | None]:
+    """Return the place and line of each fault in `text`."""
+    with pytest.raises(SpecError) as raised:
+        spec_of(text)
+    return {where: raised.value.lines.get(where) for where, _ in raised.value.problems}
+
+
+def test_the_shipped_example_is_a_job() -> None:
+    job = load_job_file(EXAMPLE)
     spec = job.spec(DIGEST)
-    assert job.workdir == "code"
-    assert [(each.gpu_type, each.count_min, each.count_max) for each in spec.resources.accelerators] == [
-        ("H100", 8, 8),
-        ("A100", 2, 16),
-    ]
-    assert spec.envs == {"SEED": "7"}
-    assert spec.market.budget_micros == 1_250_000
-    assert spec.market.bid_micros_per_million_samples == 1
-    assert spec.market.deadline_ms == 1_896_091_200_000
+    assert job.workdir == "."
+    assert spec.market.budget_micros == 2_000_000
+    assert spec.market.sites_max == 2
+    assert spec.resources.accelerators == (GpuRequest(gpu_type="cpu-slot", count_min=4, count_max=4),)
     assert spec.market.workload.flops_per_sample == 5.3e7
-
-
-def test_the_bundled_example_is_a_job() -> None:
-    folder = Path(training.__file__).parent / "examples" / "stdlib_lm"
-    assert load_job_file(folder / "job.yaml").spec(DIGEST).market.sites_max == 2
+    assert (EXAMPLE.parent / spec.run.split()[1]).is_file()
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("written", "requests"),
     [
-        ("run:", "rnu:", "line 5, /rnu: unknown key 'rnu'"),
-        ("  budget: 1.25", "  budget: 1.25\n  budgte: 1", "line 9, /market/budgte: unknown key"),
-        ("name: tiny", "name: tiny\nname: other", "line 2, /name: stands twice"),
-        ("budget: 1.25", "budget: -1", "line 8, /market/budget: -1 is not an amount"),
-        ("budget: 1.25", "budget: 0.0000001", "more than six decimals"),
-        ("budget: 1.25", "budget: .nan", "not an amount"),
-        ("budget: 1.25", "budget: true", "not an amount"),
-        ("budget: 1.25", "budget: 1e12", "more than a job may hold"),
-        ("T12:00:00Z", "", "has no time zone"),
-        ("2030-01-31T12:00:00Z", "soon", "line 10, /market/deadline: 'soon' is not a time"),
-        ("H100:8", "H1000:8", "unknown GPU type 'H1000'"),
-        ("H100:8", "H100:0", "greater than or equal to 1"),
-        ("H100:8", "H100:-1", "is no GPU request"),
-        ("samples: 1000", "samples: 0", "line 13, /market/workload/samples"),
-        ("    samples: 1000\n", "", "/market/workload/samples: Field required"),
-        ("run: python train.py --width 64", "run: python ../train.py", "outside the workdir"),
-        ("{SEED: 7}", "{SEED: [1]}", "/envs/SEED: must be text"),
-        ("{SEED: 7}", "{HANSA_X: 'a'}", "set by the site"),
-        ("workdir: code", "workdir: [code]", "must be the path of a folder"),
-        ("name: tiny", "name: &a tiny\nx: *a", "aliases"),
-        ("name: tiny", "name: !!python/name:os.system x", "tag"),
-        ("name: tiny", "name: [", "not YAML"),
+        ('"cpu-slot:4"', [("cpu-slot", 4, 4)]),
+        ('"cpu-slot:2..4"', [("cpu-slot", 2, 4)]),
+        ("H100", [("H100", 1, 1)]),
+        ("{A100: 4, H100: 2..8}", [("A100", 4, 4), ("H100", 2, 8)]),
+        ('["A100:4", "H100:2..8"]', [("A100", 4, 4), ("H100", 2, 8)]),
     ],
 )
-def test_each_fault_is_told_where_it_stands(before: str, after: str, said: str) -> None:
-    assert before in GOOD
-    assert said in faults(GOOD.replace(before, after, 1))
+def test_accelerators_can_be_written_in_skypilots_ways(written: str, requests: list[tuple[str, int, int]]) -> None:
+    found = spec_of(JOB.replace('"H100:2..8"', written)).resources.accelerators
+    assert [(each.gpu_type, each.count_min, each.count_max) for each in found] == requests
 
 
-def test_empty_large_deep_and_binary_files_are_refused() -> None:
-    assert "empty" in faults("")
-    assert "KiB" in faults("#" * (JOB_FILE_BYTES_MAX + 1))
-    assert "nested" in faults("[" * 10_000)
-    with pytest.raises(SpecError):
-        read_job_file(b"\xff\xfe\x00\x01")
+@pytest.mark.parametrize("written", ["H100:two", "H100:2...8", "[]", "{H100: {}}", "H100:-1", "4"])
+def test_an_unreadable_gpu_request_names_its_line(written: str) -> None:
+    assert faults(JOB.replace('"H100:2..8"', written)) == {"/resources/accelerators": 4}
 
 
-@given(st.text(max_size=200))
-def test_no_text_breaks_the_reader(text: str) -> None:
-    with contextlib.suppress(SpecError):
-        read_job_file(text).spec(DIGEST)
+@given(micros=st.integers(1, 10**15))
+@settings(max_examples=200)
+def test_credits_become_micro_credits_exactly(micros: int) -> None:
+    written = f"{micros // 1_000_000}.{micros % 1_000_000:06d}"
+    assert spec_of(JOB.replace("12.5", written)).market.budget_micros == micros
+
+
+@pytest.mark.parametrize("written", ["0", "-3", "1.0000001", "yes", ".inf", "2e9", "[1]", "ten"])
+def test_what_is_no_amount_of_credits_is_refused(written: str) -> None:
+    assert faults(JOB.replace("12.5", written)) == {"/market/budget": 8}
+
+
+def test_a_deadline_is_an_instant_with_its_zone() -> None:
+    text = JOB + "  deadline: 2030-01-31T12:00:00Z\n"
+    assert spec_of(text).market.deadline_ms == 1_896_091_200_000
+    assert faults(text.replace("00Z", "00")) == {"/market/deadline": 14}
+
+
+def test_every_fault_is_listed_at_once_each_with_its_line() -> None:
+    text = JOB.replace("name: my-job", "nane: my-job").replace("budget: 12.5", "budget: -1") + "  sights_max: 2\n"
+    assert faults(text) == {"/nane": 1, "/market/budget": 8, "/market/sights_max": 14}
+
+
+def test_faults_of_the_specification_name_the_line_that_was_written() -> None:
+    text = JOB.replace("samples: 19200", "samples: 0").replace("run: python train.py", "run: ./train.sh")
+    assert faults(text) == {"/run": 5, "/market/workload/samples": 10}
+    assert faults(JOB.replace("name: my-job\n", "")) == {"/name": 1}
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nname: *b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (BOMB, "aliases"),
+        (JOB.replace("my-job", "!!python/object/apply:os.getcwd []"), "tag"),
+        (JOB + "name: again\n", "stands twice"),
+        ("[" * 100 + "]" * 100, "nested"),
+        ("", "empty"),
+        ("just words", "must have the keys"),
+        ("a: [", "not YAML"),
+        ("x" * (JOB_FILE_BYTES_MAX + 1), "larger than"),
+    ],
+)
+def test_what_a_job_file_must_not_hold_is_refused(text: str, what: str) -> None:
+    with pytest.raises(SpecError, match=what):
+        read_job_file(text)
+
+
+@given(content=st.binary(max_size=300))
+@settings(max_examples=150)
+def test_any_bytes_are_a_job_or_a_spec_error(content: bytes) -> None:
+    try:
+        read_job_file(content).spec(DIGEST)
+    except SpecError as error:
+        assert error.problems

@@ -1,4 +1,4 @@
-"""Scripts as real processes: exit codes, torchrun with two ranks, and the shipped example over real gateways."""
+"""Scripts as real processes: exit codes, and torchrun with two ranks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from training import launch as launcher
 from training.attempt import AttemptContext
 from training.spec import SyncPlan, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "training/examples/stdlib_lm/train.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -55,8 +55,6 @@ import sys, json, torch, training, sibling
 what = sys.argv[1]
 if what == "raise":
     raise ValueError("the tenant's own fault")
-if what == "leave":
-    sys.exit(7)
 if what == "look":
     print(json.dumps({"argv": sys.argv[1:], "name": __name__, "sibling": sibling.VALUE, "training": training.__file__,
                       "seeded": torch.initial_seed()}))
@@ -91,20 +89,22 @@ def test_a_script_runs_as_main_beside_its_own_modules_and_cannot_shadow_the_runt
     }
 
 
-def test_each_end_has_its_exit_code(script: Path, tmp_path: Path) -> None:
+def test_each_end_has_its_exit_code(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raised = launch(script, "raise")
     assert raised.returncode == 1
     assert "ValueError: the tenant's own fault" in raised.stderr
     assert "script.py" in raised.stderr
-    assert launch(script, "leave").returncode == 7
-    missing = launch(script.parent / "absent.py")
-    assert missing.returncode == 2
-    assert "no script at" in missing.stderr
     lost = launch(script, "join", HANSA_ATTEMPT=attempt(tmp_path, str(tmp_path / "none.sock")))
     assert lost.returncode == 75, lost.stderr
     assert "exchange.failed" in lost.stderr
-    unreadable = launch(script, "join", HANSA_ATTEMPT=str(script))
-    assert unreadable.returncode == 2
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    assert launcher.main([]) == 2
+    assert launcher.main([str(script.parent / "absent.py")]) == 2
+    (script.parent / "leave.py").write_text("raise SystemExit(7)")
+    assert launcher.main([str(script.parent / "leave.py")]) == 7
+    monkeypatch.setenv("HANSA_ATTEMPT", str(script))
+    assert launcher.main([str(script)]) == 2, "an attempt that cannot be read"
 
 
 def test_the_specification_never_drags_in_torch() -> None:

@@ -162,13 +162,12 @@ def test_a_refused_contribution_is_no_error(tmp_path: Path) -> None:
 
 
 def test_any_other_refusal_is_an_error(tmp_path: Path) -> None:
-    class Refusing(MemoryExchange):
-        def post_fragment(self, round_number: int, fragment: int, payload: bytes) -> None:
-            raise ExchangeRefusedError(Reason.TOO_LARGE, "more than the job allows")
+    def refuse(number: int) -> None:
+        raise ExchangeRefusedError(Reason.TOO_LARGE, "more than the job allows")
 
     log = MemoryLog(seats("ams"))
     lone = site(log, tmp_path, "ams")
-    lone.exchange = Refusing(log, "ams")
+    lone.exchange.before_commit = refuse
     with pytest.raises(ExchangeRefusedError, match="more than the job allows"):
         run(lone)
 

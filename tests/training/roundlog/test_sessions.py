@@ -1,0 +1,109 @@
+"""Sessions over real gateways: mutual TLS between sites, ranks as threads, the codecs of the runtime."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.small_job import SAMPLES, Site, context, model, run
+from training.exchange import MemberSeat
+from training.ranks import Ranks
+from training.roundlog.client import GatewayClient
+
+
+def ranks_of(federation_site, folder: Path, **plan) -> Site:
+    """A session's site on the gateway of `federation_site`."""
+    attempt = context(folder, federation_site.site_id, **plan)
+    exchange = GatewayClient(federation_site.config.ranks_socket, federation_site.config.patience_s)
+    return Site(attempt, exchange, Ranks(), model())
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk2"])
+def test_two_sites_train_over_real_gateways_to_equal_bits(federation, tmp_path: Path, codec: str) -> None:
+    ams, oslo = federation.start("ams", "oslo")
+    federation.open(ams, oslo, hub=ams)
+    first, second = ranks_of(ams, tmp_path, codec=codec), ranks_of(oslo, tmp_path, codec=codec)
+    run(first, second)
+    assert first.session is not None
+    assert second.session is not None
+    assert first.session.rounds == SAMPLES // 16
+    assert first.session.outer_hash == second.session.outer_hash
+    for mine, theirs in zip(first.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    rows = [json.loads(line) for line in Path(ams.config.metrics_path).read_text().splitlines()]
+    assert len(rows) >= SAMPLES // 16
+
+
+def test_a_local_job_runs_over_a_real_gateway(federation, tmp_path: Path) -> None:
+    (ams,) = federation.start("ams")
+    federation.open(ams, hub=ams)
+    lone = ranks_of(ams, tmp_path, strategy="local")
+    run(lone)
+    assert lone.session is not None
+    assert lone.session.samples_done == SAMPLES
+
+
+def test_a_block_too_short_for_two_sites_ends_with_weight_zero_over_a_real_hub(federation, tmp_path: Path) -> None:
+    ams, oslo = federation.start("ams", "oslo")
+    federation.open(ams, oslo, hub=oslo)
+    first, second = ranks_of(ams, tmp_path, samples=20), ranks_of(oslo, tmp_path, samples=20)
+    run(first, second)
+    assert first.session is not None
+    assert second.session is not None
+    assert first.session.samples_done == second.session.samples_done == 20
+    assert first.session.outer_hash == second.session.outer_hash
+
+
+def test_the_survivor_of_a_dead_site_finishes_the_job_over_real_gateways(federation, tmp_path: Path) -> None:
+    ams, oslo = federation.start("ams", "oslo")
+    federation.open(ams, oslo, hub=ams)
+    survivor, victim = ranks_of(ams, tmp_path), ranks_of(oslo, tmp_path)
+
+    def die(session) -> None:
+        if session.rounds == 2:
+            raise RuntimeError("killed")
+
+    victim.step_hook = die
+    threads = [threading.Thread(target=each.run, daemon=True) for each in (survivor, victim)]
+    for thread in threads:
+        thread.start()
+    threads[1].join(30)
+    oslo.stop()
+    federation.reopen(ams, hub=ams)
+    threads[0].join(30)
+    assert survivor.error is None
+    assert survivor.session is not None
+    assert survivor.session.samples_done == SAMPLES
+
+
+def test_a_site_joins_a_running_job_by_snapshot_over_real_gateways(federation, tmp_path: Path) -> None:
+    ams, oslo = federation.start("ams", "oslo")
+    federation.open(ams, hub=ams)
+    first = ranks_of(ams, tmp_path, samples=480)
+    reached, opened = threading.Event(), threading.Event()
+
+    def wait_at_round_three(session) -> None:
+        if session.rounds == 3 and not opened.is_set():
+            reached.set()
+            assert opened.wait(30)
+
+    first.step_hook = wait_at_round_three
+    thread = threading.Thread(target=first.run, daemon=True)
+    thread.start()
+    assert reached.wait(30)
+    federation.reopen(ams, oslo, hub=ams)
+    opened.set()
+    joiner = ranks_of(oslo, tmp_path, samples=480)
+    run(joiner)
+    thread.join(30)
+    assert first.error is None
+    assert first.session is not None
+    assert joiner.session is not None
+    assert MemberSeat("oslo", 1, 1) in joiner.session._synchronizer.members
+    assert first.session.samples_done == 480
+    assert first.session.outer_hash == joiner.session.outer_hash
+    assert 0 < joiner.session.step < 60
