@@ -114,6 +114,7 @@ class Journey:
             invitation = self.admin.admin_post("/sites/invite", {"site_id": site.site_id})
             processes.join_site(path, invitation["join_string"])
             self._supervisor.start(processes.agent_process(self._places, site, path))
+            self._supervisor.check()
         self._display.stage("the agents make their first offers")
         self._wait(
             lambda: _all_offer(self.admin.admin_list("/sites"), self._sites),
@@ -135,6 +136,7 @@ class Journey:
 
         submitted = []
         for plan in world.JOBS:
+            self._supervisor.check()
             self._display.stage(f"{plan.tenant_id} packs, uploads and submits {plan.name}")
             client = self._tenants[plan.tenant_id]
             document = read_job(write_job(self._places, plan))

@@ -34,8 +34,8 @@ LOG_TAIL: Final = 2000
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 8.0
 JOIN_TIMEOUT_S: Final = 60.0
-# The gateways' Unix sockets lie some 70 bytes below the home, and the kernel takes some hundred.
-HOME_PATH_BYTES_MAX: Final = 30
+# An attempt's Unix sockets lie 65 bytes below the home (sites/NAME/attempts/LEASE-EPOCH/agent.sock); the kernel takes 107.
+HOME_PATH_BYTES_MAX: Final = 42
 # Each attempt at a listening site takes one port for its gateway.
 PORTS_PER_SITE: Final = 4
 LINK_BANDWIDTH: Final = "20 Mbit/s"

@@ -21,7 +21,7 @@ COMMAND = (sys.executable, "-P", "-m", "broker.cli.main", "demo")
 
 
 @pytest.fixture
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def scratch() -> Iterator[Path]:
     """A folder for the demo's own folder, with a path short enough for Unix sockets."""
     with tempfile.TemporaryDirectory(prefix="hj-") as folder:
         yield Path(folder)
@@ -39,6 +39,11 @@ def leftovers(scratch: Path) -> list[str]:
         if int(entry.name) != os.getpid() and state != "Z" and f"{scratch}/hansa-demo".encode() in words:
             found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
     return found
+
+
+def demo_folder(scratch: Path) -> Path:
+    """Where the demo lives: in the scratch folder, else the checks of what it leaves would check nothing."""
+    return next(scratch.glob("hansa-demo-*"))
 
 
 def start(scratch: Path) -> subprocess.Popen[str]:
@@ -94,6 +99,9 @@ def test_ctrl_c_at_any_moment_ends_everything(scratch: Path, moment: str) -> Non
                 break
         else:
             pytest.fail(f"the demo never said {moment!r}")
+        if moment != "loading the broker":
+            assert demo_folder(scratch).is_dir()
+            assert leftovers(scratch), "what is not seen while it runs would not be seen if it were left"
         demo.send_signal(signal.SIGINT)
         rest, _ = demo.communicate(timeout=ENDING_LIMIT_S)
     finally:
@@ -113,7 +121,7 @@ def test_process_that_dies_is_named_and_the_folder_kept(scratch: Path) -> None:
     for line in demo.stdout:
         if "measuring what a CPU slot can do" in line:
             break
-    folder = next(scratch.glob("hansa-demo-*"))
+    folder = demo_folder(scratch)
     valkey = [pid for pid in _pids_with(b"valkey-server") if str(folder).encode() in pid[1]]
     os.kill(valkey[0][0], signal.SIGKILL)
     printed, _ = demo.communicate(timeout=90)
