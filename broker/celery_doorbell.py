@@ -33,7 +33,12 @@ class CeleryDoorbell:
         self._app.conf.update(
             task_serializer="json",
             task_ignore_result=True,
-            broker_transport_options={"socket_connect_timeout": REDIS_WAIT_S, "socket_timeout": REDIS_WAIT_S},
+            # Without max_retries kombu tries again for six seconds, and a heartbeat's answer would wait for it.
+            broker_transport_options={
+                "socket_connect_timeout": REDIS_WAIT_S,
+                "socket_timeout": REDIS_WAIT_S,
+                "max_retries": 0,
+            },
         )
         self._redis = redis.Redis.from_url(redis_url, socket_connect_timeout=REDIS_WAIT_S, socket_timeout=REDIS_WAIT_S)
 
