@@ -83,7 +83,7 @@ def quote() -> Response:
     draft.faults = filled.faults
     if filled.spec is not None:
         draft.quoted = _quoted(filled.spec)
-    return show("quote.html", draft=draft)
+    return show("quote.html", draft=draft, alone=True)
 
 
 @page("/jobs/new", Access.TENANT, method="POST", body_bytes_max=PACKED_BYTES_MAX + FORM_OVERHEAD_BYTES)
