@@ -287,8 +287,11 @@ def _event_text(row: dict[str, Any]) -> str:
 
 
 def _file_name(name: str) -> str:
-    """Return the last part of an artifact's name, which a site chose: it must not lead elsewhere."""
-    last = Path(name).name
-    if not last or last in (".", ".."):
+    """Return one file's name for an artifact's, which a site chose: it must not lead elsewhere.
+
+    SITE/summary.json becomes SITE-summary.json, so that no site's file overwrites another's.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    if not parts or not name.isprintable():
         raise CliError(f"{name!r} is not a name that a file may have here", code="cli.name")
-    return last
+    return "-".join(parts)

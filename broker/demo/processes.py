@@ -32,7 +32,7 @@ PORT_MAX: Final = 65_535
 PORT_TRIES_MAX: Final = 200
 LOG_TAIL: Final = 2000
 START_TIMEOUT_S: Final = 60.0
-STOP_TIMEOUT_S: Final = 8.0
+STOP_TIMEOUT_S: Final = 4.0  # nothing of theirs is to be kept, and a person waits
 JOIN_TIMEOUT_S: Final = 60.0
 # An attempt's Unix sockets lie 65 bytes below the home (sites/NAME/attempts/LEASE-EPOCH/agent.sock); the kernel takes 107.
 HOME_PATH_BYTES_MAX: Final = 42

@@ -19,6 +19,7 @@ from broker.demo import world
 from broker.demo.observation import HELD_OUT, Observation, SeenJob, where
 
 BYTES_PER_FP32: Final = 4
+MILLISECONDS_PER_HOUR: Final = 3_600_000
 SITE_ACCOUNT: Final = "site/"
 
 
@@ -97,7 +98,7 @@ def print_report(console: Console, report: Report) -> None:
     table = Table(title="What was trained, and what it cost", title_justify="left", box=None, pad_edge=False)
     for name in ("job", "tenant", "state", "placed on"):
         table.add_column(name, no_wrap=True)
-    for name in ("price /slot-h", "held-out loss", "samples/s", "between sites", "plain DDP fp32", "charge"):
+    for name in ("paid /slot-h", "held-out loss", "samples/s", "between sites", "plain DDP fp32", "charge"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in report.jobs:
         table.add_row(
@@ -148,13 +149,16 @@ def _result(job: SeenJob) -> JobResult:
     placement = job.detail["placement"]
     pools = placement["pools"] if placement else []
     slots = sum(row["gpus"] for row in pools)
-    price = sum(row["price_micros_per_gpu_hour"] * row["gpus"] for row in pools)
+    lines = job.invoice["lines"]
+    slot_milliseconds = sum(line["gpu_milliseconds"] for line in lines)
+    # What was paid, and not the last price: a term that ends is renewed at that round's price.
+    paid_micros = sum(line["gpu_micros"] for line in lines)
     return JobResult(
         name=job.submitted.plan.name,
         tenant_id=job.submitted.plan.tenant_id,
         state=job.detail["state"],
         where=where(placement) if placement else "",
-        price_micros_per_slot_hour=price // max(1, slots),
+        price_micros_per_slot_hour=paid_micros * MILLISECONDS_PER_HOUR // max(1, slot_milliseconds),
         loss_first=job.measured.first.get(HELD_OUT),
         loss_last=job.measured.last.get(HELD_OUT),
         samples_per_s_measured=job.measured.samples_per_s,

@@ -155,10 +155,11 @@ class Supervisor:
             if self._end_together:
                 for child in self._children.values():
                     child.popen.send_signal(child.spec.stop_signal)
+            asked_s = self._clock.monotonic_s()
             while self._children:
                 _, child = self._children.popitem()
                 family |= descendants.descendants({child.popen.pid})  # what it has started since
-                self._end(child)
+                self._end(child, asked_s if self._end_together else None)
             descendants.kill(family | descendants.marked(f"{MARK}={self._mark}"))
         finally:
             for number, handler in former.items():
@@ -199,11 +200,13 @@ class Supervisor:
             time.sleep(POLL_S)
         self.check()  # a probe may have been answered by a stranger, such as a former process on the same port
 
-    def _end(self, child: _Child) -> None:
-        """Ask the process, wait, then force its whole group."""
+    def _end(self, child: _Child, asked_s: float | None = None) -> None:
+        """Ask the process, unless that was done at `asked_s`, wait, then force its whole group."""
         if child.popen.poll() is None:
-            child.popen.send_signal(child.spec.stop_signal)
-            deadline_s = self._clock.monotonic_s() + child.spec.stop_timeout_s
+            if asked_s is None:
+                asked_s = self._clock.monotonic_s()
+                child.popen.send_signal(child.spec.stop_signal)
+            deadline_s = asked_s + child.spec.stop_timeout_s
             while child.popen.poll() is None and not self._impatient and self._clock.monotonic_s() < deadline_s:
                 time.sleep(POLL_S)
         with contextlib.suppress(ProcessLookupError):

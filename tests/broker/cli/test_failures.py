@@ -104,7 +104,8 @@ def test_logs_cannot_take_over_the_terminal() -> None:
 def test_artifact_cannot_be_written_elsewhere(name: str) -> None:
     with pytest.raises(CliError):
         _file_name(name)
-    assert _file_name("../../etc/passwd") == "passwd"
+    assert _file_name("../../etc/passwd") == "etc-passwd"
+    assert _file_name("lubeck/summary.json") == "lubeck-summary.json"
 
 
 def test_help_loads_nothing_heavy() -> None:
