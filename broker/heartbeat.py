@@ -6,8 +6,7 @@ the others are taken. What the site should do next follows from the state after 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
@@ -24,6 +23,7 @@ from broker.transitions import LeaseState, SiteState, change_state, is_round_due
 from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
 
 BeforeEffect = Callable[[Session], None]
+Item = Confirmation | Veto | Usage | AttemptReport
 
 
 class OvertakenError(ConflictError):
@@ -109,34 +109,33 @@ class _Taken:
 
     def confirmation(self, item: Confirmation) -> None:
         """Take the site's word that it accepts a lease."""
-        with self._one(item.lease_id, item.epoch) as lease:
-            self.wake.update(confirm(self.session, self.market, lease, item))
+        self._take(item, lambda lease: self.wake.update(confirm(self.session, self.market, lease, item)))
 
     def veto(self, item: Veto) -> None:
         """Take the site's refusal of a lease."""
-        with self._one(item.lease_id, item.epoch) as lease:
-            self.wake.update(veto(self.session, self.market, lease, item))
+        self._take(item, lambda lease: self.wake.update(veto(self.session, self.market, lease, item)))
 
     def usage(self, item: Usage) -> None:
         """Take a usage report and charge for it."""
-        with self._one(item.lease_id, item.epoch) as lease:
+
+        def charge(lease: Lease) -> None:
             self.acknowledged[item.lease_id] = accept_usage(self.session, self.market, lease, item)
+
+        self._take(item, charge)
 
     def report(self, item: AttemptReport) -> None:
         """Take the state of an attempt."""
-        with self._one(item.lease_id, item.epoch) as lease:
-            self.wake.update(take_report(self.session, self.market, lease, item))
+        self._take(item, lambda lease: self.wake.update(take_report(self.session, self.market, lease, item)))
 
-    @contextmanager
-    def _one(self, lease_id: str, epoch: int) -> Iterator[Lease]:
+    def _take(self, item: Item, work: Callable[[Lease], None]) -> None:
         """Take one item about a lease; a refused one changes nothing and is named in the answer."""
         try:
-            lease = self._lease(lease_id, epoch)
+            lease = self._lease(item.lease_id, item.epoch)
             with self.session.begin_nested():
-                yield lease
+                work(lease)
             self.jobs.add(lease.job_id)
         except BrokerError as error:
-            self.refusals.append(Refusal(lease_id=lease_id, code=error.code, detail=str(error)[:1000]))
+            self.refusals.append(Refusal(lease_id=item.lease_id, code=error.code, detail=str(error)[:1000]))
 
     def _lease(self, lease_id: str, epoch: int) -> Lease:
         lease = self.session.get(Lease, lease_id)
