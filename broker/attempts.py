@@ -16,10 +16,11 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Artifact, Job, JobArtifact, Lease, LeasedGpu, Placement
+from broker.errors import ConflictError
 from broker.leases import end_lease, end_placement, free_leased_gpus, leases_of, requeue
 from broker.market import Market
 from broker.transitions import JobState, LeaseState, PlacementState, ViewState, change_state, note_change, record_event
-from broker.views import issued_view, newest_view, take_promise, weight_max
+from broker.views import check_view, issued_view, newest_view, take_promise, weight_max
 from sites.protocol import (
     AttemptOrder,
     AttemptPhase,
@@ -41,6 +42,12 @@ _PHASES: Final = {
     LeaseState.ACTIVE: LeasePhase.ACTIVE,
     LeaseState.ENDED: LeasePhase.ENDED,
 }
+
+
+class AttemptOverError(ConflictError):
+    """A report that an attempt runs whose end was reported before."""
+
+    code = "attempt.over"
 
 
 def order_for(session: Session, market: Market, lease: Lease) -> LeaseOrder:
@@ -69,7 +76,15 @@ def order_for(session: Session, market: Market, lease: Lease) -> LeaseOrder:
 
 
 def take_report(session: Session, market: Market, lease: Lease, report: AttemptReport) -> list[str]:
-    """Take an attempt's state as its site sees it; return the other sites to wake."""
+    """Take an attempt's state as its site sees it; return the other sites to wake.
+
+    Raises AttemptOverError for an attempt that rises from the dead: its GPUs may serve others.
+    """
+    if lease.active_ms is None:
+        return []  # nothing runs before a lease is active: there is no state to take
+    if lease.phase == AttemptPhase.EXITED and report.phase is not AttemptPhase.EXITED:
+        message = f"the attempt of lease {lease.lease_id} has exited already, it cannot be {report.phase}; kill it"
+        raise AttemptOverError(message)
     now_ms = market.clock.now_ms()
     lease.phase = report.phase
     lease.attempt = report.model_dump_json()
@@ -123,9 +138,7 @@ def _conclude(session: Session, market: Market, lease: Lease, report: AttemptRep
         wake = end_placement(session, market, placement, str(cause))
         free_leased_gpus(session, lease)
         detail = report.detail or f"exit code {report.exit_code}"
-        _end_job(
-            session, market, placement.job_id, Ending(JobState.FAILED, str(cause), f"at {lease.site_id}: {detail}")
-        )
+        end_job(session, market, placement.job_id, Ending(JobState.FAILED, str(cause), f"at {lease.site_id}: {detail}"))
         return wake
     end_lease(session, market, lease, str(cause))
     free_leased_gpus(session, lease)
@@ -142,7 +155,7 @@ def _conclude_done(session: Session, market: Market, placement: Placement) -> li
     wake = end_placement(session, market, placement, "done")
     for lease in gang:
         free_leased_gpus(session, lease)
-    _end_job(
+    end_job(
         session, market, placement.job_id, Ending(JobState.FINISHED, "finished", "all samples are in the round log")
     )
     return wake
@@ -166,12 +179,12 @@ def _after_loss(session: Session, market: Market, placement: Placement, reason: 
             after="reduced",
             detail=reason[:1000],
         )
-        return [lease.site_id for lease in active]
+        return check_view(session, market, placement)
     end_placement(session, market, placement, "lost")
     job.failures += 1
     if job.failures >= market.settings.attempts_max:
         sentence = f"{job.failures} attempts were lost, the last one: {reason}"
-        _end_job(session, market, placement.job_id, Ending(JobState.FAILED, "attempts_exhausted", sentence))
+        end_job(session, market, placement.job_id, Ending(JobState.FAILED, "attempts_exhausted", sentence))
     else:
         requeue(session, market, job, "lost", f"{reason}; resumes from its newest checkpoint")
     return []
@@ -186,7 +199,8 @@ class Ending:
     reason: str
 
 
-def _end_job(session: Session, market: Market, job_id: str, ending: Ending) -> None:
+def end_job(session: Session, market: Market, job_id: str, ending: Ending) -> None:
+    """Bring a job without a live placement to a final state."""
     job = session.get_one(Job, job_id)
     job.ended_ms = market.clock.now_ms()
     job.reason_code, job.reason = ending.code, ending.reason[:1000]

@@ -203,6 +203,8 @@ def _sold_and_delivered(session: Session, placement: Placement, lease: Lease, us
     if strangers:
         message = f"egress to {', '.join(strangers)} is not part of job {lease.job_id}; only its own sites are charged"
         raise UsageRefusedError(message)
+    if lease.pool_id not in {row.pool_id for row in award.pools}:
+        return _as_agreed_before_renewal(session, lease, usage)
     links = [
         LinkTerms(
             from_site=row.from_site,
@@ -240,6 +242,21 @@ def _sold_and_delivered(session: Session, placement: Placement, lease: Lease, us
         },
     )
     return terms, delivery
+
+
+def _as_agreed_before_renewal(session: Session, lease: Lease, usage: Usage) -> tuple[Terms, Delivery]:
+    """Return the terms of a site that was lost before its gang's term was renewed without it.
+
+    Its last report may come after the renewal, whose award no longer names it: it is charged by
+    the price of its own lease, which then was the market's, without rent or uplift.
+    """
+    price = lease.price_micros_per_gpu_hour
+    terms = Terms(
+        pools=(PoolTerms(lease.pool_id, lease.site_id, lease.gpus, price, price),),
+        links=tuple(_offered(session, lease.site_id, target) for target in sorted(usage.egress_bytes)),
+    )
+    sent = {(lease.site_id, target): size for target, size in usage.egress_bytes.items()}
+    return terms, Delivery(gpu_ms={lease.pool_id: usage.gpu_milliseconds}, egress_bytes=sent, rented_ms={})
 
 
 def _offered(session: Session, source: str, target: str) -> LinkTerms:

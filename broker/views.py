@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
@@ -148,6 +148,7 @@ def _open(
     now_ms = market.clock.now_ms()
     if newest.state == ViewState.PROMISING:
         change_state(session, newest, ViewState.ABANDONED, now_ms=now_ms, detail=cause)
+        _forget_promises(session, newest)
     change = ViewChange(
         job_id=placement.job_id,
         number=_newest_number(session, placement.job_id) + 1,
@@ -190,7 +191,7 @@ def _issue_if_promised(session: Session, market: Market, change: ViewChange) -> 
         return []  # a member was lost meanwhile: check_view opens another
     placement = session.get_one(Placement, gang[0].placement_id)
     # The highest report is the base; among equals the first site in order.
-    reporter = max(sites, key=lambda site_id: (reports[site_id].sealed_round, [-ord(letter) for letter in site_id]))
+    reporter = max(sorted(sites), key=lambda site_id: reports[site_id].sealed_round)
     base = reports[reporter]
     view = _compose(
         session,
@@ -207,7 +208,13 @@ def _issue_if_promised(session: Session, market: Market, change: ViewChange) -> 
     change.document = market.authority.sign_view(view).model_dump_json()
     change.issued_ms = now_ms
     change_state(session, change, ViewState.ISSUED, now_ms=now_ms, detail=f"base round {base.sealed_round}")
+    _forget_promises(session, change)
     return list(sites)
+
+
+def _forget_promises(session: Session, change: ViewChange) -> None:
+    # A report names up to ten thousand blobs, and nobody reads it once the view stands or is given up.
+    session.execute(delete(ViewPromise).where(ViewPromise.job_id == change.job_id, ViewPromise.number == change.number))
 
 
 def _compose(
