@@ -133,7 +133,7 @@ def _revoke_former(session: Session, site: Site, public_key: str, now_ms: int) -
     )
     if not _holds_key(session, site.site_id, public_key):
         # A new key starts to count anew; nothing that was signed under a former one is taken any more.
-        site.sequence_max, site.sequence_seen = 0, "0"
+        site.sequence_max, site.sequence_seen, site.heartbeat_sequence = 0, "0", 0
 
 
 def _holds_key(session: Session, site_id: str, public_key: str) -> bool:

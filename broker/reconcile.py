@@ -2,21 +2,23 @@
 
 Level-triggered and idempotent: it may run at any time, twice at once, or late, and only the delay
 changes. It ends what has run out (proposals, terms, livenesses), opens the views that are needed,
-notices sites that fell silent, and asks for a round when a term is up for renewal.
+notices sites that fell silent, fails jobs that waited beyond their deadline, and asks for a round when a term is up for
+renewal or a bar is about to lift.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from broker.attempts import lose_lease
-from broker.database.tables import Job, Lease, LeasedGpu, Placement, Site
+from broker.attempts import Ending, end_job, lose_lease
+from broker.database.tables import BarredConfiguration, Job, Lease, LeasedGpu, Placement, Round, Site
 from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
 from broker.market import Market
 from broker.rounds.snapshot import renewal_starts_ms
-from broker.transitions import LeaseState, PlacementState, SiteState, change_state, is_round_due, note_change
+from broker.transitions import JobState, LeaseState, PlacementState, SiteState, change_state, is_round_due, note_change
 from broker.views import check_view
+from training.spec import JobSpec
 
 
 def reconcile(market: Market) -> bool:
@@ -33,6 +35,8 @@ def reconcile(market: Market) -> bool:
         ):
             wake.update(_look_at(session, market, placement))
         session.flush()
+        _fail_overdue_jobs(session, market)
+        _look_again_at_barred_jobs(session)
         return wake, is_round_due(session)
 
     wake, due = market.database.write("reconcile", work)
@@ -93,6 +97,38 @@ def _look_at(session: Session, market: Market, placement: Placement) -> list[str
         job = session.get_one(Job, placement.job_id)
         requeue(session, market, job, "term_ended", "its term ended and was not renewed; it waits for another")
         return wake
-    if now_ms >= renewal_starts_ms(placement):
+    if now_ms >= renewal_starts_ms(placement) and not _was_offered_again(session, placement, now_ms):
         note_change(session)
     return check_view(session, market, placement)
+
+
+def _was_offered_again(session: Session, placement: Placement, now_ms: int) -> bool:
+    """Say whether a round has looked at a term since it is up for renewal.
+
+    One look is enough: whatever could change its mind counts as a change of its own.
+    """
+    taken_ms = session.scalar(select(Round.taken_ms).order_by(Round.round_number.desc()).limit(1))
+    return taken_ms is not None and renewal_starts_ms(placement) <= taken_ms <= now_ms
+
+
+def _fail_overdue_jobs(session: Session, market: Market) -> None:
+    """End the jobs that wait beyond their deadline: no round can place them any more."""
+    stated = Job.spec.not_like('%"deadline_ms":null%')
+    for job in list(session.scalars(select(Job).where(Job.state == JobState.QUEUED, stated).order_by(Job.job_id))):
+        deadline_ms = JobSpec.model_validate_json(job.spec).market.deadline_ms
+        if deadline_ms is not None and deadline_ms <= market.clock.now_ms():
+            sentence = f"its deadline passed while it waited; the last reason: {job.reason}"
+            end_job(session, market, job.job_id, Ending(JobState.FAILED, "deadline_passed", sentence))
+
+
+def _look_again_at_barred_jobs(session: Session) -> None:
+    """Let rounds go on while a job waits for a bar to lift: bars are counted in rounds, and quiet markets hold none."""
+    newest = session.scalar(select(func.max(Round.round_number))) or 0
+    waiting = (
+        select(BarredConfiguration.job_id)
+        .join(Job, Job.job_id == BarredConfiguration.job_id)
+        .where(Job.state == JobState.QUEUED, BarredConfiguration.until_round >= newest)
+        .limit(1)
+    )
+    if session.scalar(waiting) is not None:
+        note_change(session)

@@ -9,6 +9,7 @@ made good by the next.
     streams          with the files of their job
     idempotency      after 7 days
     certificates, sessions, join tokens   a day after they ended
+    bars             once they have lifted
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from broker.database.tables import (
     Artifact,
+    BarredConfiguration,
     BrowserSession,
     IdempotencyKey,
     Job,
@@ -123,10 +125,12 @@ def _old_leases(session: Session, now_ms: int) -> list[str]:
 
 def _retire_rows(session: Session, now_ms: int) -> int:
     over_ms = now_ms - DAY_MS
+    newest = session.scalar(select(func.max(Round.round_number))) or 0
     statements = (
         delete(IdempotencyKey).where(IdempotencyKey.created_ms <= now_ms - IDEMPOTENCY_LIFE_MS),
         delete(JoinToken).where(JoinToken.expires_ms <= over_ms),
         delete(BrowserSession).where(BrowserSession.expires_ms <= over_ms),
         delete(SiteCertificate).where(SiteCertificate.not_after_ms <= over_ms),
+        delete(BarredConfiguration).where(BarredConfiguration.until_round < newest),
     )
     return sum(max(0, getattr(session.execute(statement), "rowcount", 0)) for statement in statements)

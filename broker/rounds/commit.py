@@ -18,6 +18,7 @@ from broker.database.tables import Hold, Job, Lease, MarketState, Placement, Rou
 from broker.errors import ConflictError
 from broker.leases import end_placement, live_placement, propose, requeue
 from broker.market import Market
+from broker.reservations import due_of_ended
 from broker.rounds.snapshot import TakenSnapshot
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
 
@@ -36,8 +37,13 @@ def commit(
 ) -> Committed:
     """Write the round and the placements that still hold.
 
-    Raises ConflictError where another worker has committed a round meanwhile: nothing is written.
+    Raises ConflictError where another worker has committed a round meanwhile, or an admin has
+    frozen the market: nothing is written.
     """
+    state = session.get_one(MarketState, 1)
+    if state.frozen_ms is not None:
+        message = "the market was frozen while the round was being solved"
+        raise ConflictError(message)
     number = clearing.round_number
     newest = session.scalar(select(func.max(Round.round_number))) or 0
     if newest != number - 1:
@@ -77,7 +83,6 @@ def commit(
             job.reason_code, job.reason = unplaced.code, unplaced.sentence[:1000]
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)
-    state = session.get_one(MarketState, 1)
     state.changes_cleared = taken.changes
     if dropped:
         note_change(session)  # what was dropped may fit in the next round
@@ -124,7 +129,7 @@ class _Step:
     def _start(self, job: Job, placement: Placement | None, award: Award) -> None:
         if placement is not None or job.state != JobState.QUEUED:
             raise _DroppedError("the job is no longer waiting")
-        if award.reservation_micros > _unposted(self.session, job):
+        if award.reservation_micros > self._unposted(job):
             raise _DroppedError("the hold no longer covers the term")
         sites = propose(self.session, self.market, job, award, self.committed.round.round_number)
         if sites is None:
@@ -136,7 +141,7 @@ class _Step:
     def _renew(self, job: Job, placement: Placement, award: Award) -> None:
         """Lengthen a term at this round's price: from now on usage is charged by the new award."""
         outstanding = placement.reserved_micros - placement.charged_micros
-        if award.reservation_micros + outstanding > _unposted(self.session, job):
+        if award.reservation_micros + outstanding > self._unposted(job):
             raise _DroppedError("the hold does not cover another term")
         assert placement.term_ends_ms is not None, "an active placement has a term"
         placement.award = award.model_dump_json()
@@ -169,7 +174,8 @@ class _Step:
         self.committed.wake.update(end_placement(self.session, self.market, placement, "moved"))
         requeue(self.session, self.market, job, "moving", f"{award.why}; its GPUs are being released first")
 
-
-def _unposted(session: Session, job: Job) -> int:
-    hold = session.get_one(Hold, job.job_id)
-    return hold.amount_micros - hold.posted_micros - hold.voided_micros
+    def _unposted(self, job: Job) -> int:
+        """Return what the hold has left beside what the job's ended placements may still be charged."""
+        hold = self.session.get_one(Hold, job.job_id)
+        left = hold.amount_micros - hold.posted_micros - hold.voided_micros
+        return left - due_of_ended(self.session, self.market, job.job_id).get(job.job_id, 0)

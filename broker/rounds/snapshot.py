@@ -32,6 +32,7 @@ from broker.database.tables import (
     Site,
 )
 from broker.market import Market
+from broker.reservations import due_of_ended
 from broker.transitions import JobState as State
 from broker.transitions import LeaseState, PlacementState
 from broker.transitions import SiteState as Hearing
@@ -71,7 +72,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         term_s=market.settings.term_s,
         market_equity_micros=_free_equity(session, now_ms),
         fee_basis_points=market.settings.fee_basis_points,
-        pools=tuple(_pools(session, {site.site_id: site for site in sites})),
+        pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(SiteState(site_id=site.site_id, listens=_listens(site)) for site in sites),
         links=tuple(standing_links(session, {site.site_id for site in sites})),
         jobs=tuple(_jobs(session, market, placements, now_ms, number)),
@@ -93,24 +94,21 @@ def _listens(site: Site) -> bool:
     return site.state == Hearing.LIVE and Offer.model_validate_json(site.offer).listens
 
 
-def _pools(session: Session, sites: dict[str, Site]) -> list[PoolState]:
-    held_by_incumbent = _count_by_pool(session, ended=False)
-    held_by_dying = _count_by_pool(session, ended=True)
+def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolState]:
+    held = _held_by_pool(session, sites, now_ms)
+    free = _free_by_pool(session)
     rows = []
     for pool in session.scalars(select(Pool).order_by(Pool.pool_id)):
         site = sites.get(pool.site_id)
         if site is None:
             continue
-        present = session.scalar(select(func.count()).select_from(Gpu).where(Gpu.pool_id == pool.pool_id, Gpu.present))
-        held = held_by_incumbent.get(pool.pool_id, 0)
-        selling = site.state == Hearing.LIVE and not Offer.model_validate_json(site.offer).draining
-        free = max(0, (present or 0) - held - held_by_dying.get(pool.pool_id, 0)) if selling else 0
+        selling = site.state == Hearing.LIVE and not _drains(site)
         rows.append(
             PoolState(
                 pool_id=pool.pool_id,
                 site_id=pool.site_id,
                 gpu_type=pool.gpu_type,
-                capacity_gpus=held + free,
+                capacity_gpus=held.get(pool.pool_id, 0) + (free.get(pool.pool_id, 0) if selling else 0),
                 ask_micros_per_gpu_hour=pool.ask_micros_per_gpu_hour,
                 flops_per_s=pool.flops_per_s,
             )
@@ -118,15 +116,35 @@ def _pools(session: Session, sites: dict[str, Site]) -> list[PoolState]:
     return rows
 
 
-def _count_by_pool(session: Session, *, ended: bool) -> dict[str, int]:
-    over = Lease.state == LeaseState.ENDED
+def _held_by_pool(session: Session, sites: dict[str, Site], now_ms: int) -> dict[str, int]:
+    """Count the GPUs of live leases. A site that drains keeps its running terms and renews none."""
+    held: dict[str, int] = {}
+    live = (
+        select(Lease, Placement)
+        .join(Placement, Placement.placement_id == Lease.placement_id)
+        .where(Lease.state != LeaseState.ENDED)
+    )
+    for lease, placement in session.execute(live):
+        site = sites.get(lease.site_id)
+        up_for_renewal = placement.term_ends_ms is not None and now_ms >= renewal_starts_ms(placement)
+        if site is not None and not (up_for_renewal and _drains(site)):
+            held[lease.pool_id] = held.get(lease.pool_id, 0) + lease.gpus
+    return held
+
+
+def _free_by_pool(session: Session) -> dict[str, int]:
+    """Count the present GPUs that serve no lease, not even one that ended and may still have processes."""
+    taken = select(LeasedGpu.gpu_id).where(
+        LeasedGpu.site_id == Gpu.site_id, LeasedGpu.gpu_id == Gpu.gpu_id, LeasedGpu.live
+    )
     counted = session.execute(
-        select(Lease.pool_id, func.count())
-        .join(LeasedGpu, LeasedGpu.lease_id == Lease.lease_id)
-        .where(LeasedGpu.live, over if ended else ~over)
-        .group_by(Lease.pool_id)
+        select(Gpu.pool_id, func.count()).where(Gpu.present, ~taken.exists()).group_by(Gpu.pool_id)
     )
     return {pool_id: count for pool_id, count in counted}  # noqa: C416  rows are not pairs to mypy
+
+
+def _drains(site: Site) -> bool:
+    return Offer.model_validate_json(site.offer).draining
 
 
 def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
@@ -157,12 +175,13 @@ def _jobs(
         .where(Job.state.in_([State.QUEUED, State.PROPOSED, State.RUNNING]))
         .order_by(Job.job_id)
     )
+    due = due_of_ended(session, market)
     states = []
     for job, hold in rows:
         placement = placements.get(job.job_id)
         incumbent = None if placement is None else _incumbent(session, market, placement, now_ms)
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
-        left = hold.amount_micros - hold.posted_micros - hold.voided_micros
+        left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
         states.append(
             job_state(
