@@ -89,12 +89,10 @@ class Replica:
             owned.theta = self.parameters.read(owned.fragment)
 
     def shelve(self) -> None:
-        """Put all that this site learned since the last applied round into its carry."""
+        """Take back into the carry what was posted for a round that this site will not apply."""
         for owned in self.owned.values():
             if owned.posted is not None:
                 owned.carry = owned.carry + decode(owned.posted, owned.fragment.elements)
-            else:
-                owned.carry = owned.carry + (owned.theta - self.parameters.read(owned.fragment))
             owned.posted = None
 
     def has_content(self, entry: Entry) -> bool:

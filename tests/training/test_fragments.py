@@ -59,6 +59,7 @@ def test_the_target_follows_the_model_but_stays_within_its_limits() -> None:
         [Piece("a", 0, 6), Piece("a", 5, 10)],
         [Piece("a", 0, 4), Piece("a", 5, 10)],
         [Piece("a", 0, 10), Piece("a", 0, 10)],
+        [Piece("a", 0, 10), Piece("a", 10, 10)],
     ],
 )
 def test_a_partition_with_gap_or_overlap_does_not_pass(pieces: list[Piece]) -> None:

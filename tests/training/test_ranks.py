@@ -11,7 +11,7 @@ import torch
 
 from tests.training.gloo_threads import ranks_of_a_site
 from tests.training.memory_log import MemoryExchange, MemoryLog
-from tests.training.small_job import run, seats, site
+from tests.training.small_job import SAMPLES, run, seats, site
 from training.errors import ExchangeError
 from training.exchange import Entry, Position, SampleRange
 from training.outer import OuterRule
@@ -100,6 +100,17 @@ def outer_hash_of_equal_contributions(folder: Path, world: int) -> str:
 def test_equal_contributions_give_equal_hashes_with_one_two_and_three_ranks(tmp_path: Path) -> None:
     hashes = {outer_hash_of_equal_contributions(tmp_path, world) for world in (1, 2, 3)}
     assert len(hashes) == 1
+
+
+def test_a_blob_that_one_rank_cannot_decode_weighs_nothing_at_all_ranks(tmp_path: Path) -> None:
+    def tamper(number: int, name: str, fragment: int, payload: bytes) -> bytes:
+        return payload + b"x" if (number, name, fragment) == (2, "oslo", 1) else payload
+
+    log = MemoryLog([*seats("ams", gpus=2), *seats("oslo")], tamper=tamper)
+    sites = [site(log, tmp_path, "ams", each) for each in ranks_of_a_site(2)]
+    run(*sites, site(log, tmp_path, "oslo"))
+    assert log.hashes_agree()
+    assert [each.session.samples_done for each in sites if each.session is not None] == [SAMPLES, SAMPLES]
 
 
 class LostLog(MemoryExchange):

@@ -78,9 +78,10 @@ def test_every_step_plain_fp32_rounds_are_parameter_averaging(tmp_path: Path) ->
         assert torch.equal(expected, found)
 
 
-def test_alone_in_its_view_a_site_trains_as_without_rounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["int8", "topk2"])
+def test_alone_in_its_view_a_site_trains_as_without_rounds(tmp_path: Path, codec: str) -> None:
     log = MemoryLog(seats("ams"))
-    lone = site(log, tmp_path, "ams", codec="topk2")
+    lone = site(log, tmp_path, "ams", codec=codec)
     local = site(MemoryLog(seats("ams")), tmp_path / "local", "ams", strategy="local")
     run(lone)
     run(local)

@@ -90,6 +90,36 @@ def test_topk2_magnitudes_must_be_sound(level: float) -> None:
         decode(bytes(payload), ELEMENTS)
 
 
+def forged_topk2(elements: int, positions: list[int]) -> bytes:
+    """A payload whose every part is in order, but for where its values lie."""
+    chunks = -(-elements // 4096)
+    remainders, unary = encode_gaps(np.diff(positions, prepend=-1) - 1)
+    levels = np.full(2 * chunks, 0.5, dtype="<f2").tobytes()
+    codes = bytes(-(-2 * len(positions) // 8))
+    return b"HTK1" + struct.pack("<Qh", elements, 0) + levels + codes + remainders + unary
+
+
+@pytest.mark.parametrize(
+    ("elements", "positions"),
+    [(8192, list(range(128))), (8192, list(range(8064, 8192))), (100, [10, 100]), (100, [10, 99 + 4096])],
+)
+def test_topk2_refuses_positions_outside_their_chunk(elements: int, positions: list[int]) -> None:
+    honest = [*range(64), *range(4096, 4160)] if elements == 8192 else [10, 99]
+    assert np.flatnonzero(decode(forged_topk2(elements, honest), elements)).tolist() == honest
+    with pytest.raises(CodecError):
+        decode(forged_topk2(elements, positions), elements)
+
+
+def test_topk2_has_one_way_to_write_a_payload() -> None:
+    payload = bytearray(CODECS["topk2"].encode(np.ones(1, dtype=np.float32), None)[0])
+    assert decode(bytes(payload), 1).tolist() == [1.0]
+    for place in (18, 19):  # the codes, then the remainders: two and five bits of a byte are used
+        changed = bytearray(payload)
+        changed[place] |= 1
+        with pytest.raises(CodecError, match="padding"):
+            decode(bytes(changed), 1)
+
+
 def test_fp32_and_int8_refuse_numbers_that_are_not_finite() -> None:
     for codec, place in ((CODECS["fp32"], 12), (CODECS["int8"], 12)):
         payload = bytearray(payload_of(codec))

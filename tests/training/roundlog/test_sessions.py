@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from tests.training.small_job import SAMPLES, Site, context, model, run
 from training.exchange import MemberSeat
 from training.ranks import Ranks
 from training.roundlog.client import GatewayClient
+from training.session import Session
 
 
-def ranks_of(federation_site, folder: Path, **plan) -> Site:
+def ranks_of(federation_site: Any, folder: Path, **plan: Any) -> Site:
     """A session's site on the gateway of `federation_site`."""
     attempt = context(folder, federation_site.site_id, **plan)
     exchange = GatewayClient(federation_site.config.ranks_socket, federation_site.config.patience_s)
@@ -23,7 +25,7 @@ def ranks_of(federation_site, folder: Path, **plan) -> Site:
 
 
 @pytest.mark.parametrize("codec", ["int8", "topk2"])
-def test_two_sites_train_over_real_gateways_to_equal_bits(federation, tmp_path: Path, codec: str) -> None:
+def test_two_sites_train_over_real_gateways_to_equal_bits(federation: Any, tmp_path: Path, codec: str) -> None:
     ams, oslo = federation.start("ams", "oslo")
     federation.open(ams, oslo, hub=ams)
     first, second = ranks_of(ams, tmp_path, codec=codec), ranks_of(oslo, tmp_path, codec=codec)
@@ -38,7 +40,7 @@ def test_two_sites_train_over_real_gateways_to_equal_bits(federation, tmp_path: 
     assert len(rows) >= SAMPLES // 16
 
 
-def test_a_local_job_runs_over_a_real_gateway(federation, tmp_path: Path) -> None:
+def test_a_local_job_runs_over_a_real_gateway(federation: Any, tmp_path: Path) -> None:
     (ams,) = federation.start("ams")
     federation.open(ams, hub=ams)
     lone = ranks_of(ams, tmp_path, strategy="local")
@@ -47,7 +49,7 @@ def test_a_local_job_runs_over_a_real_gateway(federation, tmp_path: Path) -> Non
     assert lone.session.samples_done == SAMPLES
 
 
-def test_a_block_too_short_for_two_sites_ends_with_weight_zero_over_a_real_hub(federation, tmp_path: Path) -> None:
+def test_a_block_too_short_for_two_sites_ends_with_weight_zero_over_a_real_hub(federation: Any, tmp_path: Path) -> None:
     ams, oslo = federation.start("ams", "oslo")
     federation.open(ams, oslo, hub=oslo)
     first, second = ranks_of(ams, tmp_path, samples=20), ranks_of(oslo, tmp_path, samples=20)
@@ -58,12 +60,12 @@ def test_a_block_too_short_for_two_sites_ends_with_weight_zero_over_a_real_hub(f
     assert first.session.outer_hash == second.session.outer_hash
 
 
-def test_the_survivor_of_a_dead_site_finishes_the_job_over_real_gateways(federation, tmp_path: Path) -> None:
+def test_the_survivor_of_a_dead_site_finishes_the_job_over_real_gateways(federation: Any, tmp_path: Path) -> None:
     ams, oslo = federation.start("ams", "oslo")
     federation.open(ams, oslo, hub=ams)
     survivor, victim = ranks_of(ams, tmp_path), ranks_of(oslo, tmp_path)
 
-    def die(session) -> None:
+    def die(session: Session) -> None:
         if session.rounds == 2:
             raise RuntimeError("killed")
 
@@ -80,13 +82,13 @@ def test_the_survivor_of_a_dead_site_finishes_the_job_over_real_gateways(federat
     assert survivor.session.samples_done == SAMPLES
 
 
-def test_a_site_joins_a_running_job_by_snapshot_over_real_gateways(federation, tmp_path: Path) -> None:
+def test_a_site_joins_a_running_job_by_snapshot_over_real_gateways(federation: Any, tmp_path: Path) -> None:
     ams, oslo = federation.start("ams", "oslo")
     federation.open(ams, hub=ams)
     first = ranks_of(ams, tmp_path, samples=480)
     reached, opened = threading.Event(), threading.Event()
 
-    def wait_at_round_three(session) -> None:
+    def wait_at_round_three(session: Session) -> None:
         if session.rounds == 3 and not opened.is_set():
             reached.set()
             assert opened.wait(30)
