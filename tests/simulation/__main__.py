@@ -9,55 +9,16 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shutil
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from tests.simulation.founding import make_template
-from tests.simulation.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one seed came to."""
-
-    seed: int
-    steps: int
-    seconds: float
-    failure: str
-    story: tuple[str, ...] = ()
-
-
-def run_seed(seed: int, steps: int, template: Path, *, tell: bool = False) -> Outcome:
-    """Run one seed in a folder of its own and return what came of it."""
-    folder = Path(tempfile.mkdtemp(prefix="hansa-simulation-", dir=fast_folder()))
-    started_s = time.perf_counter()
-    world = World(seed, folder, template, tell=tell)
-    failure = ""
-    try:
-        world.run(steps)
-    except Exception:  # noqa: BLE001  whatever went wrong is this seed's failure
-        failure = traceback.format_exc(limit=-8)
-    finally:
-        world.close()
-        shutil.rmtree(folder, ignore_errors=True)
-    return Outcome(seed, world.steps, time.perf_counter() - started_s, failure, tuple(world.story.lines))
-
-
-def fast_folder() -> str | None:
-    """Return a folder in memory where there is one: a simulated crash loses no page cache."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  a folder of our own is made in it
-
-
-def _run_in_pool(work: tuple[int, int, Path]) -> Outcome:
-    return run_seed(*work)
+from tests.simulation.seeds import fast_folder, run_in_pool, run_seed
 
 
 def main() -> int:
@@ -87,7 +48,7 @@ def _run_many(console: Console, arguments: argparse.Namespace, template: Path) -
     with multiprocessing.get_context("spawn").Pool() as pool, Progress(console=console) as progress:
         total = None if arguments.minutes else arguments.seeds
         bar = progress.add_task("seeds", total=total)
-        for outcome in pool.imap_unordered(_run_in_pool, _work(arguments, template)):
+        for outcome in pool.imap_unordered(run_in_pool, _work(arguments, template)):
             done, steps = done + 1, steps + outcome.steps
             elapsed_s = time.perf_counter() - started_s
             progress.update(

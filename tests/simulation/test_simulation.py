@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from broker import attempts, views
 from broker.database.tables import Lease
 from broker.market import Market
-from tests.simulation.__main__ import run_seed
 from tests.simulation.founding import make_template
+from tests.simulation.seeds import run_seed
 from tests.simulation.world import Faults, World
 from training.roundlog.view import GENESIS_HASH, ViewReport
 
