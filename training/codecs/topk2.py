@@ -81,7 +81,8 @@ class Topk2:
         codes = unpack(view[ends[1] : ends[2]], 2, count)
         places = np.cumsum(decode_gaps(view[ends[2] : ends[3]], view[ends[3] :], count) + 1) - 1
         chunk_of = np.minimum(np.arange(count) // KEPT_PER_CHUNK, max(0, chunks - 1))
-        if not bool(np.all(places // CHUNK == chunk_of)):
+        # Places ascend, so the last one tells whether all lie inside a short last chunk.
+        if not bool(np.all(places // CHUNK == chunk_of)) or (count and int(places[-1]) >= elements):
             message = "a kept position lies outside its chunk; the payload is damaged or forged"
             raise CodecError(message)
         magnitudes = levels[chunk_of, codes & 1]
