@@ -137,6 +137,7 @@ def broker_environment(places: Places, redis_url: str, settings: Mapping[str, st
         "HANSA_HOME": str(places.broker_home),
         "HANSA_REDIS_URL": redis_url,
         "HANSA_PUBLIC_URL": places.url,
+        "HANSA_WAKE_URL": f"http://{HOST}:{places.wake_port}",
         "HANSA_MARKET_NAME": "demo",
     }
 
