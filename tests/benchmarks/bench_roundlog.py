@@ -1,6 +1,6 @@
 """How fast one contribution reaches the hub: gateways over mutual TLS against a raw TLS stream.
 
-    python -m tests.benchmarks.roundlog_throughput
+    python -m tests.benchmarks.bench_roundlog
 
 Prints MB/s of a 64 MB contribution on loopback through 1 and 4 connections, each gateway a
 process of its own, until the hub has verified its digests; and the ratio to one raw TLS 1.3
