@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ class ArtifactStore:
         digest = hashlib.sha256(content).hexdigest()
         path = self._document_path(digest)
         if not path.exists():
-            partial = self._partial / f"document-{os.getpid()}-{digest}"
+            partial = self._partial / f"document-{os.getpid()}-{threading.get_ident()}-{digest}"
             with partial.open("wb") as stream:
                 stream.write(zlib.compress(content, 6))
                 stream.flush()
