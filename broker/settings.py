@@ -1,6 +1,6 @@
 """The broker's settings: environment first (`HANSA_…`), then these defaults.
 
-Every duration that could stall a job derives from `heartbeat_s` and `liveness_s`.
+`heartbeat_s` and `liveness_s` set the pace of everything that sites are part of; shorten them together.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class Settings(BaseSettings):
     attempts_max: int = Field(default=5, ge=1, description="lost or broken attempts before a job fails")
     fee_basis_points: int = Field(default=0, ge=0, le=1000)
 
-    job_spec_bytes_max: int = 256 * 1024
     workdir_bytes_max: int = 64 * 1024 * 1024
     artifact_bytes_max: int = 16 * 1024**3
     stream_bytes_max: int = Field(default=16 * 1024 * 1024, description="one log or metrics file of one lease")

@@ -77,12 +77,6 @@ class BundleDigestError(BundleError):
     code = "bundle.digest"
 
 
-class SetupError(SiteError):
-    """The job's setup failed, or ran longer than it may."""
-
-    code = "attempt.setup"
-
-
 class DriverError(SiteError):
     """The driver could not start or find the processes of an attempt."""
 

@@ -36,11 +36,6 @@ def upgrade(database: Database) -> None:
         command.upgrade(config, "head")
 
 
-def create_schema(database: Database) -> None:
-    """Create all tables, constraints and triggers in an empty database: the same as `upgrade`."""
-    upgrade(database)
-
-
 def write_revision(message: str) -> None:
     """Write the revision that leads from the revisions so far to the tables as declared."""
     with tempfile.TemporaryDirectory() as folder:

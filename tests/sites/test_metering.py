@@ -29,7 +29,6 @@ def status(samples: int, sent: dict[str, int]) -> GatewayStatus:
         outer_hash=None,
         needs_snapshot=False,
         samples_done=samples * 2,
-        round_opened_s=None,
         hub_lost_s=None,
         waiting_for=(),
         links={site: LinkBytes(bytes_sent=count, bytes_received=9) for site, count in sent.items()},

@@ -68,7 +68,6 @@ def gateway_status(replica: Replica) -> GatewayStatus:
         outer_hash=log.outer_hash,
         needs_snapshot=log.needs_snapshot,
         samples_done=log.done.count,
-        round_opened_s=now_s - replica.opened_s if log.view else None,
         hub_lost_s=None if replica.hub_lost_at_s is None else now_s - replica.hub_lost_at_s,
         waiting_for=replica.waiting_for,
         links=replica.links,

@@ -69,8 +69,8 @@ class GatewayStatus(_Document):
     """What a gateway knows of its log.
 
     `hub_lost_s` is None while the hub answers, else the seconds since it last did.
-    `round_opened_s` is the age of the open round, None without a view. `waiting_for` names the
-    sites whose contribution to the open round the hub lacks, as far as this gateway heard.
+    `waiting_for` names the sites whose contribution to the open round the hub lacks, as far as this
+    gateway heard.
     `samples_by_site` counts the samples in the chain by the site that trained them.
     """
 
@@ -82,7 +82,6 @@ class GatewayStatus(_Document):
     outer_hash: Hash | None
     needs_snapshot: bool
     samples_done: int
-    round_opened_s: float | None
     hub_lost_s: float | None
     waiting_for: tuple[str, ...]
     links: dict[str, LinkBytes]

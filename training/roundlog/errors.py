@@ -24,7 +24,6 @@ class Reason(StrEnum):
     SIGNATURE = "signature.invalid"
     PEER = "peer.refused"
     NOT_HUB = "hub.elsewhere"
-    VIEW_UNKNOWN = "view.unknown"
     VIEW_FORGED = "view.forged"
     VIEW_OLDER = "view.older"
     VIEW_DIFFERS = "view.differs"

@@ -26,7 +26,6 @@ MEASUREMENTS_MAX: Final = 200
 ROUND_HEADER: Final = "Hansa-Round"
 # One long poll; shorter than any proxy's or client's idle limit.
 POLL_WAIT_S_MAX: Final = 20.0
-SNAPSHOT_BYTES_MAX: Final = 1 << 40
 
 position_json: Final = TypeAdapter(Position)
 sealed_round_json: Final = TypeAdapter(SealedRound)

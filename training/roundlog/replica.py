@@ -53,7 +53,6 @@ class Replica:
         self.arriving: set[str] = set()
         self.applied_by_all = 0
         self.waiting_for: tuple[str, ...] = ()
-        self.opened_s = clock.monotonic_s()
         self.hub_lost_at_s: float | None = None
         self._heard_s = clock.monotonic_s()
         self._sent_bytes: dict[str, int] = {}
@@ -139,7 +138,6 @@ class Replica:
         """Take the next seal into the chain."""
         self.log.append(sealed)
         self.store.save_manifest(sealed)
-        self.opened_s = self.clock.monotonic_s()
         self.waiting_for = ()
         self.prune()
         self.changed.ring()
@@ -336,7 +334,6 @@ class Replica:
 
     def _chain_replaced(self) -> None:
         self.store.rewrite_chain(self.log)
-        self.opened_s = self.clock.monotonic_s()
         self._moved()
 
     def _moved(self) -> None:
