@@ -13,6 +13,7 @@ from broker import ledger
 from broker.database.tables import Hold, Job, Lease
 from broker.market import Market
 from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
+from pricing.money import format_credits
 from sites.protocol import AttemptPhase
 
 
@@ -54,6 +55,6 @@ def _close(session: Session, market: Market, job: Job) -> bool:
         now_ms=now_ms,
         job_id=job.job_id,
         tenant_id=job.tenant_id,
-        detail=f"{voided} micro-credits returned",
+        detail=f"{format_credits(voided)} credits given back",
     )
     return True

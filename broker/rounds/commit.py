@@ -21,6 +21,7 @@ from broker.market import Market
 from broker.reservations import due_of_ended
 from broker.rounds.snapshot import TakenSnapshot
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
+from pricing.money import format_credits
 
 
 @dataclass(slots=True)
@@ -166,7 +167,7 @@ class _Step:
             job_id=job.job_id,
             tenant_id=job.tenant_id,
             round_number=self.committed.round.round_number,
-            detail=f"for {award.term_s} s at {award.charge_micros_per_hour} micro-credits per hour",
+            detail=f"for {award.term_s} s at {format_credits(award.charge_micros_per_hour)} credits per hour",
         )
 
     def _release(self, job: Job, placement: Placement, award: Award) -> None:
