@@ -12,9 +12,9 @@ and neither aiohttp nor torch. The other end is `training.roundlog.agent_api`.
 from __future__ import annotations
 
 import http.client
-from typing import ClassVar, Final
+from typing import ClassVar, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training.errors import TrainingError
 from training.roundlog.errors import read_refusal
@@ -27,6 +27,8 @@ EQUIVOCATIONS_MAX: Final = 100
 # A status names at most 8 sites and 100 equivocations; a report at most 10,000 digests.
 _ANSWER_BYTES_MAX: Final = 4_000_000
 _TIMEOUT_S: Final = 10.0
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 class _Document(BaseModel):
@@ -114,11 +116,11 @@ class GatewayControl:
 
     def promise(self, number: int) -> ViewReport:
         """Make the gateway promise view `number` and return how far its log reaches."""
-        return ViewReport.model_validate_json(self._call("POST", "/promise", PromiseRequest(number=number)))
+        return _read(ViewReport, self._call("POST", "/promise", PromiseRequest(number=number)))
 
     def status(self) -> GatewayStatus:
         """Return the gateway's status."""
-        return GatewayStatus.model_validate_json(self._call("GET", "/status", None))
+        return _read(GatewayStatus, self._call("GET", "/status", None))
 
     def replace_certificate(self, pem: str) -> None:
         """Hand over a renewed certificate; new connections use it."""
@@ -143,3 +145,12 @@ class GatewayControl:
             refusal = read_refusal(answer.status, answer.body)
             raise GatewayControlError(refusal.code, f"{method} {path}: {refusal.message}")
         return answer.body
+
+
+def _read(kind: type[_Answer], body: bytes) -> _Answer:
+    """Return the document in `body`. A gateway of another version outlives the agent that started it."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        message = f"the gateway's answer is no {kind.__name__} of this version ({error.error_count()} faults)"
+        raise GatewayControlError("gateway.version", message) from error
