@@ -10,28 +10,29 @@ from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.api.answers import answers
 from broker.api.context import the_market
-from broker.api.documents import EventDocument, event_document
-from broker.api.idempotency import HEADER, once
+from broker.api.documents import EventPage, event_document
+from broker.api.idempotency import IdempotencyHeader, once
+from broker.api.market_routes import RoundPath
 from broker.api.pages import PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
-from broker.api.site_routes import OFFSET_MAX
 from broker.audit import audit
-from broker.database.tables import Event, Lease, Pool, Site, Tenant, Transfer
+from broker.database.tables import Event, Transfer
 from broker.enrol import remove_site
 from broker.freeze import set_frozen
 from broker.identity.join import LIFE_S as JOIN_LIFE_S
 from broker.identity.join import invite_site
 from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, create_user
 from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token
+from broker.queries.money import list_tenants
+from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
 from broker.tenants import create_tenant, deposit
-from broker.transitions import LeaseState
 from training.spec import BUDGET_MICROS_MAX, SiteId
 
 DEFAULT_TOKEN_LIFE_S: Final = 30 * 86_400
@@ -106,25 +107,6 @@ class FreezeReason(_Body):
     reason: str = Field(default="", max_length=500)
 
 
-class RoundPath(BaseModel):
-    """A round by its number."""
-
-    round_number: int = Field(ge=0, le=OFFSET_MAX)
-
-
-class IdempotencyHeader(BaseModel):
-    """The key that makes a retry safe."""
-
-    idempotency_key: str | None = Field(default=None, alias=HEADER, max_length=200)
-
-
-class EventPage(BaseModel):
-    """A page of events, newest first."""
-
-    items: list[EventDocument]
-    next_cursor: str | None
-
-
 @api.post("/tenants", responses=answers(None, 201))
 def post_tenant(body: NewTenant) -> Response:
     """Open a tenant with its accounts."""
@@ -136,26 +118,21 @@ def post_tenant(body: NewTenant) -> Response:
 def get_tenants(query: PageQuery) -> Response:
     """List tenants with their balances."""
     market = the_market()
-    wanted = select(Tenant).order_by(Tenant.tenant_id).limit(query.limit + 1)
-    if query.cursor is not None:
-        wanted = wanted.where(Tenant.tenant_id > str(decode_cursor(market, "tenants", query.cursor)[0]))
-
-    def work(session: Session) -> dict[str, object]:
-        rows = list(session.scalars(wanted))
-        shown = rows[: query.limit]
-        items = [
-            {
-                "tenant_id": row.tenant_id,
-                "name": row.name,
-                "balance_micros": ledger.balance_micros(session, ledger.tenant_account(row.tenant_id)),
-                "held_micros": ledger.balance_micros(session, ledger.held_account(row.tenant_id)),
-            }
-            for row in shown
-        ]
-        more = encode_cursor(market, "tenants", [shown[-1].tenant_id]) if len(rows) > len(shown) else None
-        return {"items": items, "next_cursor": more}
-
-    return json_answer(market.database.read(work))
+    after = "" if query.cursor is None else str(decode_cursor(market, "tenants", query.cursor)[0])
+    rows = market.database.read(lambda session: list_tenants(session, after=after, limit=query.limit))
+    shown = rows[: query.limit]
+    items = [
+        {
+            "tenant_id": row.tenant_id,
+            "name": row.name,
+            "balance_micros": row.balance_micros,
+            "held_micros": row.held_micros,
+            "open_jobs": row.open_jobs,
+        }
+        for row in shown
+    ]
+    more = encode_cursor(market, "tenants", [shown[-1].tenant_id]) if len(rows) > len(shown) else None
+    return json_answer({"items": items, "next_cursor": more})
 
 
 @api.post("/tenants/<string:tenant_id>/deposit", responses=answers())
@@ -226,17 +203,11 @@ def post_invitation(body: Invitation) -> Response:
 def get_sites(query: PageQuery) -> Response:
     """List sites with what they offer and how they are heard."""
     market = the_market()
-    wanted = select(Site).order_by(Site.site_id).limit(query.limit + 1)
-    if query.cursor is not None:
-        wanted = wanted.where(Site.site_id > str(decode_cursor(market, "sites", query.cursor)[0]))
-
-    def work(session: Session) -> dict[str, object]:
-        rows = list(session.scalars(wanted))
-        shown = rows[: query.limit]
-        more = encode_cursor(market, "sites", [shown[-1].site_id]) if len(rows) > len(shown) else None
-        return {"items": [_site_row(session, site) for site in shown], "next_cursor": more}
-
-    return json_answer(market.database.read(work))
+    after = "" if query.cursor is None else str(decode_cursor(market, "sites", query.cursor)[0])
+    rows = market.database.read(lambda session: list_sites(session, after=after, limit=query.limit))
+    shown = rows[: query.limit]
+    more = encode_cursor(market, "sites", [shown[-1].row.site_id]) if len(rows) > len(shown) else None
+    return json_answer({"items": [_site_document(site) for site in shown], "next_cursor": more})
 
 
 @api.post("/sites/<string:site_id>/remove", responses=answers())
@@ -309,24 +280,21 @@ def get_ledger(query: PageQuery) -> Response:
     return json_answer(market.database.read(work))
 
 
-def _site_row(session: Session, site: Site) -> dict[str, object]:
-    pools = session.scalars(select(Pool).where(Pool.site_id == site.site_id).order_by(Pool.pool_id))
-    live = session.scalar(
-        select(func.count()).select_from(Lease).where(Lease.site_id == site.site_id, Lease.state != LeaseState.ENDED)
-    )
+def _site_document(site: SiteRow) -> dict[str, object]:
     return {
-        "site_id": site.site_id,
-        "state": site.state,
-        "agent_version": site.agent_version,
-        "joined_ms": site.joined_ms,
-        "heard_ms": site.heard_ms,
-        "leases_live": live,
+        "site_id": site.row.site_id,
+        "state": site.row.state,
+        "agent_version": site.row.agent_version,
+        "joined_ms": site.row.joined_ms,
+        "heard_ms": site.row.heard_ms,
+        "leases_live": site.leases,
         "pools": [
             {
-                "pool_id": pool.pool_id,
+                "pool_id": f"{site.row.site_id}/{pool.gpu_type}",
                 "gpu_type": pool.gpu_type,
+                "gpus": len(pool.gpu_ids),
                 "ask_micros_per_gpu_hour": pool.ask_micros_per_gpu_hour,
             }
-            for pool in pools
+            for pool in site.offer.pools
         ],
     }

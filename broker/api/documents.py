@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import LinkCharge, PoolCharge
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact, Lease, Placement
-from broker.errors import NotFoundError
+from broker.database.tables import Event, Hold, Job, Lease, Placement
+from broker.queries.jobs import ArtifactRow
 from broker.transitions import PlacementState
 from training.spec import JobSpec, SyncPlan
 
@@ -101,6 +101,13 @@ class EventDocument(BaseModel):
     round_number: int | None
 
 
+class EventPage(BaseModel):
+    """A page of events: a job's oldest first, the market's newest first."""
+
+    items: list[EventDocument]
+    next_cursor: str | None
+
+
 class ArtifactDocument(BaseModel):
     """A file of a job: its workdir, a checkpoint or an output. `path` is where to fetch it."""
 
@@ -114,14 +121,6 @@ class ArtifactDocument(BaseModel):
     samples_done: int
     created_ms: int
     path: str
-
-
-def own_job(session: Session, tenant_id: str, job_id: str) -> Job:
-    """Return a job of `tenant_id`. Raises NotFoundError for one that is another's, as for none."""
-    job = session.get(Job, job_id)
-    if job is None or job.tenant_id != tenant_id:
-        raise NotFoundError(f"there is no job {job_id!r}")
-    return job
 
 
 def job_document(job: Job) -> JobDocument:
@@ -191,29 +190,21 @@ def event_document(event: Event) -> EventDocument:
     )
 
 
-def artifact_documents(session: Session, job_id: str) -> list[ArtifactDocument]:
-    """Return the files of a job, outputs first."""
-    rows = session.execute(
-        select(JobArtifact, Artifact.size_bytes)
-        .join(Artifact, Artifact.digest == JobArtifact.digest)
-        .where(JobArtifact.job_id == job_id)
-        .order_by(JobArtifact.kind.desc(), JobArtifact.name)
+def artifact_document(artifact: ArtifactRow) -> ArtifactDocument:
+    """Return a file of a job as it is shown."""
+    row = artifact.row
+    return ArtifactDocument(
+        name=row.name,
+        kind=row.kind,
+        digest=row.digest,
+        size_bytes=artifact.size_bytes,
+        site_id=row.site_id,
+        epoch=row.epoch,
+        round_number=row.round_number,
+        samples_done=row.samples_done,
+        created_ms=row.created_ms,
+        path=f"/v1/jobs/{row.job_id}/artifacts/{row.name}?kind={row.kind}",
     )
-    return [
-        ArtifactDocument(
-            name=row.name,
-            kind=row.kind,
-            digest=row.digest,
-            size_bytes=size_bytes,
-            site_id=row.site_id,
-            epoch=row.epoch,
-            round_number=row.round_number,
-            samples_done=row.samples_done,
-            created_ms=row.created_ms,
-            path=f"/v1/jobs/{job_id}/artifacts/{row.name}?kind={row.kind}",
-        )
-        for row, size_bytes in rows
-    ]
 
 
 def _job_fields(job: Job, spec: JobSpec) -> dict[str, object]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from flask import Response, request
+from pydantic import BaseModel, Field
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -25,6 +26,12 @@ from broker.market import Market
 HEADER: Final = "Idempotency-Key"
 REPLAYED_HEADER: Final = "Idempotency-Replayed"
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
+
+
+class IdempotencyHeader(BaseModel):
+    """The key that makes a retry safe."""
+
+    idempotency_key: str | None = Field(default=None, alias=HEADER, max_length=200)
 
 
 class _AnsweredError(Exception):

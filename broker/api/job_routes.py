@@ -19,26 +19,25 @@ from broker.api.answers import answers
 from broker.api.context import the_market, the_tenant_id
 from broker.api.documents import (
     ArtifactDocument,
-    EventDocument,
+    EventPage,
     JobDetail,
     JobDocument,
-    artifact_documents,
+    artifact_document,
     event_document,
     job_detail,
     job_document,
-    own_job,
 )
 from broker.api.downloads import send_artifact
-from broker.api.idempotency import HEADER, once
+from broker.api.idempotency import IdempotencyHeader, once
 from broker.api.pages import CURSOR_LENGTH_MAX, PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
 from broker.api.site_routes import OFFSET_MAX, artifact_state
-from broker.artifacts import ArtifactMissingError
 from broker.cancel import request_cancel
-from broker.database.tables import Event, Job, JobArtifact, Lease
+from broker.database.tables import Event, Job, Lease
 from broker.freeze import require_open
 from broker.invoices import invoice
 from broker.market import Market
+from broker.queries.jobs import ArtifactRow, artifact_digest, job_row, list_artifacts
 from broker.quote import quote_job
 from broker.streams import streams_of
 from broker.submit import submit_job
@@ -115,23 +114,10 @@ class MetricsQuery(BaseModel):
     since: str | None = Field(default=None, max_length=CURSOR_LENGTH_MAX)
 
 
-class IdempotencyHeader(BaseModel):
-    """The key that makes a retry safe."""
-
-    idempotency_key: str | None = Field(default=None, alias=HEADER, max_length=200)
-
-
 class JobPage(BaseModel):
     """A page of jobs, newest first."""
 
     items: list[JobDocument]
-    next_cursor: str | None
-
-
-class EventPage(BaseModel):
-    """A page of events, oldest first."""
-
-    items: list[EventDocument]
     next_cursor: str | None
 
 
@@ -234,7 +220,7 @@ def get_job(path: JobPath) -> Response:
     """Show one job: where it stands and why, what it won, how fast it is and what it has cost."""
     market, tenant_id = the_market(), the_tenant_id()
     now_ms = market.clock.now_ms()
-    detail = market.database.read(lambda session: job_detail(session, own_job(session, tenant_id, path.job_id), now_ms))
+    detail = market.database.read(lambda session: job_detail(session, job_row(session, path.job_id, tenant_id), now_ms))
     return json_answer(detail)
 
 
@@ -252,7 +238,7 @@ def get_events(path: JobPath, query: PageQuery) -> Response:
     after = int(decode_cursor(market, listing, query.cursor)[0]) if query.cursor is not None else 0
 
     def work(session: Session) -> list[Event]:
-        own_job(session, tenant_id, path.job_id)
+        job_row(session, path.job_id, tenant_id)
         wanted = select(Event).where(Event.job_id == path.job_id, Event.event_id > after)
         return list(session.scalars(wanted.order_by(Event.event_id).limit(query.limit + 1)))
 
@@ -323,11 +309,11 @@ def get_artifacts(path: JobPath) -> Response:
     """List the files of a job: outputs, checkpoints, workdir."""
     market, tenant_id = the_market(), the_tenant_id()
 
-    def work(session: Session) -> list[ArtifactDocument]:
-        own_job(session, tenant_id, path.job_id)
-        return artifact_documents(session, path.job_id)
+    def work(session: Session) -> tuple[ArtifactRow, ...]:
+        job_row(session, path.job_id, tenant_id)
+        return list_artifacts(session, path.job_id)
 
-    return json_answer(ArtifactList(items=market.database.read(work)))
+    return json_answer(ArtifactList(items=[artifact_document(artifact) for artifact in market.database.read(work)]))
 
 
 @api.get("/jobs/<string:job_id>/artifacts/<path:name>", responses=answers())
@@ -335,14 +321,11 @@ def get_artifact(path: ArtifactPath, query: ArtifactQuery) -> Response:
     """Send a file of a job, whole or by range."""
     market, tenant_id = the_market(), the_tenant_id()
 
-    def work(session: Session) -> JobArtifact | None:
-        own_job(session, tenant_id, path.job_id)
-        return session.get(JobArtifact, (path.job_id, query.kind, path.name))
+    def work(session: Session) -> str:
+        job_row(session, path.job_id, tenant_id)
+        return artifact_digest(session, path.job_id, query.kind, path.name)
 
-    row = market.database.read(work)
-    if row is None:
-        raise ArtifactMissingError(f"the job has no {query.kind} of that name; list its artifacts")
-    return send_artifact(market.artifacts, row.digest, path.name)
+    return send_artifact(market.artifacts, market.database.read(work), path.name)
 
 
 @api.get("/jobs/<string:job_id>/invoice", responses=answers())
@@ -351,7 +334,7 @@ def get_invoice(path: JobPath) -> Response:
     market, tenant_id = the_market(), the_tenant_id()
 
     def work(session: Session) -> dict[str, object]:
-        own_job(session, tenant_id, path.job_id)
+        job_row(session, path.job_id, tenant_id)
         return invoice(session, path.job_id).as_json()
 
     return json_answer(market.database.read(work))
@@ -362,7 +345,7 @@ def _uploader() -> str:
 
 
 def _leases(session: Session, tenant_id: str, job_id: str) -> list[Lease]:
-    own_job(session, tenant_id, job_id)
+    job_row(session, job_id, tenant_id)
     return list(session.scalars(select(Lease).where(Lease.job_id == job_id).order_by(Lease.epoch, Lease.site_id)))
 
 

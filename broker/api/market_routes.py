@@ -12,15 +12,16 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from broker import ledger
 from broker.api.answers import answers
 from broker.api.context import the_market, the_principal, the_tenant_id
 from broker.api.pages import PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
 from broker.api.site_routes import OFFSET_MAX
-from broker.database.tables import Job, MarketState, Placement, Pool, Round
-from broker.errors import NotFoundError
+from broker.database.tables import Job, MarketState, Placement, Pool, Round, Site
 from broker.identity.tokens import TokenKind
+from broker.queries.market import RoundRow, find_round, list_rounds, round_row
+from broker.queries.money import tenant_balance
+from broker.transitions import SiteState
 
 HISTORY_ROUNDS_MAX: Final = 1000
 _tag = Tag(name="market", description="Prices and rounds, which anyone may see, and the caller's account.")
@@ -78,8 +79,8 @@ class RoundDocument(BaseModel):
     solve_s: float
     jobs_considered: int
     placements_made: int
-    gap_micros_per_hour: int | None
-    welfare_micros_per_hour: int | None
+    gap_micros_per_hour: int
+    welfare_micros_per_hour: int
 
 
 class RoundPage(BaseModel):
@@ -129,12 +130,10 @@ def get_prices(query: PricesQuery) -> Response:
 def get_rounds(query: PageQuery) -> Response:
     """List rounds, newest first."""
     market = the_market()
-    wanted = select(Round).order_by(Round.round_number.desc()).limit(query.limit + 1)
-    if query.cursor is not None:
-        wanted = wanted.where(Round.round_number < int(decode_cursor(market, "rounds", query.cursor)[0]))
-    rows = market.database.read(lambda session: list(session.scalars(wanted)))
+    before = None if query.cursor is None else int(decode_cursor(market, "rounds", query.cursor)[0])
+    rows = market.database.read(lambda session: list_rounds(session, before=before, limit=query.limit))
     shown = rows[: query.limit]
-    more = encode_cursor(market, "rounds", [shown[-1].round_number]) if len(rows) > len(shown) else None
+    more = encode_cursor(market, "rounds", [shown[-1].row.round_number]) if len(rows) > len(shown) else None
     return json_answer(RoundPage(items=[RoundDocument(**_round_fields(row)) for row in shown], next_cursor=more))
 
 
@@ -151,10 +150,11 @@ def get_account() -> Response:
 
     def work(session: Session) -> AccountDocument:
         state = session.get(MarketState, 1)
+        balance = tenant_balance(session, tenant_id)
         return AccountDocument(
             tenant_id=tenant_id,
-            balance_micros=ledger.balance_micros(session, ledger.tenant_account(tenant_id)),
-            held_micros=ledger.balance_micros(session, ledger.held_account(tenant_id)),
+            balance_micros=balance.free_micros,
+            held_micros=balance.held_micros,
             frozen=state is not None and state.frozen_ms is not None,
         )
 
@@ -175,7 +175,8 @@ def _prices(session: Session, query: PricesQuery) -> PricesDocument:
                         round_number=row.round_number, committed_ms=row.committed_ms, price_micros_per_gpu_hour=price
                     )
                 )
-    pools = session.scalars(select(Pool).order_by(Pool.pool_id))
+    offered = select(Pool).join(Site, Site.site_id == Pool.site_id).where(Site.state != SiteState.REMOVED)
+    pools = session.scalars(offered.order_by(Pool.pool_id))
     return PricesDocument(
         round_number=None if newest is None else newest.round_number,
         committed_ms=None if newest is None else newest.committed_ms,
@@ -194,11 +195,9 @@ def _prices(session: Session, query: PricesQuery) -> PricesDocument:
 
 
 def _round(session: Session, round_number: int) -> RoundDetail:
-    row = session.get(Round, round_number)
-    if row is None:
-        raise NotFoundError(f"there is no round {round_number}")
+    row = find_round(session, round_number)
     return RoundDetail(
-        **_round_fields(row),
+        **_round_fields(round_row(row)),
         snapshot_digest=row.snapshot_digest,
         clearing_digest=row.clearing_digest,
         prices=json.loads(row.prices),
@@ -228,8 +227,8 @@ def _visible_placements(session: Session, round_number: int) -> list[PlacementSu
     ]
 
 
-def _round_fields(row: Round) -> dict[str, object]:
-    certificate = json.loads(row.certificate) if row.certificate else {}
+def _round_fields(listed: RoundRow) -> dict[str, object]:
+    row = listed.row
     return {
         "round_number": row.round_number,
         "taken_ms": row.taken_ms,
@@ -239,6 +238,6 @@ def _round_fields(row: Round) -> dict[str, object]:
         "solve_s": row.solve_s,
         "jobs_considered": row.jobs_considered,
         "placements_made": row.placements_made,
-        "gap_micros_per_hour": certificate.get("gap_micros_per_hour"),
-        "welfare_micros_per_hour": certificate.get("welfare_micros_per_hour"),
+        "gap_micros_per_hour": listed.certificate.gap_micros_per_hour,
+        "welfare_micros_per_hour": listed.certificate.welfare_micros_per_hour,
     }

@@ -22,7 +22,7 @@ from broker.errors import NotFoundError
 from broker.portal.blueprint import Access, own_tenant_id, page, show, the_person
 from broker.portal.curves import Curves, read_curves
 from broker.portal.logs import Tail, read_tail
-from broker.portal.queries.jobs import (
+from broker.queries.jobs import (
     JOBS_PER_PAGE,
     JobView,
     artifact_digest,
@@ -31,7 +31,7 @@ from broker.portal.queries.jobs import (
     list_jobs,
     read_job,
 )
-from broker.portal.queries.money import tenant_balance
+from broker.queries.money import tenant_balance
 from broker.streams import READ_BYTES_MAX
 from broker.tickets import ticket
 from broker.transitions import JobState

@@ -12,7 +12,7 @@ from werkzeug.wrappers import Response
 from broker.allocation.clearing import Certificate
 from broker.api.context import the_market
 from broker.portal.blueprint import Access, page, show
-from broker.portal.queries.market import (
+from broker.queries.market import (
     CHARTED_POOLS_MAX,
     POOLS_PER_PAGE,
     PoolRow,

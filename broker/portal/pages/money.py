@@ -13,7 +13,7 @@ from broker.api.context import the_market
 from broker.audit import audit
 from broker.errors import BrokerError
 from broker.portal.blueprint import Access, page, show
-from broker.portal.queries.money import TENANTS_PER_PAGE, list_tenants, read_ledger
+from broker.queries.money import TENANTS_PER_PAGE, list_tenants, read_ledger
 from broker.tenants import create_tenant
 from broker.tenants import deposit as give
 from pricing.errors import AmountError

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from flask import request
-from sqlalchemy.orm import Session
 from werkzeug.wrappers import Response
 
 from broker.allocation.clearing import Certificate, Clearing, Placement, Unplaced
@@ -16,7 +15,7 @@ from broker.artifacts import ArtifactMissingError
 from broker.database.tables import Round
 from broker.errors import NotFoundError
 from broker.portal.blueprint import Access, page, show
-from broker.portal.queries.market import ROUNDS_PER_PAGE, list_rounds
+from broker.queries.market import ROUNDS_PER_PAGE, find_round, list_rounds
 from broker.rounds.replay import replay
 
 PLACEMENTS_SHOWN: Final = 100
@@ -45,7 +44,7 @@ def rounds() -> Response:
     before = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None  # noqa: PLR2004  below 2^63
     rows = the_market().database.read(lambda session: list_rounds(session, before=before))
     shown = rows[:ROUNDS_PER_PAGE]
-    return show("rounds.html", rows=shown, next=shown[-1].round_number if len(rows) > ROUNDS_PER_PAGE else None)
+    return show("rounds.html", rows=shown, next=shown[-1].row.round_number if len(rows) > ROUNDS_PER_PAGE else None)
 
 
 @page("/admin/rounds/<int:round_number>", Access.ADMIN)
@@ -63,14 +62,9 @@ def replay_round(round_number: int) -> Response:
 
 def _read(round_number: int) -> RoundView:
     market = the_market()
-
-    def work(session: Session) -> Round:
-        row = session.get(Round, round_number) if round_number < 2**62 else None
-        if row is None:
-            raise NotFoundError(f"there is no round {round_number}")
-        return row
-
-    row = market.database.read(work)
+    if round_number >= 2**62:  # beyond what a database's column holds
+        raise NotFoundError("there is no round of that number")
+    row = market.database.read(lambda session: find_round(session, round_number))
     try:
         clearing = Clearing.from_json(market.artifacts.get_bytes(row.clearing_digest))
     except ArtifactMissingError:

@@ -14,8 +14,8 @@ from broker.enrol import remove_site
 from broker.errors import BrokerError
 from broker.identity.join import LIFE_S, invite_site
 from broker.portal.blueprint import Access, page, show
-from broker.portal.queries.market import last_round
-from broker.portal.queries.sites import SITES_PER_PAGE, SiteView, list_sites, read_site
+from broker.queries.market import last_round
+from broker.queries.sites import SITES_PER_PAGE, SiteView, list_sites, read_site
 
 
 @page("/admin/sites", Access.ADMIN)
@@ -59,4 +59,4 @@ def _listed() -> dict[str, object]:
     after = request.args.get("after", "")
     rows = the_market().database.read(lambda session: list_sites(session, after=after))
     shown = rows[:SITES_PER_PAGE]
-    return {"rows": shown, "next": shown[-1].site_id if len(rows) > SITES_PER_PAGE else None}
+    return {"rows": shown, "next": shown[-1].row.site_id if len(rows) > SITES_PER_PAGE else None}

@@ -7,6 +7,7 @@ import json
 
 from sqlalchemy.orm import Session
 
+from broker.allocation.clearing import Certificate
 from broker.database.tables import Artifact, JobArtifact, Lease, Placement, Round
 from broker.streams import streams_of
 from tests.broker.api.conftest import WORKDIR, World, code_of, spec
@@ -123,6 +124,19 @@ def test_the_workdir_comes_back_whole_and_by_range(trading: World) -> None:
     assert missing.status_code == 404
 
 
+CERTIFICATE = Certificate(
+    bound_micros_per_hour=12,
+    welfare_micros_per_hour=9,
+    gap_micros_per_hour=3,
+    lp_objective_micros_per_hour=12.0,
+    regret_sum_micros_per_hour=3,
+    slack_sum_micros_per_hour=0,
+    uplift_micros_per_hour=0,
+    turnover_micros_per_hour=0,
+    checks={},
+)
+
+
 def _lease(world: World, job_id: str, epoch: int = 1) -> str:
     """Write a placement by hand: streams are tested here, rounds elsewhere."""
 
@@ -138,7 +152,7 @@ def _lease(world: World, job_id: str, epoch: int = 1) -> str:
                 solver="s",
                 solve_s=0.1,
                 prices='{"lyon/H100": 7}',
-                certificate='{"gap_micros_per_hour": 3, "welfare_micros_per_hour": 9}',
+                certificate=CERTIFICATE.model_dump_json(),
                 dropped="[]",
                 jobs_considered=1,
                 placements_made=1,

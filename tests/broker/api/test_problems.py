@@ -115,7 +115,7 @@ def test_a_fault_of_our_own_says_nothing_but_its_request_id(world: World, monkey
         raise RuntimeError(f"internals: {secret} at /srv/market.sqlite3")
 
     monkeypatch.setattr("broker.api.job_routes.job_detail", broken)
-    monkeypatch.setattr("broker.api.job_routes.own_job", lambda *_: None)
+    monkeypatch.setattr("broker.api.job_routes.job_row", lambda *_: None)
     with structlog.testing.capture_logs() as lines:
         answer = world.call("GET", "/v1/jobs/job_a", "acme", headers={"X-Request-Id": "from-the-caller"})
     assert_problem(answer, 500, "broker.failed")

@@ -13,8 +13,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from broker.portal.queries.jobs import count_jobs
 from broker.portal.workdirs import keep_example
+from broker.queries.jobs import count_jobs
 from tests.broker.portal.conftest import Client
 from tests.broker.portal.scene import HOSTILE, Scene, spec_of, submit
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from broker.database.tables import Account, Event, Lease, Link, Pool, Site
 from broker.errors import NotFoundError
 from broker.ledger import site_account
-from broker.portal.queries.market import PoolRow, list_pools
+from broker.queries.market import PoolRow, list_pools
 from broker.transitions import LeaseState
 from sites.protocol import Offer
 
@@ -23,16 +23,10 @@ EVENTS_MAX: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """One line of the list of sites."""
+    """One line of the list of sites: what it offers now, how many leases it holds, what it earned."""
 
-    site_id: str
-    state: str
-    heard_ms: int | None
-    agent_version: str | None
-    listens: bool
-    draining: bool
-    pools: tuple[str, ...]
-    gpus: int
+    row: Site
+    offer: Offer
     leases: int
     balance_micros: int
 
@@ -50,11 +44,9 @@ class SiteView:
     balance_micros: int
 
 
-def list_sites(session: Session, *, after: str = "") -> list[SiteRow]:
-    """Return a page of sites by id, and one more where there is a next page."""
-    rows = list(
-        session.scalars(select(Site).where(Site.site_id > after).order_by(Site.site_id).limit(SITES_PER_PAGE + 1))
-    )
+def list_sites(session: Session, *, after: str = "", limit: int = SITES_PER_PAGE) -> list[SiteRow]:
+    """Return `limit` sites by id, and one more where there is a next page."""
+    rows = list(session.scalars(select(Site).where(Site.site_id > after).order_by(Site.site_id).limit(limit + 1)))
     names = [row.site_id for row in rows]
     leases = dict(
         session.execute(
@@ -67,7 +59,15 @@ def list_sites(session: Session, *, after: str = "") -> list[SiteRow]:
     balances = dict(
         session.execute(select(Account.owner, Account.balance_micros).where(Account.account_id.in_(accounts))).all()
     )
-    return [_site_row(row, leases.get(row.site_id, 0), balances.get(row.site_id, 0)) for row in rows]
+    return [
+        SiteRow(
+            row=row,
+            offer=Offer.model_validate_json(row.offer),
+            leases=leases.get(row.site_id, 0),
+            balance_micros=balances.get(row.site_id, 0),
+        )
+        for row in rows
+    ]
 
 
 def read_site(session: Session, site_id: str, prices: dict[str, int]) -> SiteView:
@@ -88,20 +88,4 @@ def read_site(session: Session, site_id: str, prices: dict[str, int]) -> SiteVie
         links=tuple(session.scalars(links.order_by(Link.source, Link.target).limit(LINKS_MAX))),
         events=tuple(session.scalars(events)),
         balance_micros=0 if account is None else account.balance_micros,
-    )
-
-
-def _site_row(row: Site, leases: int, balance_micros: int) -> SiteRow:
-    offer = Offer.model_validate_json(row.offer)
-    return SiteRow(
-        site_id=row.site_id,
-        state=row.state,
-        heard_ms=row.heard_ms,
-        agent_version=row.agent_version,
-        listens=offer.listens,
-        draining=offer.draining,
-        pools=tuple(f"{len(pool.gpu_ids)} {pool.gpu_type}" for pool in offer.pools),
-        gpus=sum(len(pool.gpu_ids) for pool in offer.pools),
-        leases=leases,
-        balance_micros=balance_micros,
     )

@@ -17,12 +17,14 @@ from broker.errors import NotFoundError
 from broker.invoices import Invoice, invoice
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from sites.protocol import AttemptReport
-from training.spec import JobSpec
+from training.spec import SITES_PER_JOB_MAX, JobSpec
 
 JOBS_PER_PAGE: Final = 50
 EVENTS_MAX: Final = 100
 PLACEMENTS_MAX: Final = 20
-ARTIFACTS_MAX: Final = 100
+ARTIFACTS_SHOWN: Final = 100
+# A job has up to 100 outputs, of each at most one for a site, and a checkpoint for each site.
+ARTIFACTS_MAX: Final = 101 * SITES_PER_JOB_MAX + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,11 @@ class PlacementView:
 
 
 @dataclass(frozen=True, slots=True)
-class ArtifactView:
-    """A file of a job that can be fetched."""
+class ArtifactRow:
+    """A file of a job that can be fetched, and its size."""
 
-    kind: str
-    name: str
-    digest: str
+    row: JobArtifact
     size_bytes: int
-    site_id: str | None
-    round_number: int
-    created_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +77,7 @@ class JobView:
     hold: Hold
     placements: tuple[PlacementView, ...]
     events: tuple[Event, ...]
-    artifacts: tuple[ArtifactView, ...]
+    artifacts: tuple[ArtifactRow, ...]
     invoice: Invoice
 
     @property
@@ -140,7 +137,10 @@ def count_jobs(session: Session, tenant_id: str) -> dict[str, int]:
 
 
 def job_row(session: Session, job_id: str, tenant_id: str | None) -> Job:
-    """Return a job of `tenant_id`, or of anyone where that is None. Raises NotFoundError for any other."""
+    """Return a job of `tenant_id`, or of anyone where that is None.
+
+    Raises NotFoundError for another tenant's job in the words that it has for none.
+    """
     job = session.get(Job, job_id)
     if job is None or (tenant_id is not None and job.tenant_id != tenant_id):
         raise NotFoundError(f"there is no job {job_id[:64]!r}")
@@ -151,22 +151,27 @@ def read_job(session: Session, job_id: str, tenant_id: str | None) -> JobView:
     """Return everything about a job. Raises NotFoundError as `job_row` does."""
     job = job_row(session, job_id, tenant_id)
     events = select(Event).where(Event.job_id == job_id).order_by(Event.event_id.desc()).limit(EVENTS_MAX)
-    artifacts = (
-        select(JobArtifact, Artifact.size_bytes)
-        .join(Artifact, Artifact.digest == JobArtifact.digest)
-        .where(JobArtifact.job_id == job_id, Artifact.complete)
-        .order_by(JobArtifact.kind, JobArtifact.name)
-        .limit(ARTIFACTS_MAX)
-    )
     return JobView(
         row=job,
         spec=JobSpec.model_validate_json(job.spec),
         hold=session.get_one(Hold, job_id),
         placements=_placements(session, job_id),
         events=tuple(session.scalars(events)),
-        artifacts=tuple(_artifact(row, size_bytes) for row, size_bytes in session.execute(artifacts)),
+        artifacts=list_artifacts(session, job_id, limit=ARTIFACTS_SHOWN),
         invoice=invoice(session, job_id),
     )
+
+
+def list_artifacts(session: Session, job_id: str, *, limit: int = ARTIFACTS_MAX) -> tuple[ArtifactRow, ...]:
+    """Return the files of a job that are stored whole, outputs first."""
+    rows = session.execute(
+        select(JobArtifact, Artifact.size_bytes)
+        .join(Artifact, Artifact.digest == JobArtifact.digest)
+        .where(JobArtifact.job_id == job_id, Artifact.complete)
+        .order_by(JobArtifact.kind != "output", JobArtifact.kind, JobArtifact.name)
+        .limit(limit)
+    )
+    return tuple(ArtifactRow(row, size_bytes) for row, size_bytes in rows)
 
 
 def artifact_digest(session: Session, job_id: str, kind: str, name: str) -> str:
@@ -189,16 +194,4 @@ def _placements(session: Session, job_id: str) -> tuple[PlacementView, ...]:
         leases[lease.placement_id].append(LeaseView(lease, report))
     return tuple(
         PlacementView(row, Award.model_validate_json(row.award), tuple(leases[row.placement_id])) for row in rows
-    )
-
-
-def _artifact(row: JobArtifact, size_bytes: int) -> ArtifactView:
-    return ArtifactView(
-        kind=row.kind,
-        name=row.name,
-        digest=row.digest,
-        size_bytes=size_bytes,
-        site_id=row.site_id,
-        round_number=row.round_number,
-        created_ms=row.created_ms,
     )

@@ -45,8 +45,8 @@ class Balance:
     held_micros: int
 
 
-def list_tenants(session: Session, *, after: str = "") -> list[TenantRow]:
-    """Return a page of tenants by id, and one more where there is a next page."""
+def list_tenants(session: Session, *, after: str = "", limit: int = TENANTS_PER_PAGE) -> list[TenantRow]:
+    """Return `limit` tenants by id, and one more where there is a next page."""
     free, held = aliased(Account), aliased(Account)
     rows = session.execute(
         select(Tenant, free.balance_micros, held.balance_micros)
@@ -54,7 +54,7 @@ def list_tenants(session: Session, *, after: str = "") -> list[TenantRow]:
         .join(held, (held.owner == Tenant.tenant_id) & (held.kind == AccountKind.HELD), isouter=True)
         .where(Tenant.tenant_id > after)
         .order_by(Tenant.tenant_id)
-        .limit(TENANTS_PER_PAGE + 1)
+        .limit(limit + 1)
     ).all()
     open_jobs = dict(
         session.execute(

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Certificate
 from broker.database.tables import Gpu, Lease, LeasedGpu, Pool, Round, Site
+from broker.errors import NotFoundError
 from broker.transitions import SiteState
 
 POOLS_PER_PAGE: Final = 100
@@ -45,14 +46,9 @@ class TypeRow:
 
 @dataclass(frozen=True, slots=True)
 class RoundRow:
-    """One round of the list."""
+    """One round of the list, with its certificate."""
 
-    round_number: int
-    committed_ms: int
-    status: str
-    solve_s: float
-    jobs_considered: int
-    placements_made: int
+    row: Round
     certificate: Certificate
 
 
@@ -152,23 +148,25 @@ def price_history(session: Session, pool_ids: list[str]) -> dict[str, list[float
     return columns
 
 
-def list_rounds(session: Session, *, before: int | None = None) -> list[RoundRow]:
-    """Return a page of rounds, newest first, and one more where there is a next page."""
-    query = select(Round).order_by(Round.round_number.desc()).limit(ROUNDS_PER_PAGE + 1)
+def list_rounds(session: Session, *, before: int | None = None, limit: int = ROUNDS_PER_PAGE) -> list[RoundRow]:
+    """Return `limit` rounds, newest first, and one more where there is a next page."""
+    query = select(Round).order_by(Round.round_number.desc()).limit(limit + 1)
     if before is not None:
         query = query.where(Round.round_number < before)
-    return [
-        RoundRow(
-            round_number=row.round_number,
-            committed_ms=row.committed_ms,
-            status=row.status,
-            solve_s=row.solve_s,
-            jobs_considered=row.jobs_considered,
-            placements_made=row.placements_made,
-            certificate=Certificate.model_validate_json(row.certificate),
-        )
-        for row in session.scalars(query)
-    ]
+    return [round_row(row) for row in session.scalars(query)]
+
+
+def round_row(row: Round) -> RoundRow:
+    """Return a round with its certificate read."""
+    return RoundRow(row, Certificate.model_validate_json(row.certificate))
+
+
+def find_round(session: Session, round_number: int) -> Round:
+    """Return a round. Raises NotFoundError where there is none of that number."""
+    row = session.get(Round, round_number)
+    if row is None:
+        raise NotFoundError(f"there is no round {round_number}")
+    return row
 
 
 def _taken_by_pool(session: Session, pool_ids: list[str]) -> dict[str, int]:
