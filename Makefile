@@ -31,7 +31,8 @@ lint: install ## check formatting, style, types and the direction of imports
 bench: install ## print the benchmark tables
 	@shopt -s nullglob; for file in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python "$$file" || exit 1; done
 
-soak: install ## search for broken invariants with new seeds for SOAK_MINUTES
+soak: install ## run the long kills, then search for broken invariants with new seeds for SOAK_MINUTES
+	@$(BIN)/pytest -m soak
 	@$(BIN)/python -m tests.simulation --minutes $(SOAK_MINUTES)
 
 clean: ## remove caches and build outputs; .venv stays
