@@ -29,4 +29,4 @@ def test_answer_of_another_version_is_an_error_of_the_gateway_and_not_a_crash(tm
         with pytest.raises(GatewayControlError) as refused:
             GatewayControl(str(path)).status()
         thread.join()
-    assert refused.value.code == "gateway.version"
+    assert refused.value.reason == "gateway.version"
