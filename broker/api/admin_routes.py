@@ -27,8 +27,8 @@ from broker.enrol import remove_site
 from broker.freeze import set_frozen
 from broker.identity.join import LIFE_S as JOIN_LIFE_S
 from broker.identity.join import invite_site
-from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, create_user
-from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token
+from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, change_password, create_user, disable_user
+from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token, tokens_of
 from broker.queries.money import list_tenants
 from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
@@ -41,6 +41,7 @@ _tag = Tag(name="admin", description="What the market's admins do.")
 api = APIBlueprint("admin", __name__, url_prefix="/v1/admin", abp_tags=[_tag], abp_security=[{"token": []}])
 
 TenantId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,50}$")]
+Login = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.@_+-]{1,100}$")]
 
 
 class _Body(BaseModel):
@@ -80,10 +81,22 @@ class TokenPath(BaseModel):
     token_id: str = Field(pattern=r"^[0-9a-f]{16}$")
 
 
+class UserPath(BaseModel):
+    """A person's account, by the name that they sign in with."""
+
+    login: Login
+
+
+class NewPassword(_Body):
+    """A password in place of the former one."""
+
+    password: str = Field(max_length=PASSWORD_LENGTH_MAX)
+
+
 class NewUser(_Body):
     """A person to give an account."""
 
-    login: str = Field(pattern=r"^[A-Za-z0-9.@_+-]{1,100}$")
+    login: Login
     password: str = Field(max_length=PASSWORD_LENGTH_MAX)
     role: Role
     tenant_id: TenantId | None = None
@@ -171,6 +184,25 @@ def post_token(path: TenantPath, body: TokenTerms) -> Response:
     )
 
 
+@api.get("/tenants/<string:tenant_id>/tokens", responses=answers())
+def get_tokens(path: TenantPath) -> Response:
+    """List a tenant's tokens, newest first: what they are for and when last used, never their secrets."""
+    rows = the_market().database.read(lambda session: tokens_of(session, path.tenant_id))
+    items = [
+        {
+            "token_id": row.token_id,
+            "label": row.label,
+            "scopes": row.scopes.split(),
+            "created_ms": row.created_ms,
+            "expires_ms": row.expires_ms,
+            "revoked_ms": row.revoked_ms,
+            "last_used_ms": row.last_used_ms,
+        }
+        for row in rows
+    ]
+    return json_answer({"items": items})
+
+
 @api.post("/tokens/<string:token_id>/revoke", responses=answers())
 def post_revoke(path: TokenPath) -> Response:
     """Revoke a token, at once and for good."""
@@ -186,6 +218,20 @@ def post_user(body: NewUser) -> Response:
         {"user_id": user.user_id, "login": user.login, "role": user.role, "tenant_id": user.tenant_id},
         HTTPStatus.CREATED,
     )
+
+
+@api.post("/users/<string:login>/password", responses=answers())
+def post_password(path: UserPath, body: NewPassword) -> Response:
+    """Set a person's password; all of their sessions end."""
+    change_password(the_market(), path.login, body.password)
+    return json_answer({"login": path.login, "changed": True})
+
+
+@api.post("/users/<string:login>/close", responses=answers())
+def post_close(path: UserPath) -> Response:
+    """Close a person's account for good."""
+    disable_user(the_market(), path.login)
+    return json_answer({"login": path.login, "closed": True})
 
 
 @api.post("/sites/invite", responses=answers(None, 201))

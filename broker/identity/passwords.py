@@ -88,32 +88,35 @@ def verify_login(market: Market, login: str, password: str) -> User:
     return user
 
 
-def change_password(market: Market, user_id: str, password: str) -> None:
-    """Set a new password and end all of the person's sessions."""
+def change_password(market: Market, login: str, password: str) -> None:
+    """Set a new password and end all of the person's sessions. Raises NotFoundError, PasswordError."""
     hashed = _hashed(password)
 
     def work(session: Session) -> None:
-        user = session.get(User, user_id)
-        if user is None:
-            raise NotFoundError(f"there is no user {user_id!r}")
+        user = _account(session, login)
         user.password_hash = hashed
-        session.execute(delete(BrowserSession).where(BrowserSession.user_id == user_id))
+        session.execute(delete(BrowserSession).where(BrowserSession.user_id == user.user_id))
         record_event(session, "user", now_ms=market.clock.now_ms(), after="password", detail=user.login)
 
     market.database.write("change password", work)
 
 
-def disable_user(market: Market, user_id: str) -> None:
-    """Close an account for good; its sessions end with the next request."""
+def disable_user(market: Market, login: str) -> None:
+    """Close an account for good; its sessions end with the next request. Raises NotFoundError."""
 
     def work(session: Session) -> None:
-        user = session.get(User, user_id)
-        if user is None:
-            raise NotFoundError(f"there is no user {user_id!r}")
+        user = _account(session, login)
         user.disabled_ms = user.disabled_ms or market.clock.now_ms()
         record_event(session, "user", now_ms=market.clock.now_ms(), after="disabled", detail=user.login)
 
     market.database.write("disable user", work)
+
+
+def _account(session: Session, login: str) -> User:
+    user = session.scalar(select(User).where(User.login == login))
+    if user is None:
+        raise NotFoundError(f"there is no account {login!r}")
+    return user
 
 
 def open_session(market: Market, user: User) -> str:

@@ -31,6 +31,7 @@ from broker.transitions import record_event
 
 LIFE_S_MAX: Final = 366 * 86_400
 LABEL_LENGTH_MAX: Final = 200
+TOKENS_LISTED_MAX: Final = 500
 # `last_used_ms` is for people who tidy up: once an hour is often enough, and a read stays a read.
 LAST_USED_STEP_MS: Final = 3600 * 1000
 TOKEN: Final = re.compile(r"hansa_(tenant|admin)_([0-9a-f]{16})_([0-9a-f]{64})")
@@ -171,8 +172,9 @@ def revoke_token(market: Market, token_id: str, tenant_id: str | None = None) ->
 
 
 def tokens_of(session: Session, tenant_id: str | None) -> list[Token]:
-    """Return the tokens of a tenant, or of the admins for None, newest first."""
-    return list(session.scalars(select(Token).where(Token.tenant_id == tenant_id).order_by(Token.created_ms.desc())))
+    """Return the newest tokens of a tenant, or of the admins for None, revoked and expired ones too."""
+    newest = select(Token).where(Token.tenant_id == tenant_id).order_by(Token.created_ms.desc(), Token.token_id)
+    return list(session.scalars(newest.limit(TOKENS_LISTED_MAX)))
 
 
 def _check_terms(kind: TokenKind, tenant_id: str | None, excess: frozenset[Scope], life_s: int) -> None:

@@ -19,6 +19,7 @@ FILLED = {
     "name": "log",
     "tenant_id": "acme",
     "token_id": "0" * 16,
+    "login": "nobody",
     "site_id": "lyon",
     "lease_id": "lease_a",
     "round_number": "1",

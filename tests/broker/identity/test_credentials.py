@@ -194,11 +194,11 @@ def test_passwords_are_kept_as_argon2id_only(market: Market) -> None:
 def test_a_new_password_and_a_closed_account_end_sessions(market: Market) -> None:
     user = create_user(market, "eva", PASSWORD, Role.ADMIN)
     cookie = open_session(market, user)
-    change_password(market, user.user_id, "another long password")
+    change_password(market, user.login, "another long password")
     with pytest.raises(MissingCredentialError):
         read_session(market, cookie)
     cookie = open_session(market, user)
-    disable_user(market, user.user_id)
+    disable_user(market, user.login)
     with pytest.raises(RevokedCredentialError):
         read_session(market, cookie)
     with pytest.raises(LoginError):
