@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from celery import Celery
+from kombu import Connection
 
 from broker.bootstrap import open_market
 from broker.celery_doorbell import celery_url
@@ -34,6 +35,19 @@ VISIBILITY_S: Final = 120
 SWEEP_S: Final = 3600
 
 
+# How long a worker waits between two tries to reach a lost Redis. Celery's own wait grows to half a minute, and a
+# lost doorbell may delay by one beat only.
+RECONNECT_S: Final = 1.0
+
+
+class SteadyConnection(Connection):
+    """A connection that is tried again at a steady pace, however long Redis has been away."""
+
+    def _ensure_connection(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  kombu has no types
+        steady = {"interval_start": RECONNECT_S, "interval_step": 0, "interval_max": RECONNECT_S}
+        return super()._ensure_connection(*arguments, **{**options, **steady})  # type: ignore[no-untyped-call]  # as above
+
+
 def make_app(settings: Settings) -> Celery:
     """Return the Celery application for `settings.redis_url`."""
     app = Celery("hansa", broker=celery_url(settings.redis_url))
@@ -47,6 +61,7 @@ def make_app(settings: Settings) -> Celery:
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # for ever
         broker_transport_options={
             "visibility_timeout": VISIBILITY_S,
             "unacked_restore_interval": 5,
@@ -77,6 +92,7 @@ def make_app(settings: Settings) -> Celery:
             },
         },
     )
+    app.amqp.Connection = SteadyConnection
     return app
 
 
