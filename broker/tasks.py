@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, Final
 
 from celery import Celery
-from kombu import Connection
+from kombu.connection import Connection
 
 from broker.bootstrap import open_market
 from broker.celery_doorbell import celery_url
