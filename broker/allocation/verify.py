@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from broker.allocation.bruteforce import Option, Pair, Rules
 from broker.allocation.clearing import Clearing, Placement
+from broker.allocation.rules import Option, Pair, Rules
 from broker.allocation.snapshot import JobState, Snapshot
 
 LP_GAP_MAX = 1e-6

@@ -29,6 +29,7 @@ from broker.identity.join import LIFE_S as JOIN_LIFE_S
 from broker.identity.join import invite_site
 from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, change_password, create_user, disable_user
 from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token, tokens_of
+from broker.invoices import statement
 from broker.queries.money import list_tenants
 from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
@@ -254,6 +255,12 @@ def get_sites(query: PageQuery) -> Response:
     shown = rows[: query.limit]
     more = encode_cursor(market, "sites", [shown[-1].row.site_id]) if len(rows) > len(shown) else None
     return json_answer({"items": [_site_document(site) for site in shown], "next_cursor": more})
+
+
+@api.get("/sites/<string:site_id>/statement", responses=answers())
+def get_statement(path: SitePath) -> Response:
+    """Show what a site has earned, job by job, and what its account holds."""
+    return json_answer(the_market().database.read(lambda session: statement(session, path.site_id)).as_json())
 
 
 @api.post("/sites/<string:site_id>/remove", responses=answers())

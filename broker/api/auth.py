@@ -86,6 +86,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("POST", "/v1/admin/users/<string:login>/close"): _ADMIN,
     ("POST", "/v1/admin/sites/invite"): _SITES,
     ("GET", "/v1/admin/sites"): Access(Who.ADMIN, Scope.SITES_ADMIN),
+    ("GET", "/v1/admin/sites/<string:site_id>/statement"): Access(Who.ADMIN, Scope.LEDGER_READ),
     ("POST", "/v1/admin/sites/<string:site_id>/remove"): _SITES,
     ("POST", "/v1/admin/freeze"): _ADMIN,
     ("POST", "/v1/admin/thaw"): _ADMIN,

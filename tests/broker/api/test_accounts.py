@@ -1,4 +1,4 @@
-"""What admins do with accounts and tokens after they have made them."""
+"""What admins do with accounts and tokens after they have made them, and what they read of a site's earnings."""
 
 from __future__ import annotations
 
@@ -44,3 +44,10 @@ def test_an_account_that_is_not_there_is_told_as_such(world: World) -> None:
         assert (answer.status_code, code_of(answer)) == (404, "request.not_found")
     short = world.post("/v1/admin/users/nobody/password", "admin", {"password": "short"})
     assert (short.status_code, code_of(short)) == (422, "login.password")
+
+
+def test_a_sites_statement_is_the_admins_to_read(trading: World) -> None:
+    statement = trading.call("GET", "/v1/admin/sites/lyon/statement", "admin").get_json()
+    assert statement == {"site_id": "lyon", "lines": [], "earned_micros": 0, "balance_micros": 0}
+    missing = trading.call("GET", "/v1/admin/sites/oslo/statement", "admin")
+    assert (missing.status_code, code_of(missing)) == (404, "request.not_found")
