@@ -5,7 +5,6 @@ The books and rows are read from the database itself, because the API is one of 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -15,7 +14,6 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -28,19 +26,12 @@ from broker.audit import audit
 from broker.cli.client import BrokerClient
 from broker.cli.config import Context
 from broker.cli.job_document import read_job
-from broker.database.engine import Database
 from broker.database.tables import (
     Account,
-    Event,
     Hold,
-    Job,
-    JobArtifact,
     Lease,
-    Placement,
-    Site,
     Transfer,
     UsageReport,
-    ViewChange,
 )
 from broker.demo import processes
 from broker.demo.display import PlainDisplay
@@ -50,11 +41,9 @@ from broker.demo.world import BROKER_SETTINGS, CREDIT_MICROS, GPU_TYPE, DemoSite
 from broker.ledger import TransferKind
 from broker.supervise import descendants
 from broker.supervise.processes import ProcessSpec, Supervisor
-from sites.protocol import AttemptReport, GatewayReport
+from tests.journey.rows import Chain, MarketRows, content_of
 from tests.sites.waiting import lives, wait_until
 from training.roundlog.manifest import Manifest
-from training.roundlog.signing import SignedDocument
-from training.roundlog.view import View
 
 T = TypeVar("T")
 
@@ -85,39 +74,12 @@ JOB_S: Final = 90.0
 """Longer than any job of the campaign takes on a busy machine."""
 
 
-@dataclass
-class Chain:
-    """The sealed rounds of a job as its sites kept them, read from their gateways' folders while these stood."""
-
-    rounds: dict[int, dict[str, bytes]] = field(default_factory=dict)
-
-    epoch_min: int = 1
-
-    def look(self, home: Path, job_id: str) -> None:
-        """Read what is there now and was not seen before."""
-        for path in home.glob("sites/*/attempts/*/gateway/state/manifests/*.json"):
-            _, site_id, _, attempt, *_ = path.relative_to(home).parts
-            number, epoch = int(path.stem), int(attempt.rpartition("-")[2])
-            if epoch < self.epoch_min:
-                continue
-            with contextlib.suppress(OSError):
-                if site_id in self.rounds.get(number, {}):
-                    continue
-                content = _content(SignedDocument.model_validate_json(path.read_bytes()))
-                if json.loads(content)["job_id"] == job_id:
-                    self.rounds.setdefault(number, {})[site_id] = content
-
-    def resume_after(self, number: int, epoch: int) -> None:
-        """Forget the rounds after `number`, lost with every site that held them; `epoch` seals them anew."""
-        self.epoch_min = epoch
-        self.rounds = {each: sites for each, sites in self.rounds.items() if each <= number}
-
-
-class RunningMarket:
+class RunningMarket(MarketRows):
     """The processes, the rows, and what a test may do to them."""
 
     def __init__(self, places: Places, supervisor: Supervisor) -> None:
         """Know where everything is; nothing is started."""
+        super().__init__(places.home, f"sqlite:///{places.broker_home}/market.sqlite3")
         self.places = places
         self.supervisor = supervisor
         self._resources = contextlib.ExitStack()
@@ -153,7 +115,6 @@ class RunningMarket:
         journey.admin.admin_post(f"/tenants/{TENANT}/deposit", {"amount_micros": 1000 * CREDIT_MICROS})
         token = journey.admin.admin_post(f"/tenants/{TENANT}/tokens", {"label": "kills"})["token"]
         self.tenant = self._resources.enter_context(BrokerClient(Context(self.places.url, token, self.places.ca)))
-        self.database = Database(f"sqlite:///{self.places.broker_home}/market.sqlite3")
         self._resources.callback(self.database.close)
 
     def close(self) -> None:
@@ -256,42 +217,6 @@ class RunningMarket:
         self.tenant.upload_workdir(job.packed)
         return str(self.tenant.submit(job.spec, key=f"kills-{self._jobs}")["job_id"])
 
-    def read(self, work: Callable[[Session], T]) -> T:
-        """Read the market's rows."""
-        return self.database.read(work)
-
-    def job(self, job_id: str) -> Job:
-        """Return a job's row."""
-        return self.read(lambda session: session.get_one(Job, job_id))
-
-    def leases(self, job_id: str) -> list[Lease]:
-        """Return all leases that a job ever had."""
-        return self.read(
-            lambda session: list(
-                session.scalars(select(Lease).where(Lease.job_id == job_id).order_by(Lease.epoch, Lease.site_id))
-            )
-        )
-
-    def views(self, job_id: str) -> list[ViewChange]:
-        """Return all views of a job by number."""
-        return self.read(
-            lambda session: list(
-                session.scalars(select(ViewChange).where(ViewChange.job_id == job_id).order_by(ViewChange.number))
-            )
-        )
-
-    def issued(self, job_id: str) -> list[View]:
-        """Return the issued views of a job by number."""
-        return [
-            View.model_validate_json(_content(SignedDocument.model_validate_json(change.document)))
-            for change in self.views(job_id)
-            if change.state == "issued"
-        ]
-
-    def heard_ms(self, site_id: str) -> int:
-        """Return when the market last heard a site."""
-        return self.read(lambda session: session.get_one(Site, site_id).heard_ms) or 0
-
     def look(self, chain: Chain, job_id: str) -> None:
         """Read what the job's gateways have sealed by now."""
         chain.look(self.places.home, job_id)
@@ -299,28 +224,6 @@ class RunningMarket:
     def tell(self, what: str, *, since_s: float) -> None:
         """Print how long something took; `pytest -rP` shows it."""
         print(f"{what} after {time.monotonic() - since_s:.1f} s")  # noqa: T201 - the campaign reports its figures
-
-    def placements(self, job_id: str) -> list[Placement]:
-        """Return all placements that a job ever had."""
-        return self.read(
-            lambda session: list(
-                session.scalars(select(Placement).where(Placement.job_id == job_id).order_by(Placement.epoch))
-            )
-        )
-
-    def gateways(self, job_id: str) -> dict[str, GatewayReport]:
-        """Return what the gateways of the job's newest epoch last said, by site."""
-        leases = self.leases(job_id)
-        reports = {
-            lease.site_id: AttemptReport.model_validate_json(lease.attempt).gateway
-            for lease in leases
-            if lease.attempt and lease.epoch == leases[-1].epoch
-        }
-        return {site_id: report for site_id, report in reports.items() if report is not None}
-
-    def rounds_sealed(self, job_id: str) -> int:
-        """Return the highest round that a site reported sealed."""
-        return max((report.sealed_round for report in self.gateways(job_id).values()), default=0)
 
     def await_rounds(self, job_id: str, rounds: int, chain: Chain | None = None) -> None:
         """Wait until a number of rounds are sealed and every site of the gang says so."""
@@ -385,17 +288,6 @@ class RunningMarket:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.story(job_id)}") from None
 
-    def story(self, job_id: str) -> str:
-        """Return the events of a job, for a person who looks at a failure."""
-        rows = self.read(
-            lambda session: list(session.scalars(select(Event).where(Event.job_id == job_id).order_by(Event.event_id)))
-        )
-        lines = [
-            " ".join(str(getattr(row, name)) for name in ("created_ms", "kind", "before", "after", "detail"))
-            for row in rows
-        ]
-        return "\n".join([f"{job_id} is {self.job(job_id).state}; logs in {self.places.home}", *lines])
-
     # --- what must be true afterwards -------------------------------------------------------------
 
     def assert_sound(self, job_id: str) -> None:
@@ -444,7 +336,7 @@ class RunningMarket:
             assert len(contents) == 1, f"round {number} has two seals"
             manifest = Manifest.model_validate_json(contents.pop())
             for entry in manifest.entries:
-                header = json.loads(_content(entry.contribution))
+                header = json.loads(content_of(entry.contribution))
                 for each in header["samples"]:
                     own = set(range(each["start"], each["stop"]))
                     assert not done & own, f"round {number} has samples again"
@@ -459,27 +351,11 @@ class RunningMarket:
         assert summary["outer_hash"] == newest[0].outer_hash
         assert summary["samples"] == samples
 
-    def checkpoints(self, job_id: str) -> list[JobArtifact]:
-        """Return the checkpoints of the newest round."""
-        rows = self.read(
-            lambda session: list(
-                session.scalars(
-                    select(JobArtifact).where(JobArtifact.job_id == job_id, JobArtifact.kind == "checkpoint")
-                )
-            )
-        )
-        highest = max((row.round_number for row in rows), default=0)
-        return [row for row in rows if row.round_number == highest]
-
     def summary(self, job_id: str) -> dict[str, Any]:
         """Return the summary.json that the job's script left."""
         target = self.places.home / f"{job_id}-summary.json"
         self.tenant.download(f"/v1/jobs/{job_id}/artifacts/summary.json", target)
         return dict(json.loads(target.read_text()))
-
-
-def _content(document: SignedDocument) -> bytes:
-    return base64.b64decode(document.payload)
 
 
 def samples_in(seconds: float, slots: int) -> int:
