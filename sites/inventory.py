@@ -1,9 +1,9 @@
 """What the site sells, as an offer; a CPU slot's speed is measured once and kept in the site's folder.
 
-A GPU's speed comes from the catalogue until jobs have been measured. A CPU slot stands in for a
-GPU on hosts without one, and hosts differ too much for a catalogue: half a second of fp32 matrix
-products on one thread says what one slot does. Where a host sells more slots than it has cores,
-the figure is a slot's share when all slots are busy.
+A GPU's speed is taken from the market's catalogue. A CPU slot stands in for a GPU on hosts without
+one, and hosts differ too much for a catalogue: half a second of fp32 matrix products on one thread
+says what one slot does. Where a host sells more slots than it has cores, the figure is a slot's share
+when all slots are busy.
 """
 
 from __future__ import annotations
