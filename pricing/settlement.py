@@ -195,7 +195,9 @@ def _by_site(amounts: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def _refuse_strangers(terms: Terms, delivery: Delivery) -> None:
     strangers = set(delivery.gpu_ms) - {row.pool_id for row in terms.pools}
-    links = (set(delivery.egress_bytes or {}) | set(delivery.rented_ms or {})) - {(row.from_site, row.to_site) for row in terms.links}
+    links = (set(delivery.egress_bytes or {}) | set(delivery.rented_ms or {})) - {
+        (row.from_site, row.to_site) for row in terms.links
+    }
     if strangers or links:
         message = (
             f"the delivery names {sorted(strangers)} {sorted(links)}, which the terms do not price: refuse the report"
