@@ -46,10 +46,6 @@ class CeleryDoorbell:
         """Say that a round has something new to clear."""
         self._ring("hansa.clear", "rounds")
 
-    def ring_reconcile(self) -> None:
-        """Say that leases, views or jobs want looking at."""
-        self._ring("hansa.reconcile", "upkeep")
-
     def wake_site(self, site_id: str) -> None:
         """Say to a site's agent: look now."""
         self._publish({"site": site_id})

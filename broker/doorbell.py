@@ -16,10 +16,6 @@ class Doorbell(Protocol):
         """Say that a round has something new to clear."""
         ...
 
-    def ring_reconcile(self) -> None:
-        """Say that leases, views or jobs want looking at."""
-        ...
-
     def wake_site(self, site_id: str) -> None:
         """Say to a site's agent: look now."""
         ...
@@ -33,9 +29,6 @@ class SilentDoorbell:
     """No doorbell at all: everything goes at the pace of beat, heartbeat and polling."""
 
     def ring_round(self) -> None:
-        """Do nothing."""
-
-    def ring_reconcile(self) -> None:
         """Do nothing."""
 
     def wake_site(self, site_id: str) -> None:

@@ -75,9 +75,6 @@ class Bells:
     def ring_round(self) -> None:
         self.rounds += 1
 
-    def ring_reconcile(self) -> None:
-        pass
-
     def wake_site(self, site_id: str) -> None:
         self.sites.append(site_id)
 

@@ -16,7 +16,6 @@ from broker.supervise.valkey import resolve
 
 def ring_everything(doorbell: CeleryDoorbell) -> None:
     doorbell.ring_round()
-    doorbell.ring_reconcile()
     doorbell.wake_site("bergen")
     doorbell.wake_watchers("job_1")
 

@@ -92,5 +92,4 @@ def test_hostile_messages_in_redis_wake_nobody_and_stop_nothing(wake_url: str, v
 def test_a_doorbell_without_redis_neither_waits_nor_fails(tmp_path: object) -> None:
     doorbell = CeleryDoorbell(f"unix://{tmp_path}/nobody.sock")
     doorbell.ring_round()
-    doorbell.ring_reconcile()
     doorbell.wake_site("lubeck")

@@ -233,11 +233,6 @@ class World:
         if self.rng.random() >= self.faults.lose_ring:
             self.after(0.05 + self.rng.random() * 0.2, self._round)
 
-    def ring_reconcile(self) -> None:
-        """Ring for a reconcile; the ring may be lost."""
-        if self.rng.random() >= self.faults.lose_ring:
-            self.after(0.05, self._reconcile)
-
     def wake_site(self, site_id: str) -> None:
         """Wake an agent; the word may be lost."""
         if self.rng.random() >= self.faults.lose_ring:
