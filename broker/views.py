@@ -19,8 +19,7 @@ from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Job, Lease, Placement, ViewChange, ViewPromise
 from broker.transitions import LeaseState, ViewState, change_state
 from sites.protocol import AttemptReport
-from training.roundlog.signing import SignedDocument, open_signed
-from training.roundlog.view import VIEW_PURPOSE, Member, View, ViewReport
+from training.roundlog.view import Member, View, ViewReport
 from training.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -77,12 +76,6 @@ def issued_view(session: Session, job_id: str, epoch: int) -> ViewChange | None:
         .order_by(ViewChange.number.desc())
         .limit(1)
     )
-
-
-def read_view(market: Market, change: ViewChange) -> View:
-    """Return the content of an issued view."""
-    document = SignedDocument.model_validate_json(change.document)
-    return View.model_validate_json(open_signed(document, VIEW_PURPOSE, market.authority.authority_key))
 
 
 def take_promise(session: Session, market: Market, lease: Lease, report: ViewReport) -> list[str]:

@@ -31,10 +31,15 @@ for name, sub in (("tenant", tenant_app), ("user", user_app), ("site", site_app)
 
 FIRST_TOKEN_LIFE_S: Final = 30 * 86_400
 SECONDS_PER_DAY: Final = 86_400
+MILLISECONDS_PER_HOUR: Final = 3_600_000
 CREDITS_MAX: Final = 1_000_000_000
 
 TenantId = Annotated[str, typer.Argument(metavar="TENANT")]
 SiteId = Annotated[str, typer.Argument(metavar="SITE")]
+Login = Annotated[str, typer.Argument(metavar="LOGIN")]
+PasswordFile = Annotated[
+    Path | None, typer.Option(help="file with the password; left out, you are asked", exists=True, dir_okay=False)
+]
 RoundNumber = Annotated[int, typer.Argument(metavar="ROUND", min=0)]
 
 
@@ -302,21 +307,27 @@ def token(
 
 @user_app.command("create")
 def create_user(
-    login: Annotated[str, typer.Argument(metavar="LOGIN")],
+    login: Login,
     role: Annotated[str, typer.Option(help="tenant, operator or admin")] = "tenant",
     tenant: Annotated[str | None, typer.Option(help="whose jobs they see")] = None,
-    password_file: Annotated[
-        Path | None, typer.Option(help="file with the password; left out, you are asked", exists=True, dir_okay=False)
-    ] = None,
+    password_file: PasswordFile = None,
     as_json: JsonOption = False,
 ) -> None:
     """Give a person an account for the portal."""
-    if password_file is not None:
-        password = password_file.read_text().strip()
-    else:
-        password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
-    body = {"login": login, "password": password, "role": role, "tenant_id": tenant}
+    body = {"login": login, "password": _password(password_file), "role": role, "tenant_id": tenant}
     _act("/users", body, f"{login} may sign in to the portal", as_json=as_json)
+
+
+@user_app.command("password")
+def set_password(login: Login, password_file: PasswordFile = None, as_json: JsonOption = False) -> None:
+    """Give a person another password; all of their sessions end."""
+    _act(f"/users/{login}/password", {"password": _password(password_file)}, "the password is set", as_json=as_json)
+
+
+@user_app.command("close")
+def close_user(login: Login, as_json: JsonOption = False) -> None:
+    """Close a person's account; all of their sessions end."""
+    _act(f"/users/{login}/close", {}, f"{login} may no longer sign in", as_json=as_json)
 
 
 @site_app.command("invite")
@@ -366,6 +377,37 @@ def remove(
     if not yes:
         typer.confirm(f"Remove {site_id} for good? Its running leases end", abort=True)
     _act(f"/sites/{site_id}/remove", {}, f"{site_id} is removed", as_json=as_json)
+
+
+@site_app.command("statement")
+def show_statement(site_id: SiteId, as_json: JsonOption = False) -> None:
+    """Show what a site has earned, by job."""
+    with _client() as client:
+        document = client.admin_get(f"/sites/{site_id}/statement")
+    if as_json:
+        print_json(document)
+        return
+    print_table(
+        ("job", ">GPU-hours", ">GPUs", ">links", ">earned"),
+        [
+            (
+                row["job_id"],
+                f"{row['gpu_milliseconds'] / MILLISECONDS_PER_HOUR:.4f}",
+                credits_text(row["payout_micros"]),
+                credits_text(row["link_revenue_micros"]),
+                credits_text(row["earned_micros"]),
+            )
+            for row in document["lines"]
+        ],
+        empty="nothing earned yet",
+    )
+    typer.echo(f"earned {credits_text(document['earned_micros'])}, owed {credits_text(document['balance_micros'])}")
+
+
+def _password(password_file: Path | None) -> str:
+    if password_file is not None:
+        return password_file.read_text().strip()
+    return str(typer.prompt("Password", hide_input=True, confirmation_prompt=True))
 
 
 def _client() -> BrokerClient:

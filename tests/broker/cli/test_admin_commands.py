@@ -49,6 +49,24 @@ def test_sites_are_listed_with_their_asks(hansa: Hansa) -> None:
     assert "cpu-slot at 0.5" in hansa("admin", "site", "list", who="admin").out
 
 
+def test_site_statement_says_what_it_earned(hansa: Hansa) -> None:
+    listed = json.loads(hansa("admin", "site", "list", "--json", who="admin").out)["items"]
+    outcome = hansa("admin", "site", "statement", listed[0]["site_id"], who="admin")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-1].startswith("earned ")
+    assert hansa("admin", "site", "statement", "nowhere", who="admin").code == 4
+
+
+def test_person_gets_another_password_and_is_shut_out(hansa: Hansa, tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("correct horse battery\n")
+    with_file = ("--password-file", str(password))
+    assert hansa("admin", "user", "create", "ada", "--role", "admin", *with_file, who="admin").code == 0
+    assert hansa("admin", "user", "password", "ada", *with_file, who="admin").code == 0
+    assert hansa("admin", "user", "close", "ada", who="admin").out == "ada may no longer sign in\n"
+    assert hansa("admin", "user", "password", "nobody", *with_file, who="admin").code == 4
+
+
 def test_books_sum_to_nought_and_the_audit_is_clean(hansa: Hansa) -> None:
     assert json.loads(hansa("admin", "ledger", "--json", who="admin").out)["sum_micros"] == 0
     assert "sum 0" in hansa("admin", "ledger", who="admin").out
