@@ -10,11 +10,14 @@ runs alone in a dedicated worker (`-Q rounds -c 1`).
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
 from celery import Celery
+from celery.signals import beat_embedded_init
 from kombu.connection import Connection
 
 from broker.bootstrap import open_market
@@ -25,6 +28,7 @@ from broker.retention import sweep
 from broker.rounds.clear import hold_round
 from broker.settings import Settings
 from broker.settle import settle
+from broker.supervise.deathwatch import PR_SET_PDEATHSIG
 
 ROUNDS_QUEUE: Final = "rounds"
 UPKEEP_QUEUE: Final = "upkeep"
@@ -68,7 +72,9 @@ def make_app(settings: Settings) -> Celery:
             "unacked_restore_throttle": 1,
         },
         timezone="UTC",
-        beat_schedule_filename=str(settings.home / "beat"),
+        # In memory: a schedule on disk would be locked by the beat of a worker that was killed, and
+        # says nothing that these three do not know.
+        beat_scheduler="celery.beat:Scheduler",
         task_routes={
             "hansa.clear": {"queue": ROUNDS_QUEUE},
             "hansa.reconcile": {"queue": UPKEEP_QUEUE},
@@ -97,6 +103,14 @@ def make_app(settings: Settings) -> Celery:
 
 
 app = make_app(Settings())
+
+
+@beat_embedded_init.connect  # type: ignore[untyped-decorator]  # celery has no types
+def die_with_the_worker(**_: object) -> None:
+    """Let the beat, a child process of its worker, end when the worker is killed, rather than ring on beside the next."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 @cache

@@ -3,6 +3,7 @@
 pytest_plugins = [
     "tests.fixtures.databases",
     "tests.fixtures.determinism",
+    "tests.fixtures.interrupts",
     "tests.fixtures.skips",
     "tests.fixtures.valkey",
 ]

@@ -10,13 +10,14 @@ Exit codes: 0 the script ended; 1 it raised; 2 the command or environment is unu
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -45,11 +46,7 @@ def main(arguments: list[str]) -> int:
     seed = context.seed if context else 0
     torch.manual_seed(seed)
     random.seed(seed)
-    try:
-        return _run(arguments)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    return _run(arguments)
 
 
 def _start_group(context: AttemptContext | None) -> None:
@@ -95,5 +92,13 @@ def _unusable(message: str) -> int:
     return EXIT_UNUSABLE
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process at once. Gloo's threads may outlive the interpreter's own teardown, which then aborts."""
+    atexit._run_exitfuncs()  # noqa: SLF001 - what a script registered, it expects to run
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ SPANS_TRIED_MAX: Final = 1024
 # A job near its end gets a shorter term, so that its hold need not cover time it will not use:
 # a quarter more than predicted, since predictions err, and long enough to be worth a lease.
 TERM_MARGIN: Final = 1.25
-TERM_S_MIN: Final = 30
+TERM_S_MIN: Final = 60
 
 
 class Part(Row):

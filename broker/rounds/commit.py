@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Final
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -22,6 +23,10 @@ from broker.reservations import due_of_ended
 from broker.rounds.snapshot import TakenSnapshot
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
+
+# Such as those of a lease that is up for renewal and was outbid: it keeps them until its term ends.
+# That end is a change of its own; to try again before would be to hold the same round over and over.
+GPUS_TAKEN: Final = "its GPUs are no longer free"
 
 
 @dataclass(slots=True)
@@ -85,7 +90,7 @@ def commit(
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)
     state.changes_cleared = taken.changes
-    if dropped:
+    if any(drop["reason"] != GPUS_TAKEN for drop in dropped):
         note_change(session)  # what was dropped may fit in the next round
     session.flush()
     return committed
@@ -134,7 +139,7 @@ class _Step:
             raise _DroppedError("the hold no longer covers the term")
         sites = propose(self.session, self.market, job, award, self.committed.round.round_number)
         if sites is None:
-            raise _DroppedError("its GPUs are no longer free")
+            raise _DroppedError(GPUS_TAKEN)
         self.committed.round.placements_made += 1
         self.committed.wake.update(sites)
         self.committed.jobs.add(job.job_id)

@@ -23,15 +23,19 @@ WAIT_S = 10.0
 
 @contextmanager
 def _serving(redis_url: str) -> Iterator[str]:
+    # The loop lives in a thread from start to end: the main thread may have one already (a browser's).
     loop = asyncio.new_event_loop()
-    runner = web.AppRunner(WakeServer(KEY, redis_url).application(), shutdown_timeout=0.2)
-    loop.run_until_complete(runner.setup())
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    loop.run_until_complete(site.start())
-    port = runner.addresses[0][1]
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
+    runner = web.AppRunner(WakeServer(KEY, redis_url).application(), shutdown_timeout=0.2)
+
+    async def start() -> int:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return int(runner.addresses[0][1])
+
     try:
+        port = asyncio.run_coroutine_threadsafe(start(), loop).result(WAIT_S)
         yield f"http://127.0.0.1:{port}"
     finally:
         asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(WAIT_S)

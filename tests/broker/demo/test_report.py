@@ -97,7 +97,7 @@ def test_pipe_gets_each_change_once() -> None:
 
 def test_terminal_gets_one_picture_with_price_and_reason() -> None:
     out = StringIO()
-    with LiveDisplay(Console(file=out, width=120, height=40, force_terminal=True)) as display:
+    with LiveDisplay(Console(file=out, width=120, height=40, force_terminal=True, _environ={})) as display:
         display.stage("training")
         display.show(BOARD)
     assert "4.6" in out.getvalue()
