@@ -60,6 +60,8 @@ SETTINGS: Final = {
     "HANSA_RECONCILE_S": "0.5",
     "HANSA_SETTLE_S": "5",
     "HANSA_GRACE_S": "0.2",
+    # Survivors go on where they are: a move to a better place would hide what is looked for.
+    "HANSA_RESTART_S": "600",
 }
 # One slot each, so that every job of more slots spans; all listen, so that each may be the hub.
 SITES: Final = tuple(
