@@ -61,7 +61,7 @@ def test_killed_api_delays_the_journey_and_changes_nothing_else(market: RunningM
     market.tell("the API killed and back", since_s=killed_s)
     market.await_true(waiting, lambda: market.job(waiting).state in {"running", "finished"})
     market.await_finished(training, chain)
-    market.await_finished(waiting, Chain())
+    market.await_finished(waiting)
     market.assert_sound(training)
     market.assert_sound(waiting)
     if outage_s < LIVENESS_S - 1:
