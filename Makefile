@@ -20,7 +20,8 @@ demo: install ## run a whole market on this machine and train real jobs in it (K
 
 test: install ## run every test (TEST_WORKERS=… processes); with CI=true a skipped test is a failure
 	@deploy/chromium.sh
-	@$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --ignore=tests/journey $(PYTEST_ARGS)
+	@$(BIN)/pytest tests/journey $(PYTEST_ARGS)
 
 lint: install ## check formatting, style, types and the direction of imports
 	@$(BIN)/ruff format --check .
