@@ -191,17 +191,16 @@ def _step_alone_s(workload: Workload, part: SitePart) -> tuple[float, float, flo
     gpu = GPU_TYPES[part.gpu_type]
     flops_per_s = part.flops_per_s or gpu.peak_flops_per_s * gpu.achieved_share
     bits_per_s = part.intra_site_bits_per_s or gpu.intra_site_bits_per_s
-    compute_s = workload.batch_per_gpu * workload.flops_per_sample / flops_per_s
-    ring_bytes = 2 * (part.gpus - 1) / part.gpus * BYTES_PER_PARAMETER * workload.parameters
-    intra_site_s = ring_bytes * 8 / bits_per_s + 2 * (part.gpus - 1) * RING_HOP_S
-    return compute_s + intra_site_s, compute_s, intra_site_s
+    computing_s = compute_s(float(workload.batch_per_gpu), workload.flops_per_sample, flops_per_s)
+    reducing_s = all_reduce_s(float(workload.parameters), part.gpus, bits_per_s)
+    return computing_s + reducing_s, computing_s, reducing_s
 
 
 def _sync_round(
     workload: Workload, sync: SyncPlan, sites: Sequence[str], links: Links, hub: str
 ) -> tuple[float, dict[tuple[str, str], float]]:
     """Return the seconds of one sync round and the bytes that each link carries in it."""
-    contribution_bytes = workload.parameters * BYTES_PER_PARAMETER / CODEC_RATIOS[sync.codec]
+    contribution_bytes = contribution_size_bytes(float(workload.parameters), CODEC_RATIOS[sync.codec])
     slowest_s = 0.0
     traffic_bytes: dict[tuple[str, str], float] = {}
     for site in sites:
@@ -214,13 +213,36 @@ def _sync_round(
             raise ValueError(message) from None
         traffic_bytes[site, hub] = contribution_bytes
         traffic_bytes[hub, site] = contribution_bytes * (len(sites) - 1)
-        transfer_s = _transfer_s(traffic_bytes[site, hub], up) + _transfer_s(traffic_bytes[hub, site], down)
+        transfer_s = link_transfer_s(traffic_bytes[site, hub], up.bandwidth_bits_per_s, up.loss) + link_transfer_s(
+            traffic_bytes[hub, site], down.bandwidth_bits_per_s, down.loss
+        )
         slowest_s = max(slowest_s, transfer_s + ROUND_TRIPS_PER_SYNC * (up.delay_s + down.delay_s))
     return slowest_s, traffic_bytes
 
 
-def _transfer_s(size_bytes: float, link: Link) -> float:
-    return size_bytes * 8 / (link.bandwidth_bits_per_s * LINK_EFFICIENCY * (1 - link.loss))
+# The closed form itself, in plain floats without objects, so that the market's compiled loops run
+# these same lines and get the same bits.
+
+
+def compute_s(batch_per_gpu: float, flops_per_sample: float, flops_per_s: float) -> float:
+    """Return the seconds that one GPU computes for its share of an inner step."""
+    return batch_per_gpu * flops_per_sample / flops_per_s
+
+
+def all_reduce_s(parameters: float, gpus: int, bits_per_s: float) -> float:
+    """Return the seconds of a ring all-reduce of fp32 gradients over the GPUs of one site."""
+    ring_bytes = 2 * (gpus - 1) / gpus * BYTES_PER_PARAMETER * parameters
+    return ring_bytes * 8 / bits_per_s + 2 * (gpus - 1) * RING_HOP_S
+
+
+def contribution_size_bytes(parameters: float, codec_ratio: float) -> float:
+    """Return the bytes of one site's contribution to a sync round."""
+    return parameters * BYTES_PER_PARAMETER / codec_ratio
+
+
+def link_transfer_s(size_bytes: float, bandwidth_bits_per_s: float, loss: float) -> float:
+    """Return the seconds that a link takes to carry `size_bytes`, delay not counted."""
+    return size_bytes * 8 / (bandwidth_bits_per_s * LINK_EFFICIENCY * (1 - loss))
 
 
 def _traffic(pair: tuple[str, str], bytes_per_s: float, link: Link) -> LinkTraffic:

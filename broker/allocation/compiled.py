@@ -1,0 +1,45 @@
+"""Compiled loops: numba with a cache on disk that can never be stale.
+
+numba notices when the file of a cached function changed, but not when a function that it calls
+did. So the cache lives in a folder named after the digest of all sources that are compiled: a new
+version of Hansa compiles anew, an unchanged one starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import numba
+
+from training import throughput
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DIGEST_LENGTH: Final = 16
+# Modules without compiled functions whose constants are compiled into others.
+_CONSTANTS: Final = frozenset({"instance", "configuration", "throughput"})
+
+
+def compiled(function: F) -> F:
+    """Compile a function of numbers and arrays on first use. No fused or reordered arithmetic."""
+    jitted: Any = numba.njit(cache=True, fastmath=False, error_model="numpy")(function)
+    return cast("F", jitted)
+
+
+def _cache_folder() -> Path:
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(throughput.__file__)]:
+        text = source.read_bytes()
+        if source.stem in _CONSTANTS or b"allocation.compiled import" in text:
+            digest.update(text)
+    home = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache" if os.environ.get("HOME") else None)
+    root = Path(home) if home else Path(tempfile.gettempdir()) / f"hansa-{os.getuid()}"
+    return root / "hansa" / "compiled" / digest.hexdigest()[:_DIGEST_LENGTH]
+
+
+vars(numba.config)["CACHE_DIR"] = str(_cache_folder())
