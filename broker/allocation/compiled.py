@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +38,18 @@ def _cache_folder() -> Path:
         text = source.read_bytes()
         if source.stem in _CONSTANTS or b"allocation.compiled import" in text:
             digest.update(text)
-    home = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache" if os.environ.get("HOME") else None)
-    root = Path(home) if home else Path(tempfile.gettempdir()) / f"hansa-{os.getuid()}"
-    return root / "hansa" / "compiled" / digest.hexdigest()[:_DIGEST_LENGTH]
+    return _root() / "hansa-compiled" / digest.hexdigest()[:_DIGEST_LENGTH]
+
+
+def _root() -> Path:
+    """Return the environment's own cache where we may write there, else the user's, else a temporary one."""
+    if os.access(sys.prefix, os.W_OK):
+        return Path(sys.prefix) / "var" / "cache"
+    if "XDG_CACHE_HOME" in os.environ:
+        return Path(os.environ["XDG_CACHE_HOME"])
+    if "HOME" in os.environ:
+        return Path.home() / ".cache"
+    return Path(tempfile.gettempdir()) / f"user-{os.getuid()}"
 
 
 vars(numba.config)["CACHE_DIR"] = str(_cache_folder())
