@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from broker.database.tables import Transfer
@@ -26,6 +26,9 @@ AMOUNT_MICROS_MAX: Final = CREDITS_MAX * MICROS_PER_CREDIT
 # A thousand times the largest amount: far below 2^63, so that no sum of balances overflows its column.
 BALANCE_MICROS_MAX: Final = 1000 * AMOUNT_MICROS_MAX
 MEMO_LENGTH_MAX: Final = 300
+
+# Built once: every posting asks it.
+_BY_IDS: Final = select(Transfer).where(Transfer.transfer_id.in_(bindparam("ids", expanding=True)))
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,140}", re.ASCII)
 
@@ -63,7 +66,7 @@ def deposit(
     Returns whether money moved now. Raises LedgerError where the id was used for another deposit
     or the amount is not one, NotFoundError where the tenant has no account.
     """
-    return apply(
+    moved = apply(
         session,
         Movement(
             transfer_id=f"deposit/{checked_key(transfer_id)}",
@@ -75,11 +78,13 @@ def deposit(
         ),
         now_ms,
     )
+    session.flush()
+    return moved
 
 
 def fund_equity(session: Session, amount_micros: int, transfer_id: str, now_ms: int, *, memo: str = "") -> bool:
     """Give the market money of its own, from which uplift is paid. Returns and raises as `deposit`."""
-    return apply(
+    moved = apply(
         session,
         Movement(
             transfer_id=f"fund/{checked_key(transfer_id)}",
@@ -91,20 +96,21 @@ def fund_equity(session: Session, amount_micros: int, transfer_id: str, now_ms: 
         ),
         now_ms,
     )
+    session.flush()
+    return moved
 
 
 def apply(session: Session, movement: Movement, now_ms: int) -> bool:
     """Make a movement unless it was made already; return whether it was made now.
 
-    Raises LedgerError where its id stands for another movement, InsufficientFundsError where the
-    debited account holds too little.
+    The caller flushes, together with what the money is for. Raises LedgerError where its id stands
+    for another movement, InsufficientFundsError where the debited account holds too little.
     """
     row = session.get(Transfer, movement.transfer_id)
     if row is not None:
         _require_same(row, movement)
         return False
     _write(session, [movement], now_ms)
-    session.flush()
     return True
 
 
@@ -124,7 +130,7 @@ def made_already(session: Session, movements: Sequence[Movement], key_prefix: st
     """Say whether exactly these movements stand under the key. Raises LedgerError where others do."""
     # One more than asked for: a key that stands for more lines is another content.
     ids = [f"{key_prefix}/{index}" for index in range(len(movements) + 1)]
-    rows = {row.transfer_id: row for row in session.scalars(select(Transfer).where(Transfer.transfer_id.in_(ids)))}
+    rows = {row.transfer_id: row for row in session.scalars(_BY_IDS, {"ids": ids})}
     if not rows:
         return False
     if len(rows) != len(movements):
