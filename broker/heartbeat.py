@@ -61,7 +61,7 @@ def receive(
             taken.veto(refusal)
         # Usage before reports: a report that ends a lease follows its last usage.
         for usage in heartbeat.usage:
-            taken.usage(usage)
+            taken.usage(usage, heartbeat.sent_ms)
         for report in heartbeat.attempts:
             taken.report(report)
         session.flush()
@@ -115,11 +115,13 @@ class _Taken:
         """Take the site's refusal of a lease."""
         self._take(item, lambda lease: self.wake.update(veto(self.session, self.market, lease, item)))
 
-    def usage(self, item: Usage) -> None:
-        """Take a usage report and charge for it."""
+    def usage(self, item: Usage, sent_ms: int | None) -> None:
+        """Take a usage report and charge for it; both times are of the site's own clock."""
+        age_ms = 0 if sent_ms is None or item.ended_ms is None else max(0, sent_ms - item.ended_ms)
 
         def charge(lease: Lease) -> None:
-            self.acknowledged[item.lease_id] = accept_usage(self.session, self.market, lease, item)
+            taken = accept_usage(self.session, self.market, lease, item, age_ms=age_ms)
+            self.acknowledged[item.lease_id] = taken
 
         self._take(item, charge)
 

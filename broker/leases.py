@@ -26,6 +26,7 @@ from broker.database.tables import (
     Round,
 )
 from broker.market import Market
+from broker.terms import begin_first_term, open_first_term
 from broker.transitions import (
     FINAL_JOB_STATES,
     JobState,
@@ -105,6 +106,7 @@ def propose(session: Session, market: Market, job: Job, award: Award, round_numb
     )
     session.add(placement)
     change_state(session, placement, PlacementState.PROPOSED, now_ms=now_ms, tenant_id=job.tenant_id)
+    open_first_term(session, placement, award)
     job.reason_code, job.reason = "proposed", award.why[:1000]
     change_state(session, job, JobState.PROPOSED, now_ms=now_ms, round_number=round_number)
     session.flush()
@@ -317,6 +319,7 @@ def _activate(session: Session, market: Market, placement: Placement, gang: Sequ
     now_ms = market.clock.now_ms()
     placement.active_ms = now_ms
     placement.term_ends_ms = now_ms + placement.term_s * 1000
+    begin_first_term(session, placement)
     change_state(session, placement, PlacementState.ACTIVE, now_ms=now_ms)
     for lease in gang:
         lease.active_ms = now_ms

@@ -1,6 +1,7 @@
 """Step 7: metering. A site's report of usage is taken once, charged at its term's prices and posted.
 
-`broker.heartbeat` hands the reports over in the order of their numbers; `pricing.settlement` says
+`broker.heartbeat` hands the reports over in the order of their numbers; `broker.terms` says which of it was
+delivered in which term, so that a new price counts from the term that it was made for; `pricing.settlement` says
 what a delivery comes to; `broker.ledger` moves the money under a key made of the lease and the
 number, so that no report is ever paid twice. An old epoch, an expired lease, more GPU time than
 the lease can have run and a closed hold are refused at this door (invariants 6, 14 and 15).
@@ -9,7 +10,8 @@ the lease can have run and a closed hold are refused at this door (invariants 6,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -18,16 +20,19 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Hold, Lease, Link, Placement, UsageReport
+from broker.database.tables import Hold, Lease, Link, Placement, Term, UsageReport
 from broker.errors import ConflictError, RefusedError, StaleEpochError
 from broker.market import Market
+from broker.terms import Part, spans, split, terms_of
 from broker.transitions import LeaseState, PlacementState, record_event
-from pricing.money import MILLISECONDS_PER_HOUR, cost_micros, egress_micros, format_credits
+from pricing.money import MILLISECONDS_PER_HOUR, cost_micros, divide_up, egress_micros, format_credits
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Settlement, Terms, settle
 from sites.protocol import Usage
 
 # What both `broker.reconcile` and a site that fenced itself give as the cause of a lease's end.
 EXPIRED_CAUSE: Final = "expired"
+# How far delays on the way may part two reports that follow one another without a gap.
+FOLLOWING_MS_MAX: Final = 1000
 
 
 class UsageConflictError(ConflictError):
@@ -59,10 +64,10 @@ class Charges:
     shortfall_micros: int
 
 
-def accept_usage(session: Session, market: Market, lease: Lease, usage: Usage) -> int:
+def accept_usage(session: Session, market: Market, lease: Lease, usage: Usage, *, age_ms: int = 0) -> int:
     """Take one report, charge for it, and return the highest number taken without a gap.
 
-    A number taken before is acknowledged and ignored, one after a gap is neither. Raises
+    It is charged by the terms in which it was delivered; it ended `age_ms` ago. A number taken before is acknowledged and ignored, one after a gap is neither. Raises
     StaleEpochError for another epoch than the lease's, UsageConflictError for a number that
     stands for another report, UsageRefusedError for usage that the lease did not grant.
     """
@@ -79,23 +84,33 @@ def accept_usage(session: Session, market: Market, lease: Lease, usage: Usage) -
     placement = session.get_one(Placement, lease.placement_id)
     hold = session.get_one(Hold, lease.job_id)
     _require_granted(market, lease, hold, usage, now_ms)
-    terms, delivery = _sold_and_delivered(session, placement, lease, usage)
-    charges = charges_of(
-        terms,
-        delivery,
-        lease.pool_id,
-        reservation_left_micros=_reservation_left(session, placement, hold),
-        equity_left_micros=ledger.balance_micros(session, ledger.EQUITY),
-    )
-    _post(session, lease, usage, charges, now_ms)
-    _record(session, lease, placement, usage, terms=terms, charges=charges, now_ms=now_ms)
+    _require_own_links(session, lease, usage)
+    ended_ms = _ended_ms(market, lease, usage, age_ms, now_ms)
+    terms = _terms_naming(session, lease)
+    for part in split(usage, spans(list(terms.values())), gpus=lease.gpus, ended_ms=ended_ms):
+        term = terms[part.term]
+        sold, delivery = _sold_and_delivered(session, Award.model_validate_json(term.award), lease, part)
+        charges = charges_of(
+            sold,
+            delivery,
+            lease.pool_id,
+            reservation_left_micros=_reservation_left(session, placement, term, hold),
+            equity_left_micros=ledger.balance_micros(session, ledger.EQUITY),
+        )
+        _post(session, lease, usage_key(lease.lease_id, usage.sequence, part.term), part, charges, now_ms=now_ms)
+        placement.charged_micros += charges.charge_micros
+        term.charged_micros += charges.charge_micros
+        _record(session, lease, usage, part, terms=sold, charges=charges, now_ms=now_ms)
+        session.flush()
+    lease.usage_sequence = usage.sequence
+    lease.usage_until_ms = ended_ms
     session.flush()
     return lease.usage_sequence
 
 
-def usage_key(lease_id: str, sequence: int) -> str:
-    """Return the ledger's key for one report."""
-    return f"usage/{lease_id}/{sequence}"
+def usage_key(lease_id: str, sequence: int, term: int) -> str:
+    """Return the ledger's key for one report in one term."""
+    return f"usage/{lease_id}/{sequence}.{term}"
 
 
 def charges_of(
@@ -151,12 +166,18 @@ def _without_paying_fees_from_equity(settled: Settlement) -> tuple[int, int, int
 
 
 def _require_repetition(session: Session, usage: Usage) -> None:
-    row = session.get_one(UsageReport, (usage.lease_id, usage.sequence))
-    taken = (row.epoch, row.gpu_milliseconds, row.samples, row.egress)
-    if taken != (usage.epoch, usage.gpu_milliseconds, usage.samples, _canonical(usage)):
+    rows = session.scalars(
+        select(UsageReport).where(UsageReport.lease_id == usage.lease_id, UsageReport.sequence == usage.sequence)
+    ).all()
+    egress: Counter[str] = Counter()
+    for row in rows:
+        egress.update(json.loads(row.egress))
+    gpu_ms, samples = sum(row.gpu_milliseconds for row in rows), sum(row.samples for row in rows)
+    taken = ({row.epoch for row in rows}, gpu_ms, samples, _canonical(egress))
+    if taken != ({usage.epoch}, usage.gpu_milliseconds, usage.samples, _canonical(usage.egress_bytes)):
         message = (
-            f"report {usage.sequence} of lease {usage.lease_id} was taken already with {row.gpu_milliseconds} "
-            f"GPU-milliseconds and {row.samples} samples; the first one stands: number new usage anew"
+            f"report {usage.sequence} of lease {usage.lease_id} was taken already with {gpu_ms} "
+            f"GPU-milliseconds and {samples} samples; the first one stands: number new usage anew"
         )
         raise UsageConflictError(message)
 
@@ -192,19 +213,53 @@ def _require_granted(market: Market, lease: Lease, hold: Hold, usage: Usage, now
         raise UsageRefusedError(message)
 
 
-def _sold_and_delivered(session: Session, placement: Placement, lease: Lease, usage: Usage) -> tuple[Terms, Delivery]:
-    """Return the term's prices for this site and what it delivered under them.
-
-    A link that the award does not name (the hub moved) is charged its offered egress price.
-    """
-    award = Award.model_validate_json(placement.award)
-    gang = set(session.scalars(select(Lease.site_id).where(Lease.placement_id == placement.placement_id)))
+def _require_own_links(session: Session, lease: Lease, usage: Usage) -> None:
+    """Refuse bytes to a site that is not part of the gang."""
+    gang = set(session.scalars(select(Lease.site_id).where(Lease.placement_id == lease.placement_id)))
     strangers = sorted(set(usage.egress_bytes) - (gang - {lease.site_id}))
     if strangers:
         message = f"egress to {', '.join(strangers)} is not part of job {lease.job_id}; only its own sites are charged"
         raise UsageRefusedError(message)
-    if lease.pool_id not in {row.pool_id for row in award.pools}:
-        return _as_agreed_before_renewal(session, lease, usage)
+
+
+def _ended_ms(market: Market, lease: Lease, usage: Usage, age_ms: int, now_ms: int) -> int:
+    """Return when the usage of a report ended, on the broker's clock.
+
+    Reports follow one another: one that seems to begin about when the former ended began just then, so that
+    no delay on the way counts an instant twice or moves it over the end of a term.
+    """
+    assert lease.active_ms is not None, "usage was granted"
+    latest_ms = now_ms
+    if lease.ended_ms is not None:
+        latest_ms = min(now_ms, lease.ended_ms + round(market.settings.liveness_s * 1000))
+    ended_ms = max(lease.active_ms, min(latest_ms, now_ms - age_ms))
+    if lease.usage_until_ms is not None:
+        follows_ms = lease.usage_until_ms + divide_up(usage.gpu_milliseconds, lease.gpus)
+        if abs(follows_ms - ended_ms) <= FOLLOWING_MS_MAX:
+            return min(follows_ms, latest_ms)
+        ended_ms = max(ended_ms, lease.usage_until_ms)
+    return ended_ms
+
+
+def _terms_naming(session: Session, lease: Lease) -> dict[int, Term]:
+    """Return by number the terms in which the lease had a part.
+
+    A site that was lost before its gang's term was renewed without it has none in the new one.
+    """
+    terms = {
+        term.number: term
+        for term in terms_of(session, lease.placement_id)
+        if any(row.pool_id == lease.pool_id for row in Award.model_validate_json(term.award).pools)
+    }
+    assert terms, "the first term of a placement names every lease of it"
+    return terms
+
+
+def _sold_and_delivered(session: Session, award: Award, lease: Lease, part: Part) -> tuple[Terms, Delivery]:
+    """Return a term's prices for this site and what it delivered under them.
+
+    A link that the award does not name (the hub moved) is charged its offered egress price.
+    """
     links = [
         LinkTerms(
             from_site=row.from_site,
@@ -216,7 +271,7 @@ def _sold_and_delivered(session: Session, placement: Placement, lease: Lease, us
         for row in award.links
     ]
     sold = {link.to_site for link in links if link.from_site == lease.site_id}
-    links += [_offered(session, lease.site_id, target) for target in sorted(set(usage.egress_bytes) - sold)]
+    links += [_offered(session, lease.site_id, target) for target in sorted(set(part.egress_bytes) - sold)]
     terms = Terms(
         pools=tuple(
             PoolTerms(
@@ -232,31 +287,16 @@ def _sold_and_delivered(session: Session, placement: Placement, lease: Lease, us
         uplift_micros_per_hour=award.uplift_micros_per_hour,
     )
     delivery = Delivery(
-        gpu_ms={lease.pool_id: usage.gpu_milliseconds},
-        egress_bytes={(lease.site_id, target): size for target, size in usage.egress_bytes.items()},
+        gpu_ms={lease.pool_id: part.gpu_milliseconds},
+        egress_bytes={(lease.site_id, target): size for target, size in part.egress_bytes.items()},
         # A link is rented for as long as its sender's GPUs ran.
         rented_ms={
-            (link.from_site, link.to_site): usage.gpu_milliseconds // lease.gpus
+            (link.from_site, link.to_site): part.gpu_milliseconds // lease.gpus
             for link in links
             if link.from_site == lease.site_id
         },
     )
     return terms, delivery
-
-
-def _as_agreed_before_renewal(session: Session, lease: Lease, usage: Usage) -> tuple[Terms, Delivery]:
-    """Return the terms of a site that was lost before its gang's term was renewed without it.
-
-    Its last report may come after the renewal, whose award no longer names it: it is charged by
-    the price of its own lease, which then was the market's, without rent or uplift.
-    """
-    price = lease.price_micros_per_gpu_hour
-    terms = Terms(
-        pools=(PoolTerms(lease.pool_id, lease.site_id, lease.gpus, price, price),),
-        links=tuple(_offered(session, lease.site_id, target) for target in sorted(usage.egress_bytes)),
-    )
-    sent = {(lease.site_id, target): size for target, size in usage.egress_bytes.items()}
-    return terms, Delivery(gpu_ms={lease.pool_id: usage.gpu_milliseconds}, egress_bytes=sent, rented_ms={})
 
 
 def _offered(session: Session, source: str, target: str) -> LinkTerms:
@@ -270,8 +310,8 @@ def _offered(session: Session, source: str, target: str) -> LinkTerms:
     )
 
 
-def _reservation_left(session: Session, placement: Placement, hold: Hold) -> int:
-    """Return what may still be charged under a placement without touching another one's reservation."""
+def _reservation_left(session: Session, placement: Placement, term: Term, hold: Hold) -> int:
+    """Return what may still be charged under a term without touching another reservation of the job's hold."""
     others: Sequence[Placement] = session.scalars(
         select(Placement).where(
             Placement.job_id == placement.job_id,
@@ -281,16 +321,16 @@ def _reservation_left(session: Session, placement: Placement, hold: Hold) -> int
     ).all()
     promised = sum(other.reserved_micros - other.charged_micros for other in others)
     hold_left = hold.amount_micros - hold.posted_micros - hold.voided_micros
-    return max(0, min(placement.reserved_micros - placement.charged_micros, hold_left - promised))
+    term_left = term.reserved_micros - term.charged_micros
+    return max(0, min(term_left, placement.reserved_micros - placement.charged_micros, hold_left - promised))
 
 
-def _post(session: Session, lease: Lease, usage: Usage, charges: Charges, now_ms: int) -> None:
+def _post(session: Session, lease: Lease, key: str, part: Part, charges: Charges, *, now_ms: int) -> None:
     due = charges.payout_micros + charges.link_revenue_micros
     # Invariant 14, at each posting.
     assert charges.charge_micros + charges.uplift_micros == due + charges.fee_micros, "a posting must balance"
     site = ledger.site_account(lease.site_id)
-    key = usage_key(lease.lease_id, usage.sequence)
-    hours = usage.gpu_milliseconds / MILLISECONDS_PER_HOUR
+    hours = part.gpu_milliseconds / MILLISECONDS_PER_HOUR
     memo = f"{hours:.4f} GPU-hours of {lease.gpu_type} at {lease.site_id}"
     ledger.draw_equity(
         session, lease.job_id, lease.lease_id, [(site, charges.uplift_micros)], key=key, now_ms=now_ms, memo=memo
@@ -312,34 +352,33 @@ def _post(session: Session, lease: Lease, usage: Usage, charges: Charges, now_ms
             job_id=lease.job_id,
             site_id=lease.site_id,
             lease_id=lease.lease_id,
-            detail=f"market equity lacked {format_credits(charges.shortfall_micros)} credits of report {usage.sequence}",
+            detail=f"market equity lacked {format_credits(charges.shortfall_micros)} credits of {key}",
         )
 
 
 def _record(
     session: Session,
     lease: Lease,
-    placement: Placement,
     usage: Usage,
+    part: Part,
     *,
     terms: Terms,
     charges: Charges,
     now_ms: int,
 ) -> None:
-    placement.charged_micros += charges.charge_micros
-    lease.usage_sequence = usage.sequence
-    lease.delivered_gpu_milliseconds += usage.gpu_milliseconds
-    lease.delivered_samples += usage.samples
-    lease.egress_bytes += sum(usage.egress_bytes.values())
+    lease.delivered_gpu_milliseconds += part.gpu_milliseconds
+    lease.delivered_samples += part.samples
+    lease.egress_bytes += sum(part.egress_bytes.values())
     pool = next(row for row in terms.pools if row.pool_id == lease.pool_id)
     session.add(
         UsageReport(
             lease_id=lease.lease_id,
             sequence=usage.sequence,
+            term=part.term,
             epoch=usage.epoch,
-            gpu_milliseconds=usage.gpu_milliseconds,
-            samples=usage.samples,
-            egress=_canonical(usage),
+            gpu_milliseconds=part.gpu_milliseconds,
+            samples=part.samples,
+            egress=_canonical(part.egress_bytes),
             price_micros_per_gpu_hour=pool.price_micros_per_gpu_hour,
             payout_micros_per_gpu_hour=pool.payout_micros_per_gpu_hour,
             gpu_micros=charges.gpu_micros,
@@ -357,5 +396,5 @@ def _record(
     )
 
 
-def _canonical(usage: Usage) -> str:
-    return json.dumps(usage.egress_bytes, sort_keys=True, separators=(",", ":"))
+def _canonical(egress_bytes: Mapping[str, int]) -> str:
+    return json.dumps(egress_bytes, sort_keys=True, separators=(",", ":"))

@@ -13,6 +13,7 @@ from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Lease, LeasedGpu, Placement
 from broker.market import Market
 from broker.metering import EXPIRED_CAUSE
+from broker.terms import terms_of
 from broker.transitions import LeaseState
 from pricing.money import divide_up
 
@@ -38,9 +39,9 @@ def due_of_ended(session: Session, market: Market, job_id: str | None = None) ->
         longest[placement.placement_id] = (placement, max(left_ms, 0 if before is None else before[1]))
     due: dict[str, int] = {}
     for placement, left_ms in longest.values():
-        award = Award.model_validate_json(placement.award)
+        awards = [Award.model_validate_json(term.award) for term in terms_of(session, placement.placement_id)]
         # A reservation covers the whole gang for a term, so its share of time bounds every site's part.
-        most = divide_up(award.reservation_micros * left_ms, award.term_s * 1000)
+        most = max(divide_up(award.reservation_micros * left_ms, award.term_s * 1000) for award in awards)
         open_micros = placement.reserved_micros - placement.charged_micros
         due[placement.job_id] = due.get(placement.job_id, 0) + min(most, open_micros)
     return due

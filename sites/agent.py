@@ -192,6 +192,7 @@ class Agent:
         return Heartbeat(
             agent_version=self._version[:40],
             boot=self._boot,
+            sent_ms=self._clock.now_ms(),
             offer=inventory.offer(self._settings, self._measured, draining=self._is_draining()),
             # A lease that runs here is confirmed already; saying it again would only be noise.
             confirmations=tuple(

@@ -152,7 +152,7 @@ class Attempt:
         now = metering.delivered(
             self.record, self._poll("ranks").running_s, self._status(), self._services.surroundings.site_id
         )
-        row = metering.cut(self.record, now)
+        row = metering.cut(self.record, now, self._services.clock.now_ms())
         if row is not None:
             self.record = row[0]
             self._services.journal.cut(*row)

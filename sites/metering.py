@@ -29,7 +29,7 @@ def delivered(record: AttemptRecord, running_s: float, status: GatewayStatus | N
     )
 
 
-def cut(record: AttemptRecord, now: Delivered) -> tuple[AttemptRecord, Usage] | None:
+def cut(record: AttemptRecord, now: Delivered, now_ms: int) -> tuple[AttemptRecord, Usage] | None:
     """Return the next usage row and the record after it, None where nothing was delivered since the last."""
     former = record.delivered
     egress = {target: count - former.egress_bytes.get(target, 0) for target, count in now.egress_bytes.items()}
@@ -39,6 +39,7 @@ def cut(record: AttemptRecord, now: Delivered) -> tuple[AttemptRecord, Usage] | 
         sequence=record.usage_sequence + 1,
         gpu_milliseconds=now.gpu_milliseconds - former.gpu_milliseconds,
         samples=now.samples - former.samples,
+        ended_ms=now_ms,
         egress_bytes={target: count for target, count in sorted(egress.items()) if count},
     )
     if not (usage.gpu_milliseconds or usage.samples or usage.egress_bytes):

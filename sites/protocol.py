@@ -160,6 +160,9 @@ class GatewayReport(Message):
     samples_done: int = Field(ge=0)
     samples_by_site: dict[SiteId, int] = Field(default_factory=dict, max_length=64)
     hub_lost_s: float | None = Field(default=None, ge=0)
+    members_lost_s: dict[SiteId, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, max_length=64, description="at the hub: members that have not been heard for so long"
+    )
     waiting_for: tuple[SiteId, ...] = Field(default=(), max_length=64)
 
 
@@ -182,6 +185,8 @@ class Usage(Message):
     """What was delivered under a lease since the report before it.
 
     Numbered from one without gaps: a number that the broker has seen is acknowledged and ignored.
+    Its GPUs ran without a pause until `ended_ms`, which is read from the same clock as the heartbeat's
+    `sent_ms`, so that the broker can tell its age whatever that clock says; None is when it was sent.
     """
 
     lease_id: LeaseId
@@ -189,6 +194,7 @@ class Usage(Message):
     sequence: int = Field(ge=1)
     gpu_milliseconds: int = Field(ge=0, le=10**15)
     samples: int = Field(ge=0, le=10**15)
+    ended_ms: int | None = Field(default=None, ge=0)
     egress_bytes: dict[SiteId, Annotated[int, Field(ge=0, le=10**18)]] = Field(default_factory=dict, max_length=64)
 
 
@@ -198,6 +204,7 @@ class Heartbeat(Message):
     protocol_version: int = PROTOCOL_VERSION
     agent_version: str = Field(max_length=40)
     boot: str = Field(max_length=64)
+    sent_ms: int | None = Field(default=None, ge=0, description="the site's own clock, for the age of its reports")
     offer: Offer
     confirmations: tuple[Confirmation, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
     vetoes: tuple[Veto, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.orm import QueryableAttribute, Session
 
 from broker.audit.finding import Finding
-from broker.database.tables import Account, Hold, Job, Lease, Placement, Transfer, UsageReport
+from broker.database.tables import Account, Hold, Job, Lease, Placement, Term, Transfer, UsageReport
 from broker.ledger import FEES, AccountKind, TransferKind, held_account, site_account
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from pricing.money import cost_micros
@@ -160,6 +160,7 @@ def check_reservations(session: Session) -> Iterator[Finding]:
     )
     for placement_id, total in session.execute(totals):
         charged[placement_id] = int(total)
+    yield from _check_terms(session)
     for placement in session.scalars(select(Placement)):
         name = placement.placement_id
         if charged[name] != placement.charged_micros:
@@ -173,6 +174,32 @@ def check_reservations(session: Session) -> Iterator[Finding]:
         promised = placement.reserved_micros - placement.charged_micros
         if promised > left:
             yield Finding(15, name, f"{promised} of its reservation is open, its job's hold has {left} left")
+
+
+def _check_terms(session: Session) -> Iterator[Finding]:
+    """Each term is charged what its own reports say, within its own reservation, and they make the placement's."""
+    by_term = (
+        select(Lease.placement_id, UsageReport.term, func.sum(UsageReport.charge_micros))
+        .join(UsageReport, UsageReport.lease_id == Lease.lease_id)
+        .group_by(Lease.placement_id, UsageReport.term)
+    )
+    charged = {(placement_id, number): int(total) for placement_id, number, total in session.execute(by_term)}
+    reserved: dict[str, int] = {}
+    for term in session.scalars(select(Term)):
+        name = f"{term.placement_id} term {term.number}"
+        reports_say = charged.pop((term.placement_id, term.number), 0)
+        if reports_say != term.charged_micros:
+            yield Finding(15, name, f"it says {term.charged_micros} charged, its reports say {reports_say}")
+        if reports_say > term.reserved_micros:
+            yield Finding(15, name, f"{reports_say} was charged of {term.reserved_micros} reserved")
+        reserved[term.placement_id] = reserved.get(term.placement_id, 0) + term.reserved_micros
+    for placement_id, number in sorted(charged):
+        yield Finding(15, f"{placement_id} term {number}", "usage was charged to a term that never was")
+    for placement in session.scalars(select(Placement)):
+        terms_say = reserved.get(placement.placement_id, 0)
+        if terms_say != placement.reserved_micros:
+            detail = f"it has {placement.reserved_micros} reserved, its terms {terms_say}"
+            yield Finding(15, placement.placement_id, detail)
 
 
 def _sums(session: Session, by: QueryableAttribute[Any], *where: ColumnElement[bool]) -> dict[str, int]:

@@ -245,8 +245,8 @@ class Job(Table):
 class Placement(Table):
     """A configuration that a job won in a round: proposed, active, ended.
 
-    `award` is the clearing's own row (`broker.allocation.clearing.Placement`): prices, rents, uplift.
-    `reserved_micros` is the most that its terms can cost, set aside inside the job's hold.
+    `award` is its newest term's (`broker.allocation.clearing.Placement`): prices, rents, uplift.
+    `reserved_micros` is the most that its terms together can cost, set aside inside the job's hold.
     """
 
     __tablename__ = "placements"
@@ -288,10 +288,27 @@ class Placement(Table):
     )
 
 
+class Term(Table):
+    """The price that was locked for a stretch of a placement's time, from `starts_ms` to `ends_ms`.
+
+    The first has no times before the gang is active. `reserved_micros` is the most that it can cost.
+    """
+
+    __tablename__ = "terms"
+    placement_id: Mapped[str] = mapped_column(ForeignKey("placements.placement_id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    award: Mapped[str] = mapped_column(Text)
+    starts_ms: Mapped[int | None]
+    ends_ms: Mapped[int | None]
+    reserved_micros: Mapped[int]
+    charged_micros: Mapped[int] = mapped_column(default=0)
+    __table_args__ = (CheckConstraint("charged_micros <= reserved_micros", name="term_charge_bound"),)
+
+
 class Lease(Table):
     """One site's part of a placement: proposed, confirmed, active, ended.
 
-    `liveness_*` is when the broker may count the site's processes as dead: later than the agent
+    `usage_until_ms` is when the last of its reports that were taken ended. `liveness_*` is when the broker may count the site's processes as dead: later than the agent
     counts, on the broker's own monotonic clock.
     """
 
@@ -317,6 +334,7 @@ class Lease(Table):
     attempt: Mapped[str] = mapped_column(Text, default="")
     active_ms: Mapped[int | None]
     usage_sequence: Mapped[int] = mapped_column(default=0)
+    usage_until_ms: Mapped[int | None]
     delivered_gpu_milliseconds: Mapped[int] = mapped_column(default=0)
     delivered_samples: Mapped[int] = mapped_column(default=0)
     egress_bytes: Mapped[int] = mapped_column(default=0)
@@ -346,8 +364,9 @@ class LeasedGpu(Table):
 
 
 class UsageReport(Table):
-    """An accepted report of usage and what it came to. Its key makes a second one impossible.
+    """What an accepted report of usage came to in one term. Its key makes a second one impossible.
 
+    A report that straddles the end of a term has a row for each, see `broker.terms`.
     At the prices then in force: GPUs + rent + egress - discount - cut = charge, and charge + uplift
     = payout + link revenue + fee. `cut_micros` is what the reservation no longer covered.
     """
@@ -355,6 +374,7 @@ class UsageReport(Table):
     __tablename__ = "usage_reports"
     lease_id: Mapped[str] = mapped_column(ForeignKey("leases.lease_id"), primary_key=True)
     sequence: Mapped[int] = mapped_column(primary_key=True)
+    term: Mapped[int] = mapped_column(primary_key=True)
     epoch: Mapped[int]
     gpu_milliseconds: Mapped[int]
     samples: Mapped[int]

@@ -21,6 +21,7 @@ from broker.leases import end_placement, live_placement, propose, requeue
 from broker.market import Market
 from broker.reservations import due_of_ended
 from broker.rounds.snapshot import TakenSnapshot
+from broker.terms import append_term
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
 
@@ -145,11 +146,10 @@ class _Step:
         self.committed.jobs.add(job.job_id)
 
     def _renew(self, job: Job, placement: Placement, award: Award) -> None:
-        """Lengthen a term at this round's price: from now on usage is charged by the new award."""
+        """Append a term at this round's price: it begins where the running one ends."""
         outstanding = placement.reserved_micros - placement.charged_micros
         if award.reservation_micros + outstanding > self._unposted(job):
             raise _DroppedError("the hold does not cover another term")
-        assert placement.term_ends_ms is not None, "an active placement has a term"
         placement.award = award.model_dump_json()
         placement.configuration = award.configuration.model_dump_json()
         placement.why = award.why[:1000]
@@ -158,8 +158,7 @@ class _Step:
         placement.charge_micros_per_hour = award.charge_micros_per_hour
         placement.uplift_micros_per_hour = award.uplift_micros_per_hour
         placement.term_s = award.term_s
-        placement.term_ends_ms += award.term_s * 1000
-        placement.reserved_micros += award.reservation_micros
+        append_term(self.session, placement, award)
         prices = {charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools}
         for lease in self.session.scalars(
             select(Lease).where(Lease.placement_id == placement.placement_id, Lease.state == LeaseState.ACTIVE)

@@ -18,7 +18,7 @@ from broker.allocation.configuration import Configuration, Part
 from broker.artifacts import ArtifactStore
 from broker.database.engine import Database
 from broker.database.schema import upgrade
-from broker.database.tables import Gpu, Job, Lease, LeasedGpu, Placement, Pool, Round, Site, Tenant, ViewChange
+from broker.database.tables import Gpu, Job, Lease, LeasedGpu, Placement, Pool, Round, Site, Tenant, Term, ViewChange
 from broker.doorbell import SilentDoorbell
 from broker.identity.authority import Authority
 from broker.ids import SequentialIds
@@ -75,6 +75,17 @@ def _sell(session: Session, now_ms: int, reserved_micros: int, equity_micros: in
     ledger.place_hold(session, job, BUDGET, now_ms)
     placement = _placement(award(), now_ms, reserved_micros)
     session.add(placement)
+    session.flush()
+    session.add(
+        Term(
+            placement_id="placement",
+            number=1,
+            award=placement.award,
+            starts_ms=now_ms,
+            ends_ms=placement.term_ends_ms,
+            reserved_micros=reserved_micros,
+        )
+    )
     change_state(session, placement, PlacementState.PROPOSED, now_ms=now_ms)
     change_state(session, job, JobState.PROPOSED, now_ms=now_ms)
     session.flush()

@@ -38,17 +38,23 @@ def status(samples: int, sent: dict[str, int]) -> GatewayStatus:
 
 
 def test_row_holds_what_was_delivered_since_the_last() -> None:
-    first = metering.cut(record(), metering.delivered(record(), 1.5, status(10, {"bremen": 100}), "hamburg"))
+    first = metering.cut(record(), metering.delivered(record(), 1.5, status(10, {"bremen": 100}), "hamburg"), 17)
     assert first is not None
     assert first[1] == Usage(
-        lease_id="lease_a", epoch=3, sequence=1, gpu_milliseconds=3000, samples=10, egress_bytes={"bremen": 100}
+        lease_id="lease_a",
+        epoch=3,
+        sequence=1,
+        gpu_milliseconds=3000,
+        samples=10,
+        ended_ms=17,
+        egress_bytes={"bremen": 100},
     )
     now = metering.delivered(first[0], 2.0, status(10, {"bremen": 150, "kiel": 5}), "hamburg")
-    second = metering.cut(first[0], now)
+    second = metering.cut(first[0], now, 18)
     assert second is not None
     assert (second[1].sequence, second[1].gpu_milliseconds, second[1].samples) == (2, 1000, 0)
     assert second[1].egress_bytes == {"bremen": 50, "kiel": 5}
-    assert metering.cut(second[0], now) is None
+    assert metering.cut(second[0], now, 19) is None
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 10**9), st.booleans()), max_size=20))
@@ -57,7 +63,7 @@ def test_rows_add_up_to_the_most_that_was_ever_seen(readings: list[tuple[float, 
     current, rows = record(), []
     for running_s, samples, answers in readings:
         reading = metering.delivered(current, running_s, status(samples, {}) if answers else None, "hamburg")
-        row = metering.cut(current, reading)
+        row = metering.cut(current, reading, 0)
         if row is not None:
             current = row[0]
             rows.append(row[1])
@@ -69,7 +75,7 @@ def test_rows_add_up_to_the_most_that_was_ever_seen(readings: list[tuple[float, 
 
 def test_row_and_record_are_kept_together_or_not_at_all(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
-    row = metering.cut(record(), Delivered(gpu_milliseconds=5))
+    row = metering.cut(record(), Delivered(gpu_milliseconds=5), 0)
     assert row is not None
     journal.cut(*row)
     changed = row[0].model_copy(update={"usage_sequence": 99})

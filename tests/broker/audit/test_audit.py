@@ -76,9 +76,13 @@ FAULTS = (
     Fault("a report out of balance", ("UPDATE usage_reports SET charge_micros = charge_micros + 1 WHERE lease_id = 'lease_ada' AND sequence = 1",), 14, "lease_ada report 1", "was given and"),
     Fault("a charge never posted", ("UPDATE usage_reports SET charge_micros = charge_micros + 1 WHERE lease_id = 'lease_ada' AND sequence = 1",), 14, "lease_ada", "was charged by its reports"),
     Fault("an uplift never drawn", ("UPDATE usage_reports SET uplift_micros = 0 WHERE lease_id = 'lease_ada'",), 14, "lease_ada", "drawn from equity"),
-    Fault("usage paid to another site", ("{drop_trigger}", "UPDATE transfers SET credit_account = 'site/bob' WHERE lease_id = 'lease_ada' AND kind = 'post'"), 14, "post/usage/lease_ada/1/0", "was paid to site/bob"),
+    Fault("usage paid to another site", ("{drop_trigger}", "UPDATE transfers SET credit_account = 'site/bob' WHERE lease_id = 'lease_ada' AND kind = 'post'"), 14, "post/usage/lease_ada/1.1/0", "was paid to site/bob"),
     Fault("a charge forgotten by its placement", ("UPDATE placements SET charged_micros = 0",), 15, "placement", "0 charged, its reports say"),
     Fault("a charge above the reservation", ("UPDATE placements SET reserved_micros = 1",), 15, "placement", "of 1 reserved"),
+    Fault("a charge forgotten by its term", ("UPDATE terms SET charged_micros = 0",), 15, "placement term 1", "0 charged, its reports say"),
+    Fault("a term charged above its reservation", ("UPDATE terms SET reserved_micros = 1",), 15, "placement term 1", "of 1 reserved"),
+    Fault("usage in a term that never was", ("UPDATE usage_reports SET term = 2 WHERE lease_id = 'lease_ada'",), 15, "placement term 2", "never was"),
+    Fault("a reservation of no term", ("UPDATE placements SET reserved_micros = reserved_micros + 1",), 15, "placement", "its terms"),
     Fault("a reservation that its hold does not cover", ("UPDATE placements SET reserved_micros = 1000000000000",), 15, "placement", "hold has"),
 )  # fmt: skip
 
