@@ -14,15 +14,18 @@ from pydantic import Field
 from broker.allocation.configuration import Configuration
 from broker.allocation.document import Document, Row
 
-CLEARING_VERSION: Final = 1
+CLEARING_VERSION: Final = 2
 # A link's capacity is counted in ten-thousandths of its bandwidth, so that link prices times use
 # are integers, whatever the link's speed.
 LINK_SHARES: Final = 10_000
 
-Status = Literal["optimal", "feasible", "empty"]
+# optimal: proved within 1e-4 of the best whole placements; feasible: the LP is proved, the gap is
+# stated; stopped: a limit cut the LP short, and the bound is what its best prices prove; empty: no
+# job could use anything on offer.
+Status = Literal["optimal", "feasible", "stopped", "empty"]
 Action = Literal["start", "keep", "renew", "move"]
 UnplacedCode = Literal[
-    "no_pool", "deadline", "barred", "budget_short", "bid_below_ask", "outbid", "fragmented", "uplift_short", "finished"
+    "no_pool", "deadline", "barred", "budget_short", "bid_below_ask", "outbid", "fragmented", "uplift_short", "finished", "later"
 ]
 
 
@@ -54,12 +57,36 @@ class LinkCharge(Row):
     egress_price_micros_per_gb: int = Field(ge=0)
 
 
+class DataCharge(Row):
+    """What reading a job's data far from its home is predicted to cost: revenue of `from_site`."""
+
+    from_site: str
+    to_site: str
+    bytes_per_s: int = Field(ge=0, description="predicted, rounded up")
+    price_micros_per_gb: int = Field(ge=0)
+
+
 class LinkPrice(Row):
     """The price of one ten-thousandth of a directed link's bandwidth for an hour."""
 
     from_site: str
     to_site: str
     price_micros_per_share_hour: int = Field(ge=0)
+
+
+class TenantPrice(Row):
+    """What a tenant's budget and fairness floor cost at the margin.
+
+    `budget_price_micros_per_share_hour` is per ten-thousandth of its budget: what the market
+    forgoes because the tenant may not spend more. `floor_price_micros_per_gpu_hour` is the subsidy
+    by GPU that its floor gives its jobs in the choice of placements; `floor_gpus_short` is how far
+    it stays below.
+    """
+
+    tenant_id: str
+    budget_price_micros_per_share_hour: int = Field(default=0, ge=0)
+    floor_price_micros_per_gpu_hour: int = Field(default=0, ge=0)
+    floor_gpus_short: int = Field(default=0, ge=0)
 
 
 class Placement(Row):
@@ -79,6 +106,7 @@ class Placement(Row):
     value_micros_per_hour: int
     pools: tuple[PoolCharge, ...]
     links: tuple[LinkCharge, ...] = ()
+    data: tuple[DataCharge, ...] = ()
     uplift_micros_per_hour: int = Field(default=0, ge=0)
     term_s: int = Field(ge=1)
     reservation_micros: int = Field(ge=0)
@@ -99,6 +127,7 @@ class Unplaced(Row):
     code: UnplacedCode
     sentence: str
     bid_needed_micros_per_million_samples: int | None = None
+    starts_at_ms: int | None = Field(default=None, description="UTC milliseconds: planned, not promised")
 
 
 class Transfer(Row):
@@ -112,7 +141,8 @@ class Certificate(Row):
     """How far the placements can be from the best, provable by anyone who holds the snapshot.
 
     `bound` is the dual function at the published prices: no allocation of whole GPUs is worth
-    more. With exact integers, bound - welfare = regret_sum + slack_sum.
+    more. With exact integers, bound - welfare = regret_sum + slack_sum. `jobs_unsupported` are those
+    that would rather have something else at these prices, by more than a hundredth of its worth.
     """
 
     bound_micros_per_hour: int
@@ -123,6 +153,8 @@ class Certificate(Row):
     slack_sum_micros_per_hour: int
     uplift_micros_per_hour: int = Field(ge=0)
     turnover_micros_per_hour: int = Field(ge=0)
+    jobs_unsupported: int = Field(default=0, ge=0)
+    floors_shortfall_micros_per_hour: int = Field(default=0, ge=0)
     checks: dict[str, bool]
 
 
@@ -134,22 +166,29 @@ class Effort(Row):
     """
 
     columns: int = 0
+    lp_rounds: int = 0
     links_priced: int = 0
     price_rounds: int = 0
     prices_settled: bool = True
     repair_columns: int = 0
     repair_nodes: int = 0
+    patterns_left_out: int = 0
 
 
 class Clearing(Document):
-    """The whole output of a round, in a canonical order: pools, links and jobs by id."""
+    """The whole output of a round, in a canonical order: pools, links and jobs by id.
 
-    version: Literal[1] = CLEARING_VERSION
+    `later_prices` are those of the slots after now, where the snapshot has a horizon.
+    """
+
+    version: Literal[2] = CLEARING_VERSION
     round_number: int
     snapshot_digest: str
     status: Status
     solver: str
     prices: dict[str, int]
+    later_prices: tuple[dict[str, int], ...] = ()
+    tenant_prices: tuple[TenantPrice, ...] = ()
     link_prices: tuple[LinkPrice, ...] = ()
     placements: tuple[Placement, ...] = ()
     unplaced: tuple[Unplaced, ...] = ()
