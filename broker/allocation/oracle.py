@@ -1,0 +1,563 @@
+"""The best column of every job at given prices, exact over all columns, and the dual function.
+
+Nothing is enumerated. A job's candidate on one site looks for the cheapest pool tier by tier, since
+inside one tier its data egress is the same everywhere: the first pool of the tier's price order that
+is large enough and allowed is the best one. Spans walk their family's patterns by price, grouped by
+the quality of the links, and stop where even the fastest of the group could not beat what is found.
+
+What bounds a span at a pattern from above:
+
+    speed   batch x gpus / (slowest + sync / H); slowest is at least the compute time of the slowest
+            kind and the fastest kind's step at ceil(gpus / parts) GPUs, since some part has as many;
+            sync is at least size x a + b of the hub's slowest partner (a: seconds per byte up and
+            down, b: two round trips) with the most compressed codec that the job may use
+    value   the bid at that speed, and what the hold affords over the shortest term; the longest term
+            gives the least restart rate
+    price   a part's GPUs differ from its exact share by less than one, and at most half of the parts
+            are above theirs, so a pattern's GPUs cost at least gpus x average - parts // 2 x (dearest
+            - cheapest), and never less than gpus x cheapest
+
+All loops work on float64 prices and, in whole numbers without any rounding, on int64 ones. Ties are
+broken by `kernel.column_key`, the least first; staying out wins a tie at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.allocation.compiled import compiled
+from broker.allocation.instance import NONE, SPAN_SITES_MAX, Index, Instance, Int, Real
+from broker.allocation.kernel import (
+    CHARGE_MAX,
+    CODECS,
+    EGRESS,
+    PART_FIELDS,
+    PARTS,
+    SPAN_OUT,
+    VALUE,
+    affordable_rate,
+    budget_shares,
+    column_key,
+    kind_step_s,
+    restart_rate,
+    single_column,
+    site_allowed,
+    span_column,
+    split,
+    term_seconds,
+    tier_of,
+)
+from training import throughput
+
+Prices = NDArray[np.float64] | NDArray[np.int64]
+
+# Patterns of a family in one group of like links; more groups prune better and cost a comparison each.
+_GROUP_PATTERNS: Final = 96
+_GROUPS_MAX: Final = 24
+_RATIOS: Final = np.array([throughput.CODEC_RATIOS[codec] for codec in CODECS])
+_MOST_COMPRESSED: Final = float(max(throughput.CODEC_RATIOS[codec] for codec in throughput.AUTO_CODECS))
+_BYTES_PER_PARAMETER: Final = throughput.BYTES_PER_PARAMETER
+_ROUND_TRIPS: Final = throughput.ROUND_TRIPS_PER_SYNC
+_LINK_EFFICIENCY: Final = throughput.LINK_EFFICIENCY
+# Bounds are computed in floats: this much is added so that rounding never cuts off the best column.
+_MARGIN: Final = 1e-9
+
+
+class Layout(NamedTuple):
+    """What the oracle reads of an instance at any prices.
+
+    *Scopes* are sets of sites: every site, then every region, every continent, and the world; the
+    first scope of each of the four levels is level_scope[level]. Offers of good g in scope s are
+    offer[start[s * goods + g]] up to offer[start[s * goods + g + 1]], in the order of Goods;
+    limit_max is the largest of their limits. `sync_s_per_byte` and `delay_s` bound a pattern's sync
+    round from below; groups of family f are group_start[f] up to group_start[f + 1], their patterns
+    pattern[group_end[k - 1]] up to pattern[group_end[k]], and group_sync and group_delay the least of
+    theirs. `gpus_min` is the smallest span of each family.
+    """
+
+    level_scope: Int
+    start: Int
+    offer: Index
+    limit_max: Int
+    sync_s_per_byte: Real
+    delay_s: Real
+    group_start: Int
+    group_end: Int
+    group_sync: Real
+    group_delay: Real
+    pattern: Index
+    pattern_group: Index
+    gpus_min: Int
+
+
+class Order(NamedTuple):
+    """Offers of every (scope, good) and patterns of every group by price.
+
+    `price` is what a GPU of offer o costs over the good's slots, `pool_price[s - 1, p]` the same in
+    pool p from now for s slots, `pattern_price[s - 1, c]` a lower bound of it over a pattern.
+    """
+
+    offer: Index
+    price: NDArray[np.float64] | NDArray[np.int64]
+    pool_price: NDArray[np.float64] | NDArray[np.int64]
+    pattern: Index
+    pattern_price: Real
+
+
+class Best(NamedTuple):
+    """The best column of each job; form -1 and surplus 0 where staying out is best."""
+
+    form: NDArray[np.int8]
+    item: Index
+    place: Index
+    surplus: NDArray[np.float64] | NDArray[np.int64]
+
+
+def prepare(instance: Instance) -> Layout:
+    """Return what does not depend on prices; worth keeping for several calls on one instance."""
+    goods, sites = instance.goods, instance.sites
+    site_count, good_count = len(sites.region), len(goods.kind)
+    regions = int(sites.region.max(initial=-1)) + 1
+    continents = int(sites.continent.max(initial=-1)) + 1
+    level_scope = np.array([0, site_count, site_count + regions, site_count + regions + continents], np.int64)
+    offer_site = instance.pools.site[goods.offer_pool]
+    offer_good = np.repeat(np.arange(good_count), np.diff(goods.offer_start))
+    offers = np.arange(len(offer_site))
+    scopes = []
+    for level, scope in enumerate(
+        (offer_site, sites.region[offer_site], sites.continent[offer_site], np.zeros(len(offer_site), np.int64))
+    ):
+        inside = scope >= 0
+        scopes.append(np.stack([level_scope[level] + scope[inside], offer_good[inside], offers[inside]]))
+    scope, good, offer = np.concatenate(scopes, axis=1).astype(np.int64)
+    cell = scope * good_count + good
+    order = np.argsort(cell, kind="stable")
+    cells = (int(level_scope[3]) + 1) * good_count
+    start = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))]).astype(np.int64)
+    limit_max = np.zeros(cells, np.int64)
+    np.maximum.at(limit_max, cell, goods.offer_limit[offer])
+    sync, delay = _pattern_sync(instance)
+    families = len(instance.patterns.family_start) - 1
+    gpus_min = np.full(families, 2**31, np.int64)
+    np.minimum.at(gpus_min, instance.spans.family, instance.spans.gpus)
+    group_start, group_end, group_sync, group_delay = [0], [0], [], []
+    by_quality = np.empty(len(sync), np.int32)
+    pattern_group = np.empty(len(sync), np.int32)
+    for family in range(families):
+        first, end = (int(bound) for bound in instance.patterns.family_start[family : family + 2])
+        count = end - first
+        if count:
+            quality = first + np.argsort(sync[first:end], kind="stable")
+            by_quality[first:end] = quality
+            groups = min(_GROUPS_MAX, -(-count // _GROUP_PATTERNS))
+            for members in np.array_split(quality, groups):
+                pattern_group[members] = len(group_sync)
+                group_sync.append(float(sync[members].min()))
+                group_delay.append(float(delay[members].min()))
+                group_end.append(group_end[-1] + len(members))
+        group_start.append(len(group_sync))
+    return Layout(
+        level_scope=level_scope,
+        start=start,
+        offer=offer[order].astype(np.int32),
+        limit_max=limit_max,
+        sync_s_per_byte=sync,
+        delay_s=delay,
+        group_start=np.array(group_start, np.int64),
+        group_end=np.array(group_end, np.int64),
+        group_sync=np.array(group_sync, np.float64),
+        group_delay=np.array(group_delay, np.float64),
+        pattern=by_quality,
+        pattern_group=pattern_group,
+        gpus_min=gpus_min,
+    )
+
+
+def order(instance: Instance, layout: Layout, y: Prices) -> Order:
+    """Return offers and patterns by price at `y` [rows]."""
+    pool_count, slots = instance.pool_count, instance.slots
+    goods, patterns = instance.goods, instance.patterns
+    by_slot = y[: pool_count * slots].reshape(slots, pool_count)
+    pool_price = np.cumsum(by_slot, axis=0, dtype=y.dtype)
+    good = np.repeat(np.arange(len(goods.kind)), np.diff(goods.offer_start))
+    price = np.zeros(len(goods.offer_pool), y.dtype)
+    for slot in range(slots):
+        inside = (goods.first[good] <= slot) & (slot < goods.end[good])
+        price[inside] += by_slot[slot, goods.offer_pool[inside]]
+    ranked = _rank_offers(np.lexsort((goods.offer_pool, price)), layout, np.zeros(len(price), np.int64))
+    families = len(patterns.family_start) - 1
+    family = np.repeat(np.arange(families), np.diff(patterns.family_start))
+    used = int(instance.spans.slots.max(initial=0))
+    bound = np.zeros((used, len(family)), np.float64)
+    sorted_patterns = np.zeros((used, len(family)), np.int32)
+    for index in range(used):
+        _bound_patterns(instance, pool_price[index], layout.gpus_min, family, bound[index])
+        sorted_patterns[index] = np.lexsort((bound[index], layout.pattern_group))
+    return Order(ranked, price, pool_price, sorted_patterns, bound)
+
+
+def best(instance: Instance, y: Prices, *, layout: Layout | None = None, hint: Best | None = None) -> Best:
+    """Return each job's best column at `y` [rows], int64 or float64.
+
+    `hint` are columns that were good at other prices: they make the search shorter, and change
+    nothing. Integer prices give exact integer surpluses.
+    """
+    layout = prepare(instance) if layout is None else layout
+    count = instance.job_count
+    found = Best(
+        np.full(count, NONE, np.int8), np.full(count, NONE, np.int32), np.full(count, NONE, np.int32), np.zeros(count, y.dtype)
+    )
+    if hint is not None:
+        found.form[:], found.item[:], found.place[:] = hint.form, hint.item, hint.place
+    _best_of_all(instance, layout, order(instance, layout, y), y, found)
+    return found
+
+
+def supply_rent(instance: Instance, y: Real) -> float:
+    """Return what the rows earn at `y`: base y + sum over steps of max(0, y - cost) units."""
+    rows = instance.rows
+    step_row = np.repeat(np.arange(len(rows.base)), np.diff(rows.step_start))
+    return float(rows.base @ y + rows.step_units @ np.maximum(0.0, y[step_row] - rows.step_cost))
+
+
+def dual(instance: Instance, y: Real, found: Best) -> float:
+    """Return the dual function at float prices: no choice of columns is worth more (up to rounding)."""
+    return float(found.surplus.sum()) + supply_rent(instance, y)
+
+
+def dual_exact(instance: Instance, prices: Int, found: Best | None = None) -> int:
+    """Return the dual function at whole prices, in exact micro-credits per hour.
+
+    `found` are the best columns at the same prices, int64.
+    """
+    found = best(instance, prices) if found is None else found
+    assert found.surplus.dtype == np.int64
+    rows = instance.rows
+    step_row = np.repeat(np.arange(len(rows.base)), np.diff(rows.step_start))
+    margins = np.maximum(0, prices[step_row] - rows.step_cost)
+    ones = np.ones(instance.job_count, np.int64)
+    return exact_dot(found.surplus, ones) + exact_dot(prices, rows.base) + exact_dot(margins, rows.step_units)
+
+
+def exact_dot(left: Int, right: Int) -> int:
+    """Return the sum of products as one Python integer; |left| < 2^62, |right| and the count < 2^31."""
+    high, low = left >> 24, left & 0xFFFFFF
+    # 24 bits x 31 bits x a share of the count stays below 2^63 in blocks of 128.
+    total = 0
+    for first in range(0, len(left), 128 * 1024):
+        part = slice(first, first + 128 * 1024)
+        total += _dot(high[part], right[part]) << 24
+        total += _dot(low[part], right[part])
+    return total
+
+
+def _dot(left: Int, right: Int) -> int:
+    if float(np.abs(left).max(initial=0)) * float(np.abs(right).max(initial=0)) * max(1, len(left)) < 2.0**62:
+        return int(left @ right)
+    return sum(a * b for a, b in zip(left.tolist(), right.tolist(), strict=True))
+
+
+def _pattern_sync(instance: Instance) -> tuple[Real, Real]:
+    """Return per pattern the seconds per byte and the delay of the hub's slowest partner by bandwidth."""
+    patterns, links = instance.patterns, instance.links
+    others = np.maximum(patterns.parts - 1, 1)[:, None]
+    joined = patterns.up >= 0
+    if not joined.any():
+        return np.zeros(len(patterns.parts)), np.zeros(len(patterns.parts))
+    rate = links.bits_per_s * _LINK_EFFICIENCY * (1 - links.loss) / 8
+    up, down = np.maximum(patterns.up, 0), np.maximum(patterns.down, 0)
+    seconds = np.where(joined, 1 / rate[up] + others / rate[down], -1.0)
+    delay = _ROUND_TRIPS * (links.delay_s[up] + links.delay_s[down])
+    slowest = seconds.argmax(axis=1)[:, None]
+    return (
+        np.maximum(0.0, np.take_along_axis(seconds, slowest, axis=1)[:, 0]),
+        np.take_along_axis(delay, slowest, axis=1)[:, 0],
+    )
+
+
+@compiled
+def _rank_offers(by_price: np.ndarray, layout: Layout, rank: np.ndarray) -> np.ndarray:
+    """Return the offers of every cell by price: each offer, cheapest first, to the end of its cells."""
+    # Sorting ranks inside a cell is cheaper than sorting prices: most cells hold a handful.
+    for place in range(len(by_price)):
+        rank[by_price[place]] = place
+    ranked = layout.offer.copy()
+    for cell in range(len(layout.start) - 1):
+        first, end = layout.start[cell], layout.start[cell + 1]
+        if end - first > 1:
+            inside = rank[layout.offer[first:end]]
+            inside.sort()
+            for place in range(end - first):
+                ranked[first + place] = by_price[inside[place]]
+    return ranked
+
+
+@compiled
+def _bound_patterns(
+    instance: Instance, pool_price: np.ndarray, gpus_min: np.ndarray, family: np.ndarray, bound: np.ndarray
+) -> None:
+    """Fill a lower bound of the price per GPU of every pattern, for spans of at least gpus_min."""
+    patterns = instance.patterns
+    for pattern in range(len(family)):
+        weights, total, least, most = 0.0, 0.0, np.inf, 0.0
+        parts = patterns.parts[pattern]
+        for part in range(parts):
+            price = float(pool_price[patterns.pool[pattern, part]])
+            weights += patterns.weight[pattern, part]
+            total += price * patterns.weight[pattern, part]
+            least, most = min(least, price), max(most, price)
+        bound[pattern] = max(least, total / weights - (parts // 2) * (most - least) / gpus_min[family[pattern]])
+
+
+@compiled
+def scope_of(instance: Instance, layout: Layout, home: int, tier: int) -> int:
+    """Return the scope that holds every site of a tier around a home (and nearer ones); -1 if none."""
+    if home < 0:
+        return layout.level_scope[3] if tier == 0 else -1
+    if tier == 0:
+        return home
+    if tier == 1:
+        region = instance.sites.region[home]
+        return layout.level_scope[1] + region if region >= 0 else -1
+    if tier == 2:
+        continent = instance.sites.continent[home]
+        return layout.level_scope[2] + continent if continent >= 0 else -1
+    return layout.level_scope[3]
+
+
+@compiled
+def single_surplus(instance: Instance, y: np.ndarray, job: int, single: int, price: float, out: Int) -> float:
+    """Return a single's surplus from `out` of `single_column` and the price of a GPU over its slots."""
+    jobs = instance.jobs
+    gpus = instance.singles.gpus[single]
+    worth = out[VALUE] + side_surplus(instance, y, job, gpus, out)
+    return worth - gpus * price
+
+
+@compiled
+def side_surplus(instance: Instance, y: np.ndarray, job: int, gpus: int, out: Int) -> float:
+    """Return the credit of a job's fairness floor less the price of its budget, for singles and spans."""
+    jobs = instance.jobs
+    extra = y[0] * 0
+    if jobs.floor_row[job] >= 0:
+        extra += gpus * y[jobs.floor_row[job]]
+    if jobs.budget_row[job] >= 0:
+        rate = max(np.int64(0), out[CHARGE_MAX] + out[EGRESS])
+        extra -= budget_shares(jobs, job, rate) * y[jobs.budget_row[job]]
+    return extra
+
+
+@compiled
+def span_surplus(instance: Instance, y: np.ndarray, job: int, span: int, pattern: int, prices: np.ndarray, out: Int) -> float:
+    """Return a span's surplus from `out` of `span_column` and the pools' prices over its slots."""
+    patterns = instance.patterns
+    first_row = instance.links.first_row
+    surplus = out[VALUE] + side_surplus(instance, y, job, instance.spans.gpus[span], out)
+    for part in range(patterns.parts[pattern]):
+        field = PARTS + part * PART_FIELDS
+        surplus -= out[field] * prices[patterns.pool[pattern, part]]
+        if patterns.up[pattern, part] >= 0:
+            surplus -= out[field + 2] * y[first_row + patterns.up[pattern, part]]
+            surplus -= out[field + 4] * y[first_row + patterns.down[pattern, part]]
+    return surplus
+
+
+@compiled
+def bundle_surplus(instance: Instance, y: np.ndarray, bundle: int) -> float:
+    """Return a bundle's value less the price of what it uses."""
+    bundles = instance.bundles
+    surplus = bundles.value[bundle] + y[0] * 0
+    for entry in range(bundles.entry_start[bundle], bundles.entry_start[bundle + 1]):
+        surplus -= bundles.entry_use[entry] * y[bundles.entry_row[entry]]
+    return surplus
+
+
+@compiled
+def value_bound(instance: Instance, job: int, speed: float, afford: float) -> float:
+    """Return what no span of a job at most this fast is worth per hour."""
+    jobs = instance.jobs
+    least = afford
+    for piece in range(jobs.value_slope.shape[1]):
+        least = min(least, jobs.value_base[job, piece] + jobs.value_slope[job, piece] * speed)
+    return least
+
+
+@compiled
+def least_sync_bytes(instance: Instance, job: int) -> float:
+    """Return the bytes of a job's smallest contribution to a sync round."""
+    codec = instance.jobs.codec[job]
+    ratio = _RATIOS[codec] if codec >= 0 else _MOST_COMPRESSED
+    return instance.jobs.parameters[job] * _BYTES_PER_PARAMETER / ratio
+
+
+@compiled
+def least_step_s(instance: Instance, job: int, span: int, pattern: int) -> float:
+    """Return a lower bound of a span's inner step over the patterns of its family, sync left out."""
+    patterns = instance.patterns
+    parts = patterns.parts[pattern]
+    largest = -(-instance.spans.gpus[span] // parts)
+    slowest, fastest_full = 0.0, np.inf
+    for part in range(parts):
+        kind = instance.pools.kind[patterns.pool[pattern, part]]
+        slowest = max(slowest, kind_step_s(instance, job, kind, 1))
+        fastest_full = min(fastest_full, kind_step_s(instance, job, kind, largest))
+    return max(slowest, fastest_full)
+
+
+@compiled
+def _best_of_all(instance: Instance, layout: Layout, ranked: Order, y: np.ndarray, found: Best) -> None:
+    out, counts = np.zeros(SPAN_OUT, np.int64), np.zeros(SPAN_SITES_MAX, np.int64)
+    for job in range(len(found.form)):
+        _best_of(instance, layout, ranked, y, job, found, out, counts)
+
+
+@compiled
+def _best_of(
+    instance: Instance,
+    layout: Layout,
+    ranked: Order,
+    y: np.ndarray,
+    job: int,
+    found: Best,
+    out: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    jobs, goods, singles, spans, patterns = (
+        instance.jobs,
+        instance.goods,
+        instance.singles,
+        instance.spans,
+        instance.patterns,
+    )
+    zero = y[0] * 0
+    top, top_key = zero, np.int64(-1)
+    top_form, top_item, top_place = -1, -1, -1
+    any_found = not jobs.must[job]
+    # The hint only raises what must be beaten; the search below meets the column again.
+    if found.form[job] >= 0:
+        top_form, top_item, top_place = int(found.form[job]), int(found.item[job]), int(found.place[job])
+        valid = True
+        if top_form == 0:
+            valid = single_column(instance, job, top_item, top_place, out)
+            if valid:
+                price = zero
+                good = singles.good[top_item]
+                for slot in range(goods.first[good], goods.end[good]):
+                    price += y[slot * len(instance.pools.site) + top_place]
+                surplus = single_surplus(instance, y, job, top_item, price, out)
+        elif top_form == 1:
+            valid = span_column(instance, job, top_item, top_place, out) > 0
+            if valid:
+                surplus = span_surplus(
+                    instance, y, job, top_item, top_place, ranked.pool_price[spans.slots[top_item] - 1], out
+                )
+        else:
+            surplus = bundle_surplus(instance, y, top_item)
+        if valid and (surplus > zero or not any_found):
+            top, top_key, any_found = surplus, column_key(top_form, top_item, top_place), True
+        else:
+            top_form, top_item, top_place = -1, -1, -1
+    for bundle in range(instance.bundles.start[job], instance.bundles.start[job + 1]):
+        surplus = bundle_surplus(instance, y, bundle)
+        key = column_key(2, bundle, 0)
+        if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
+            top, top_key, any_found = surplus, key, True
+            top_form, top_item, top_place = 2, bundle, 0
+    credit = zero
+    if jobs.floor_row[job] >= 0:
+        credit = y[jobs.floor_row[job]]
+    home = jobs.home[job]
+    for single in range(singles.start[job], singles.start[job + 1]):
+        good, gpus = singles.good[single], singles.gpus[single]
+        slots = np.int64(goods.end[good] - goods.first[good])
+        for tier in range(4):
+            if jobs.tier_price[job, tier] < 0:
+                continue
+            scope = scope_of(instance, layout, home, tier)
+            if scope < 0:
+                continue
+            cell = scope * len(goods.kind) + good
+            if layout.limit_max[cell] < gpus:
+                continue
+            first, end = layout.start[cell], layout.start[cell + 1]
+            # No pool of the tier is cheaper than the scope's first: often that says enough.
+            worth = singles.value[single] + gpus * credit
+            if any_found and worth - gpus * ranked.price[ranked.offer[first]] < top:
+                continue
+            if singles.data_bytes_per_s[single] > 0 and jobs.tier_price[job, tier] > 0:
+                egress = float(singles.data_bytes_per_s[single]) * 3600.0 * float(jobs.tier_price[job, tier]) / 1e9
+                worth -= np.int64(math.ceil(min(egress, 2.0**45))) * slots
+            for at in range(first, end):
+                offer = ranked.offer[at]
+                price = ranked.price[offer]
+                if any_found and worth - gpus * price < top:
+                    break
+                if goods.offer_limit[offer] < gpus:
+                    continue
+                pool = goods.offer_pool[offer]
+                if home >= 0 and tier_of(instance, job, instance.pools.site[pool]) != tier:
+                    continue
+                if not single_column(instance, job, single, pool, out):
+                    continue
+                surplus = single_surplus(instance, y, job, single, price, out)
+                key = column_key(0, single, pool)
+                if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
+                    top, top_key, any_found = surplus, key, True
+                    top_form, top_item, top_place = 0, single, pool
+    if spans.start[job] < spans.start[job + 1]:
+        size = least_sync_bytes(instance, job)
+        steps = jobs.period_steps[job]
+        for span in range(spans.start[job], spans.start[job + 1]):
+            family, gpus = spans.family[span], spans.gpus[span]
+            if patterns.family_start[family] == patterns.family_start[family + 1]:
+                continue
+            slots = spans.slots[span]
+            prices = ranked.pool_price[slots - 1]
+            least_s = least_step_s(instance, job, span, patterns.family_start[family])
+            fastest = jobs.batch_per_gpu[job] * gpus / least_s * (1 + _MARGIN)
+            afford = float(affordable_rate(jobs, job, term_seconds(instance, job, fastest), 1))
+            destroyed = float(restart_rate(jobs, job, instance.term_s)) if jobs.own[job] >= 0 else 0.0
+            extra = float(gpus * credit)
+            for group in range(layout.group_start[family], layout.group_start[family + 1]):
+                step_s = least_s + (size * layout.group_sync[group] + layout.group_delay[group]) / steps
+                speed = jobs.batch_per_gpu[job] * gpus / step_s
+                if jobs.samples_left[job] / speed > jobs.deadline_s[job] * (1 + _MARGIN):
+                    continue
+                worth = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
+                worth += 1 + abs(worth) * _MARGIN
+                for at in range(layout.group_end[group], layout.group_end[group + 1]):
+                    pattern = ranked.pattern[slots - 1, at]
+                    if any_found and worth - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                        break
+                    if patterns.parts[pattern] > spans.sites_max[span]:
+                        continue
+                    step_s = least_s + (size * layout.sync_s_per_byte[pattern] + layout.delay_s[pattern]) / steps
+                    speed = jobs.batch_per_gpu[job] * gpus / step_s
+                    closer = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
+                    closer += 1 + abs(closer) * _MARGIN
+                    if any_found and closer - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                        continue
+                    allowed = True
+                    for part in range(patterns.parts[pattern]):
+                        site = instance.pools.site[patterns.pool[pattern, part]]
+                        allowed = allowed and site_allowed(instance, job, site)
+                    if not allowed or not split(gpus, patterns.weight[pattern], patterns.parts[pattern], counts):
+                        continue
+                    cost = 0.0
+                    for part in range(patterns.parts[pattern]):
+                        cost += counts[part] * prices[patterns.pool[pattern, part]]
+                        allowed = allowed and counts[part] <= instance.pools.job_max[patterns.pool[pattern, part]]
+                    if not allowed or (any_found and closer - cost * (1 - _MARGIN) < top):
+                        continue
+                    if span_column(instance, job, span, pattern, out) <= 0:
+                        continue
+                    surplus = span_surplus(instance, y, job, span, pattern, prices, out)
+                    key = column_key(1, span, pattern)
+                    if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
+                        top, top_key, any_found = surplus, key, True
+                        top_form, top_item, top_place = 1, span, pattern
+    found.form[job], found.item[job], found.place[job], found.surplus[job] = top_form, top_item, top_place, top
