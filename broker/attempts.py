@@ -20,7 +20,15 @@ from broker.errors import ConflictError
 from broker.leases import end_lease, end_placement, free_leased_gpus, leases_of, requeue
 from broker.market import Market
 from broker.transitions import JobState, LeaseState, PlacementState, ViewState, change_state, note_change, record_event
-from broker.views import check_view, issued_view, newest_view, take_promise, weight_max
+from broker.views import (
+    check_view,
+    issued_view,
+    knows_the_chain,
+    newest_view,
+    take_complaints,
+    take_promise,
+    weight_max,
+)
 from sites.protocol import (
     AttemptOrder,
     AttemptPhase,
@@ -116,6 +124,8 @@ def take_report(session: Session, market: Market, lease: Lease, report: AttemptR
             wake += take_promise(session, market, lease, report.promise)
         if report.phase is AttemptPhase.EXITED:
             wake += _conclude(session, market, lease, report)
+        else:
+            wake += take_complaints(session, market, lease, report)
     elif lease.state == LeaseState.ENDED and report.phase is AttemptPhase.EXITED:
         free_leased_gpus(session, lease)
     return wake
@@ -167,7 +177,7 @@ def _after_loss(session: Session, market: Market, placement: Placement, reason: 
     job = session.get_one(Job, placement.job_id)
     gang = leases_of(session, placement)
     active = [lease for lease in gang if lease.state == LeaseState.ACTIVE]
-    if active:
+    if active and knows_the_chain(session, job.job_id, placement.epoch, [lease.site_id for lease in active]):
         if all(_is_done(lease) for lease in active):
             return _conclude_done(session, market, placement)
         record_event(
@@ -180,14 +190,15 @@ def _after_loss(session: Session, market: Market, placement: Placement, reason: 
             detail=reason[:1000],
         )
         return check_view(session, market, placement)
-    end_placement(session, market, placement, "lost")
+    # A site that was left out of the last view may still hold its lease, but not what was sealed without it.
+    wake = end_placement(session, market, placement, "lost")
     job.failures += 1
     if job.failures >= market.settings.attempts_max:
         sentence = f"{job.failures} attempts were lost, the last one: {reason}"
         end_job(session, market, placement.job_id, Ending(JobState.FAILED, "attempts_exhausted", sentence))
     else:
         requeue(session, market, job, "lost", f"{reason}; resumes from its newest checkpoint")
-    return []
+    return wake
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,14 @@ class Settings(BaseSettings):
     settle_s: float = Field(default=60.0, gt=0, description="how long a final report may lag behind a lost lease")
     grace_s: float = Field(default=2.0, ge=0, le=3600, description="how long a hub waits after the quorum is in")
     restart_s: float = Field(default=60.0, gt=0, description="working time that moving a running job is taken to cost")
-    hub_lost_s: float = Field(default=6.0, gt=0, description="a hub unreachable for this long is moved")
+    hub_lost_s: float = Field(
+        default=6.0, gt=0, description="a hub that its members do not reach for this long is moved"
+    )
+    absent_s: float = Field(
+        default=1.0,
+        gt=0,
+        description="a hub that neither members nor market reach for this long is left out of the view",
+    )
     attempts_max: int = Field(default=5, ge=1, description="lost or broken attempts before a job fails")
     fee_basis_points: int = Field(default=0, ge=0, le=1000)
 

@@ -1,9 +1,10 @@
 """Step 6, the broker's side: who is in a job's round log, and when that changes.
 
 A job's first view under an epoch is issued as its gang becomes active. A later one is opened when
-a member is lost or the hub cannot be reached: its members-to-be promise it in their heartbeats,
-each with a report of how far its log reaches; when all have promised, the highest report is the
-base and the view is issued. While nobody changes, sealing needs no broker.
+`broker.membership` finds that the newest no longer fits: its members-to-be promise it in their
+heartbeats, each with a report of how far its log reaches; when all have promised, the highest
+report among those who were in the last view is the base and the view is issued. While nobody
+changes, sealing needs no broker.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Job, Lease, Placement, ViewChange, ViewPromise
+from broker.database.tables import Job, Lease, Placement, Site, ViewChange, ViewPromise
+from broker.membership import Change, Membership, Patience, Standing, needed_change
 from broker.transitions import LeaseState, ViewState, change_state
-from sites.protocol import AttemptReport
-from training.roundlog.view import Member, View, ViewReport
+from sites.protocol import AttemptPhase, AttemptReport
+from training.roundlog.signing import SignedDocument
+from training.roundlog.view import Member, View, ViewReport, open_view
 from training.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -98,7 +101,7 @@ def take_promise(session: Session, market: Market, lease: Lease, report: ViewRep
 def check_view(session: Session, market: Market, placement: Placement) -> list[str]:
     """Open the view that an active placement needs now, if any; return the sites to wake.
 
-    Level-triggered: compares the newest view with the leases as they stand.
+    Level-triggered: compares the newest view with the leases and the reports as they stand.
     """
     gang = list(
         session.scalars(
@@ -108,54 +111,93 @@ def check_view(session: Session, market: Market, placement: Placement) -> list[s
         )
     )
     newest = newest_view(session, placement.job_id, placement.epoch)
-    if not gang or newest is None:
+    issued = issued_view(session, placement.job_id, placement.epoch)
+    if not gang or newest is None or issued is None:
         return []
-    sites = [lease.site_id for lease in gang]
-    members = [site_id for site_id in json.loads(newest.sites) if site_id in sites]
-    if members != json.loads(newest.sites):
-        lost = ", ".join(sorted(set(json.loads(newest.sites)) - set(sites)))
-        return _open(session, market, placement, gang, newest, avoid=None, cause=f"lost {lost}")
-    if newest.state == ViewState.ISSUED:
-        complaints = [lease for lease in gang if lease.site_id != newest.hub and _hub_lost(market, lease, newest)]
-        others = [lease for lease in gang if lease.site_id != newest.hub]
-        if others and len(complaints) * 2 > len(others):
-            return _open(
-                session, market, placement, gang, newest, avoid=newest.hub, cause=f"hub {newest.hub} cannot be reached"
-            )
-    return []
+    settings = market.settings
+    change = needed_change(
+        _membership(market, newest, issued),
+        [_standing(session, market, lease) for lease in gang],
+        Patience(settings.absent_s, settings.hub_lost_s, settings.heartbeat_s),
+    )
+    return [] if change is None else _open(session, market, placement, newest, change)
 
 
-def _open(
-    session: Session,
-    market: Market,
-    placement: Placement,
-    gang: Sequence[Lease],
-    newest: ViewChange,
-    *,
-    avoid: str | None,
-    cause: str,
-) -> list[str]:
-    hub = _choose_hub(gang, preferred=newest.hub, avoid=avoid)
-    if hub is None:
+def take_complaints(session: Session, market: Market, lease: Lease, report: AttemptReport) -> list[str]:
+    """Look at the view where a gateway has lost its peers or is not in it; return the sites to wake.
+
+    Whoever is complained about is woken too: one that lives answers at once, and is not taken for lost.
+    """
+    gateway = report.gateway
+    issued = issued_view(session, lease.job_id, lease.epoch)
+    if gateway is None or issued is None:
         return []
+    accused = sorted(gateway.members_lost_s) if gateway.hub_lost_s is None else [issued.hub]
+    if not accused and lease.site_id in json.loads(issued.sites):
+        return []
+    placement = session.get_one(Placement, lease.placement_id)
+    return [*accused, *check_view(session, market, placement)]
+
+
+def knows_the_chain(session: Session, job_id: str, epoch: int, sites: Sequence[str]) -> bool:
+    """Say whether any of `sites` is in the last issued view: only its members know what was sealed."""
+    issued = issued_view(session, job_id, epoch)
+    return issued is not None and not set(json.loads(issued.sites)).isdisjoint(sites)
+
+
+def _membership(market: Market, newest: ViewChange, issued: ViewChange) -> Membership:
+    return Membership(
+        sites=tuple(json.loads(newest.sites)),
+        hub=newest.hub,
+        is_issued=newest.number == issued.number,
+        issued_number=issued.number,
+        issued_sites=tuple(json.loads(issued.sites)),
+        issued_hub=issued.hub,
+        standby=_document(market, issued).standby,
+    )
+
+
+def _standing(session: Session, market: Market, lease: Lease) -> Standing:
+    site = session.get_one(Site, lease.site_id)
+    unheard_s = 0.0
+    # What was heard before this machine's last boot cannot be compared: it counts from the next heartbeat.
+    if site.heard_monotonic_ms is not None and site.heard_era == market.clock.era():
+        unheard_s = max(0.0, market.clock.monotonic_s() - site.heard_monotonic_ms / 1000)
+    report = AttemptReport.model_validate_json(lease.attempt) if lease.attempt else None
+    gateway = report.gateway if report is not None and report.phase is not AttemptPhase.EXITED else None
+    return Standing(
+        site_id=lease.site_id,
+        listens=lease.gateway_address is not None,
+        unheard_s=unheard_s,
+        view_number=None if gateway is None else gateway.view_number,
+        hub_lost_s=None if gateway is None else gateway.hub_lost_s,
+        members_lost_s={} if gateway is None else gateway.members_lost_s,
+    )
+
+
+def _document(market: Market, issued: ViewChange) -> View:
+    return open_view(SignedDocument.model_validate_json(issued.document), market.authority.authority_key)
+
+
+def _open(session: Session, market: Market, placement: Placement, newest: ViewChange, needed: Change) -> list[str]:
     now_ms = market.clock.now_ms()
     if newest.state == ViewState.PROMISING:
-        change_state(session, newest, ViewState.ABANDONED, now_ms=now_ms, detail=cause)
+        change_state(session, newest, ViewState.ABANDONED, now_ms=now_ms, detail=needed.cause)
         _forget_promises(session, newest)
     change = ViewChange(
         job_id=placement.job_id,
         number=_newest_number(session, placement.job_id) + 1,
         epoch=placement.epoch,
         state="",
-        sites=json.dumps([lease.site_id for lease in gang]),
-        hub=hub,
-        cause=cause[:200],
+        sites=json.dumps(needed.sites),
+        hub=needed.hub,
+        cause=needed.cause[:200],
         document="",
         created_ms=now_ms,
     )
     session.add(change)
-    change_state(session, change, ViewState.PROMISING, now_ms=now_ms, detail=cause)
-    return [lease.site_id for lease in gang]
+    change_state(session, change, ViewState.PROMISING, now_ms=now_ms, detail=needed.cause)
+    return list(needed.sites)
 
 
 def _issue_if_promised(session: Session, market: Market, change: ViewChange) -> list[str]:
@@ -183,8 +225,14 @@ def _issue_if_promised(session: Session, market: Market, change: ViewChange) -> 
     if len(gang) != len(sites):
         return []  # a member was lost meanwhile: check_view opens another
     placement = session.get_one(Placement, gang[0].placement_id)
-    # The highest report is the base; among equals the first site in order.
-    reporter = max(sorted(sites), key=lambda site_id: reports[site_id].sealed_round)
+    issued = issued_view(session, change.job_id, change.epoch)
+    assert issued is not None, "a view is promised after the first one was issued"
+    # The highest report is the base; among equals the first site in order. Whoever was left out of the last view may
+    # have sealed a round that its members never promised to know: its report does not count.
+    known = sorted(set(sites) & set(json.loads(issued.sites)))
+    if not known:
+        return []
+    reporter = max(known, key=lambda site_id: reports[site_id].sealed_round)
     base = reports[reporter]
     view = _compose(
         session,
@@ -196,6 +244,7 @@ def _issue_if_promised(session: Session, market: Market, change: ViewChange) -> 
         base_round=base.sealed_round,
         base_hash=base.chain_hash,
         base_reporter=reporter,
+        joining=tuple(sorted(set(sites) - set(known))),
     )
     now_ms = market.clock.now_ms()
     change.document = market.authority.sign_view(view).model_dump_json()
@@ -221,6 +270,7 @@ def _compose(
     base_round: int,
     base_hash: str,
     base_reporter: str | None,
+    joining: tuple[str, ...] = (),
 ) -> View:
     spec = JobSpec.model_validate_json(session.get_one(Job, placement.job_id).spec)
     award = Award.model_validate_json(placement.award)
@@ -247,6 +297,7 @@ def _compose(
         base_round=base_round,
         base_hash=base_hash,
         base_reporter=base_reporter,
+        joining=joining,
         quorum=len(members),
         grace_s=market.settings.grace_s,
         issued_ms=market.clock.now_ms(),
@@ -256,27 +307,6 @@ def _compose(
 def weight_max(spec: JobSpec, award: Award, lease: Lease) -> int:
     """Return the most samples that one contribution of this lease may claim: its dealt share."""
     return award.configuration.sync.period_steps * spec.market.workload.batch_per_gpu * lease.gpus
-
-
-def _choose_hub(gang: Sequence[Lease], *, preferred: str, avoid: str | None) -> str | None:
-    if len(gang) == 1:
-        return gang[0].site_id
-    listening = [lease.site_id for lease in gang if lease.gateway_address is not None and lease.site_id != avoid]
-    if preferred in listening:
-        return preferred
-    return listening[0] if listening else None
-
-
-def _hub_lost(market: Market, lease: Lease, view: ViewChange) -> bool:
-    if not lease.attempt:
-        return False
-    report = AttemptReport.model_validate_json(lease.attempt).gateway
-    return (
-        report is not None
-        and report.view_number == view.number
-        and report.hub_lost_s is not None
-        and report.hub_lost_s >= market.settings.hub_lost_s
-    )
 
 
 def _newest_number(session: Session, job_id: str) -> int:

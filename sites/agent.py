@@ -65,6 +65,8 @@ TRANSFER_THREADS: Final = 4
 ATTEND_INTERVAL_S: Final = 0.2
 # What has just happened is said at once, but a circle of news may not become a flood of requests.
 NEWS_INTERVAL_S: Final = 0.2
+# The pace of heartbeats while an attempt's round log waits for the broker.
+HURRY_INTERVAL_S: Final = 0.4
 END_ATTEMPTS_S: Final = 30.0
 DRAINING_FILE: Final = "draining"
 
@@ -113,18 +115,14 @@ class Agent:
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set. Attempts go on afterwards, until their liveness ends."""
-        next_s = self._clock.monotonic_s()
+        sent_s = self._clock.monotonic_s() - self.heartbeat_s
         while not stop.is_set():
             self.attend()
             now_s = self._clock.monotonic_s()
-            if (
-                self.wake.is_set()
-                or now_s >= next_s
-                or (self._has_news() and now_s >= next_s - self.heartbeat_s + NEWS_INTERVAL_S)
-            ):
+            if self.wake.is_set() or now_s >= sent_s + self._pause_s():
                 self.wake.clear()
                 self.tick()
-                next_s = now_s + self.heartbeat_s
+                sent_s = now_s
             self.wake.wait(ATTEND_INTERVAL_S)
 
     def tick(self) -> bool:
@@ -203,6 +201,13 @@ class Agent:
             usage=tuple(self._journal.usage()),
             renewal_csr_pem=self._identity.renewal_csr_pem(),
         )
+
+    def _pause_s(self) -> float:
+        """Return how long the next heartbeat may wait after the last."""
+        if self._has_news():
+            return NEWS_INTERVAL_S
+        hurries = any(attempt.is_in_a_hurry for attempt in self._attempts.values())
+        return min(HURRY_INTERVAL_S, self.heartbeat_s) if hurries else self.heartbeat_s
 
     def _has_news(self) -> bool:
         return any(self._told.get(record.key) != _news(record) for record in self._records())

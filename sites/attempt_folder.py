@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationError
 
 from sites.errors import ArtifactError
 from sites.identity import private_key_pem, write_private
 from sites.journal import AttemptKey, AttemptRecord
-from training.attempt import AttemptContext, GatewayConfig
+from training.attempt import AttemptContext, GatewayConfig, NewestCheckpoint
 from training.roundlog.credentials import certificate_request, load_attempt_key, new_attempt_key
 
 # sockaddr_un has room for 108 bytes with the closing zero.
@@ -30,6 +31,7 @@ _SOCKET_PATH_BYTES_MAX: Final = 107
 # A contribution is at most the parameters in fp32 with their headers; the rest is room for small models.
 _BYTES_PER_PARAMETER: Final = 8
 _CONTRIBUTION_ROOM_BYTES: Final = 16 * 1024 * 1024
+_NEWEST_BYTES_MAX: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,21 @@ def write_attempt(
     write_private(folder.gateway / "gateway.json", gateway.model_dump_json().encode())
     write_private(folder.gateway / "ca.pem", surroundings.ca_pem.encode())
     write_private(folder.gateway / "certificate.pem", record.order.certificate_pem.encode())
+
+
+def resume_where_left(folder: AttemptFolder) -> None:
+    """Let the next ranks start from the newest checkpoint that the former ones left here, if there is one."""
+    try:
+        with open_left_by_ranks(folder.root, "checkpoint", "newest.json") as stream:
+            newest = NewestCheckpoint.model_validate_json(stream.read(_NEWEST_BYTES_MAX))
+        with open_left_by_ranks(folder.root, "checkpoint", newest.file) as stream:
+            if os.fstat(stream.fileno()).st_size != newest.size_bytes:
+                return
+    except (FileNotFoundError, ValidationError):
+        return  # they start from where the attempt did
+    context = AttemptContext.model_validate_json(folder.context.read_bytes())
+    resume_from = str(folder.root / "checkpoint" / newest.file)
+    write_private(folder.context, context.model_copy(update={"resume_from": resume_from}).model_dump_json().encode())
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sites import metering
-from sites.attempt_folder import AttemptFolder, Surroundings, write_attempt
+from sites.attempt_folder import AttemptFolder, Surroundings, resume_where_left, write_attempt
 from sites.client import Broker
 from sites.drivers.interface import Driver, EndCause, Limits, Run, RunPhase, RunState
 from sites.drivers.process import ProcessDriver
@@ -42,6 +42,10 @@ from training.spec import JobSpec, split_run
 EXIT_EXCHANGE: Final = 75
 SHIP_INTERVAL_S: Final = 1.0
 RETRY_S: Final = 2.0
+# How often ranks that vanished with their watcher, as when a host loses its power, are started again under one lease.
+RANKS_RUNS_MAX: Final = 4
+# Trouble that has lasted for longer is no news that hurries.
+HURRY_S_MAX: Final = 30.0
 # How long the leavings of an attempt may take to reach the broker before its end is reported anyway.
 DELIVERY_DONE_S: Final = 600.0
 DELIVERY_BROKEN_S: Final = 15.0
@@ -108,7 +112,7 @@ class Attempt:
     def renew(self, deadline_s: float) -> None:
         """Let the attempt live until `deadline_s` on the monotonic clock."""
         self._save(deadline_s=deadline_s, era=self._services.clock.era())
-        for name in ("setup", "ranks"):
+        for name in ("setup", self._ranks):
             if not self._poll(name).is_over:
                 self._services.driver.renew(self._folder.run(name), deadline_s)
         self._gateway.renew(self.record.gateway_run, deadline_s)
@@ -150,7 +154,7 @@ class Attempt:
         if self.record.order is None:
             return
         now = metering.delivered(
-            self.record, self._poll("ranks").running_s, self._status(), self._services.surroundings.site_id
+            self.record, self._poll(self._ranks).running_s, self._status(), self._services.surroundings.site_id
         )
         row = metering.cut(self.record, now, self._services.clock.now_ms())
         if row is not None:
@@ -160,6 +164,17 @@ class Attempt:
     def renumber_usage(self, refused: int, *, is_taken: bool) -> None:
         """Go on numbering after the broker refused row `refused`; `is_taken` where it holds another one of that number."""
         self._save(usage_sequence=refused if is_taken else refused - 1)
+
+    @property
+    def is_in_a_hurry(self) -> bool:
+        """Whether the broker should hear of it sooner: its gateway or its peers are out of reach, or a view is due."""
+        status = self._status()
+        if status is None:
+            return self.record.phase is AttemptPhase.RUNNING
+        if self.record.promise is not None and (status.view_number or 0) < self.record.promise.promised:
+            return True
+        lost_s = [*status.members_lost_s.values(), *([] if status.hub_lost_s is None else [status.hub_lost_s])]
+        return any(each < HURRY_S_MAX for each in lost_s)
 
     @property
     def is_forgettable(self) -> bool:
@@ -231,8 +246,11 @@ class Attempt:
             self._conclude(cause, state.exit_code, f"setup: {detail}")
 
     def _run(self) -> None:
-        state = self._poll("ranks")
-        if self._stopped_short(state, "ranks"):
+        state = self._poll(self._ranks)
+        if self._stopped_short(state, self._ranks):
+            return
+        if state.phase is RunPhase.LOST and self.record.ranks_run < RANKS_RUNS_MAX:
+            self._start_ranks_anew()
             return
         if state.is_over and state.phase is not RunPhase.ABSENT:
             self._conclude(*_conclusion(state))
@@ -241,10 +259,18 @@ class Attempt:
             return
         if state.phase is RunPhase.ABSENT and self._status() is not None:
             argv = self._services.driver.ranks_argv(
-                len(self.record.gpu_ids), split_run(self._spec.run), self._folder.run("ranks")
+                len(self.record.gpu_ids), split_run(self._spec.run), self._folder.run(self._ranks)
             )
-            self._start("ranks", argv, self._environment() | self._ranks_environment())
+            self._start(self._ranks, argv, self._environment() | self._ranks_environment())
         self._ship_when_due(outputs=False)
+
+    def _start_ranks_anew(self) -> None:
+        """Let ranks that vanished start again, from their checkpoint and a snapshot, while the lease lives."""
+        if self._keep_gateway() and self._status() is not None and self._gateway.ranks_started_anew():
+            resume_where_left(self._folder)
+            self._save(
+                ranks_run=self.record.ranks_run + 1, gpu_milliseconds_before=self.record.delivered.gpu_milliseconds
+            )
 
     def _deliver(self) -> None:
         now_s = self._services.clock.monotonic_s()
@@ -274,7 +300,7 @@ class Attempt:
             return False
         if state.is_over:
             # Its own end, if it came first, is the truth: work that was done is not thrown away.
-            ended_itself = state.cause is EndCause.EXIT and name == "ranks"
+            ended_itself = state.cause is EndCause.EXIT and name == self._ranks
             self._conclude(*_conclusion(state)) if ended_itself else self._conclude(self.record.stop)
         else:
             self._services.driver.stop(self._folder.run(name))
@@ -386,6 +412,11 @@ class Attempt:
             "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host speak over loopback only
         }
 
+    @property
+    def _ranks(self) -> str:
+        """The name of the ranks' newest run."""
+        return "ranks" if self.record.ranks_run == 1 else f"ranks-{self.record.ranks_run}"
+
     def _poll(self, name: str) -> RunState:
         return self._services.driver.poll(self._folder.run(name))
 
@@ -465,5 +496,6 @@ def _gateway_report(status: GatewayStatus) -> GatewayReport:
         samples_done=status.samples_done,
         samples_by_site=status.samples_by_site,
         hub_lost_s=status.hub_lost_s,
+        members_lost_s=status.members_lost_s,
         waiting_for=status.waiting_for,
     )

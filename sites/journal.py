@@ -52,7 +52,8 @@ class AttemptRecord(BaseModel):
     `order` is None for a lease that never ran here. `stop` is why the agent asked for its end.
     `released` says that the broker no longer wants the lease, so the gateway may end too.
     `deadline_s` is the liveness on the monotonic clock of `era`. `gateway_run` numbers the
-    gateway's restarts. `stream_bytes` is what the broker holds of each stream.
+    gateway's restarts, `ranks_run` those of the ranks, and `gpu_milliseconds_before` is what former runs of
+    them delivered. `stream_bytes` is what the broker holds of each stream.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +74,8 @@ class AttemptRecord(BaseModel):
     deadline_s: float = 0.0
     era: str = ""
     gateway_run: int = 1
+    ranks_run: int = 1
+    gpu_milliseconds_before: int = 0
     view_number: int = 0
     promise: ViewReport | None = None
     checkpoint: NewestCheckpoint | None = None

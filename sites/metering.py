@@ -23,7 +23,9 @@ def delivered(record: AttemptRecord, running_s: float, status: GatewayStatus | N
             if target != site_id:
                 egress[target] = max(egress.get(target, 0), count.bytes_sent)
     return Delivered(
-        gpu_milliseconds=max(former.gpu_milliseconds, int(running_s * 1000) * len(record.gpu_ids)),
+        gpu_milliseconds=max(
+            former.gpu_milliseconds, record.gpu_milliseconds_before + int(running_s * 1000) * len(record.gpu_ids)
+        ),
         samples=samples,
         egress_bytes=egress,
     )

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import os
+import signal
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -75,6 +77,7 @@ def serve(
         "limit_request_line": REQUEST_LINE_BYTES_MAX,
         "proc_name": "hansa-broker",
         "control_socket_disable": True,
+        "post_fork": _die_with_master,
     }
     if not plain_http:
         names = [name for name in (urlsplit(settings.public_url).hostname, *(host or ())) if name]
@@ -143,6 +146,14 @@ def ca(
         typer.echo(pem, nl=False)
     else:
         output.write_text(pem)
+
+
+def _die_with_master(_arbiter: object, worker: Any) -> None:  # noqa: ANN401  gunicorn has no types
+    """End a worker with its master: an orphan would hold the port, and answer beside the next master, for seconds."""
+    from broker.supervise.deathwatch import die_with_parent
+
+    if not die_with_parent(worker.ppid, signal.SIGKILL):
+        os._exit(0)
 
 
 def _serve_with_gunicorn(options: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class AgentApi:
                 web.post("/promise", self._promise),
                 web.get("/status", self._status),
                 web.post("/certificate", self._certificate),
+                web.post("/ranks", self._ranks),
             ]
         )
         return application
@@ -54,6 +55,10 @@ class AgentApi:
         await self._replace_certificate(renewed.pem.encode())
         return web.Response(status=204)
 
+    async def _ranks(self, _: web.Request) -> web.Response:
+        self._replica.ranks_started_anew()
+        return web.Response(status=204)
+
 
 def gateway_status(replica: Replica) -> GatewayStatus:
     """Return what the gateway knows of its log."""
@@ -69,6 +74,7 @@ def gateway_status(replica: Replica) -> GatewayStatus:
         needs_snapshot=log.needs_snapshot,
         samples_done=log.done.count,
         hub_lost_s=None if replica.hub_lost_at_s is None else now_s - replica.hub_lost_at_s,
+        members_lost_s={site_id: max(0.0, now_s - at_s) for site_id, at_s in sorted(replica.members_lost_at_s.items())},
         waiting_for=replica.waiting_for,
         links=replica.links,
         equivocations=tuple(log.equivocations),

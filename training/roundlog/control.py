@@ -7,6 +7,7 @@ and neither aiohttp nor torch. The other end is `training.roundlog.agent_api`.
     POST /promise      PromiseRequest -> ViewReport
     GET  /status       GatewayStatus
     POST /certificate  CertificateRequest -> 204
+    POST /ranks        -> 204
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Equivocation(_Document):
 class GatewayStatus(_Document):
     """What a gateway knows of its log.
 
-    `hub_lost_s` is None while the hub answers, else the seconds since it last did.
+    `hub_lost_s` is None while the hub answers, else the seconds since it last did, or since its
+    connection broke. At the hub, `members_lost_s` says the same of each member that is out of reach.
     `waiting_for` names the sites whose contribution to the open round the hub lacks, as far as this
     gateway heard.
     `samples_by_site` counts the samples in the chain by the site that trained them.
@@ -85,6 +87,7 @@ class GatewayStatus(_Document):
     needs_snapshot: bool
     samples_done: int
     hub_lost_s: float | None
+    members_lost_s: dict[str, float] = Field(default_factory=dict)
     waiting_for: tuple[str, ...]
     links: dict[str, LinkBytes]
     equivocations: tuple[Equivocation, ...]
@@ -125,6 +128,10 @@ class GatewayControl:
     def replace_certificate(self, pem: str) -> None:
         """Hand over a renewed certificate; new connections use it."""
         self._call("POST", "/certificate", CertificateRequest(pem=pem))
+
+    def ranks_started_anew(self) -> None:
+        """Say that the ranks lost their state: they need a snapshot of what they had applied."""
+        self._call("POST", "/ranks", None)
 
     def _call(self, method: str, path: str, document: BaseModel | None) -> bytes:
         """Return the body of a successful answer. Raises GatewayControlError otherwise."""

@@ -17,8 +17,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
-    NoEncryption,
-    PrivateFormat,
     PublicFormat,
     load_pem_private_key,
 )
@@ -52,11 +50,6 @@ def peer_uri(job_id: str, epoch: int, site_id: str) -> str:
 def new_attempt_key() -> Ed25519PrivateKey:
     """Make the key of a new attempt."""
     return Ed25519PrivateKey.generate()
-
-
-def private_pem(key: Ed25519PrivateKey) -> bytes:
-    """Return `key` as unencrypted PKCS #8 PEM, for a file that only the gateway reads."""
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def load_attempt_key(pem: bytes) -> Ed25519PrivateKey:

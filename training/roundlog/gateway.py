@@ -100,10 +100,13 @@ class Gateway:
         hub = view.member(view.hub)
         if view.hub == self._config.site_id:
             self._replica.hub_heard(())
-            await self._hub.seal_rounds(view)
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._hub.watch_members(view))
+                await self._hub.seal_rounds(view)
+                watch.cancel()
         elif hub is None or hub.address is None:
             log.error("hub_without_address", hub=view.hub, view=view.number)
-            self._replica.hub_away()
+            self._replica.hub_away(silent=False)
             await asyncio.Event().wait()
         else:
             await Follower(self._replica, view).run()

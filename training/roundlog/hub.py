@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -40,6 +41,9 @@ from training.roundlog.web_edge import Handler, json_answer, json_body, number, 
 
 # A chunk of 1 MiB within this time is 0.3 Mbit/s; slower bodies are cut off and resumed.
 _BODY_WAIT_S: Final = 30.0
+# A member asks for the hub's state anew at once, and every second when there is nothing new.
+_MEMBER_SILENT_S: Final = 2.0
+_WATCH_S: Final = 0.25
 _DIGEST: Final = re.compile(r"^[0-9a-f]{64}$")
 _RANGE: Final = re.compile(r"^bytes=([0-9]{1,15})-([0-9]{1,15})$")
 _MEMBER: Final = web.RequestKey("member", Member)
@@ -59,6 +63,8 @@ class Hub:
         self._applied: dict[str, int] = {}
         self._seeking: set[str] = set()
         self._incoming: SnapshotNote | None = None
+        self._calls: Counter[str] = Counter()
+        self._heard_s: dict[str, float] = {}
 
     def application(self) -> web.Application:
         """Return the web application that members speak to."""
@@ -89,6 +95,22 @@ class Hub:
             else:
                 await replica.changed.wait(wait_s)
 
+    async def watch_members(self, view: View) -> None:
+        """Keep account of the members that are out of reach while `view` is current."""
+        replica = self._replica
+        self._heard_s = dict.fromkeys(self._others(view), replica.clock.monotonic_s())
+        while True:
+            now_s = replica.clock.monotonic_s()
+            replica.members_lost_at_s = {
+                site_id: heard_s
+                for site_id, heard_s in self._heard_s.items()
+                if not self._calls[site_id] and now_s - heard_s >= _MEMBER_SILENT_S
+            }
+            await asyncio.sleep(_WATCH_S)
+
+    def _others(self, view: View) -> list[str]:
+        return [member.site_id for member in view.members if member.site_id != self._replica.config.site_id]
+
     def _wait_s(self, view: View) -> float | None:
         """Return the wait before the next seal; None where only a change can bring it nearer."""
         replica = self._replica
@@ -97,9 +119,11 @@ class Hub:
         return seal_wait_s(view, self._arrivals_s, replica.clock.monotonic_s(), stateless=self._stateless())
 
     def _stateless(self) -> set[str]:
-        """Return the sites without an outer state: those that seek a snapshot, this one among them."""
-        own = {self._replica.config.site_id} if self._replica.log.needs_snapshot else set()
-        return self._seeking | own
+        """Return the sites that cannot contribute yet: those that seek a snapshot, and joiners still to be heard."""
+        replica = self._replica
+        own = {replica.config.site_id} if replica.log.needs_snapshot else set()
+        joining = set(replica.view.joining) if replica.view is not None else set()
+        return self._seeking | own | (joining - self._applied.keys() - {replica.config.site_id})
 
     def _seal(self, view: View) -> None:
         replica = self._replica
@@ -162,9 +186,14 @@ class Hub:
     @web.middleware
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let in members of the current view alone; asked again at every request of a connection."""
-        request[_MEMBER] = self._member(request)
+        member = request[_MEMBER] = self._member(request)
         self._enter()
-        return await handler(request)
+        self._calls[member.site_id] += 1
+        try:
+            return await handler(request)
+        finally:
+            self._calls[member.site_id] -= 1
+            self._heard_s[member.site_id] = self._replica.clock.monotonic_s()
 
     def _member(self, request: web.Request) -> Member:
         replica = self._replica

@@ -27,6 +27,9 @@ from training.roundlog.view import GENESIS_HASH, Hash, View, ViewReport
 
 ROUNDS_MAX: Final = 1_000_000
 CHAIN_PAGE_MAX: Final = 500
+# Ranks train a block in vain for each round that they replay while the others wait for them: beyond this many
+# rounds a snapshot is sooner there.
+REPLAYED_ROUNDS_MAX: Final = 2
 
 
 class ChainPage(BaseModel):
@@ -215,6 +218,7 @@ class RoundLog:
         if hashes.get(self.sealed_round) == self.chain_hash:
             later = [sealed for sealed in staged if sealed.round_number > self.sealed_round]
             self._replace_chain(self.base_round, self.base_hash, self._sealed + later)
+            self.needs_snapshot |= self.sealed_round - self.applied_round > REPLAYED_ROUNDS_MAX
         else:
             self.needs_snapshot = True
             self._replace_chain(start_round, start_hash, staged)

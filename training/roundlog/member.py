@@ -24,7 +24,8 @@ from training.roundlog.replica import Replica
 from training.roundlog.transfer import HubLink
 from training.roundlog.view import View
 
-_POLL_S_MAX: Final = 5.0
+# The hub answers at least this often, so that its silence is noticed; an answer and its question are some 1 kB.
+_POLL_S_MAX: Final = 1.0
 _RETRY_FIRST_S: Final = 0.05
 _RETRY_LONGEST_S: Final = 1.0
 # What the hub will refuse again however often the same header comes.
@@ -79,7 +80,7 @@ class Follower:
                 log.info("hub_unreachable", hub=self._view.hub, error=str(error)[:300])
                 if reports_hub:
                     self._seen = 0
-                    self._replica.hub_away()
+                    self._replica.hub_away(silent=isinstance(error, TimeoutError))
             else:
                 retry_s = _RETRY_FIRST_S
                 continue

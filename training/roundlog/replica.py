@@ -54,6 +54,8 @@ class Replica:
         self.applied_by_all = 0
         self.waiting_for: tuple[str, ...] = ()
         self.hub_lost_at_s: float | None = None
+        # At the hub: when each member that is out of reach was last heard, by the monotonic clock.
+        self.members_lost_at_s: dict[str, float] = {}
         self._heard_s = clock.monotonic_s()
         self._sent_bytes: dict[str, int] = {}
         self._received_bytes: dict[str, int] = {}
@@ -99,10 +101,14 @@ class Replica:
         self.hub_lost_at_s = None
         self.waiting_for = waiting_for
 
-    def hub_away(self) -> None:
-        """Record that the hub did not answer; it is lost since it last did."""
+    def hub_away(self, *, silent: bool) -> None:
+        """Record that the hub is out of reach: since it last answered where it fell `silent`, else from now.
+
+        A connection that was refused or cut says nothing about the time before: its hub may have
+        been idle, and its gateway may only be starting again.
+        """
         if self.hub_lost_at_s is None:
-            self.hub_lost_at_s = self._heard_s
+            self.hub_lost_at_s = self._heard_s if silent else self.clock.monotonic_s()
 
     def install_view(self, document: SignedDocument) -> View:
         """Verify and install a view. Raises Refusal where it is forged, older or in conflict."""
@@ -116,6 +122,7 @@ class Replica:
             self.applied_by_all = 0
             self.waiting_for = ()
             self.hub_lost_at_s, self._heard_s = None, self.clock.monotonic_s()
+            self.members_lost_at_s = {}
             self._chain_replaced()
         return view
 
@@ -157,6 +164,16 @@ class Replica:
         if round_number > self.applied_by_all:
             self.applied_by_all = round_number
             self._moved()
+
+    def ranks_started_anew(self) -> None:
+        """Record that the ranks lost what they had applied: they take it from a snapshot.
+
+        Ranks that had applied nothing start where the first ones did.
+        """
+        if self.log.applied_round > self.log.base_round:
+            if self.snapshot is not None and any(True for _ in self.wanted(self.snapshot.round_number)):
+                self.snapshot = None  # nobody could come from there to the chain's end
+            self.lost_touch()
 
     def lost_touch(self) -> None:
         """Record that blobs which this site still needs are gone everywhere: only a snapshot helps."""

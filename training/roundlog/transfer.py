@@ -29,7 +29,9 @@ Answer = TypeVar("Answer", bound=BaseModel)
 _CHUNK_WAIT_S: Final = 60.0
 _REQUEST_WAIT_S: Final = 20.0
 _CONNECT_WAIT_S: Final = 5.0
-# What an answer to a poll may be late by, on a link that an upload fills, before the hub counts as lost.
+# What an answer to a poll may be late by before the hub counts as lost: on a quiet link, and on one that a
+# transfer of this site's fills.
+_POLL_MARGIN_QUIET_S: Final = 1.0
 _POLL_MARGIN_S_MAX: Final = 10.0
 _CHUNK_TRIES_MAX: Final = 5
 _RETRY_FIRST_S: Final = 0.1
@@ -53,6 +55,7 @@ class HubLink:
         self._connections = config.connections
         self._poll_margin_s = min(_POLL_MARGIN_S_MAX, config.patience_s / 4)
         self._session: aiohttp.ClientSession | None = None
+        self._transfers = 0
 
     async def __aenter__(self) -> Self:
         """Open the session: the transfers' connections, one for the poll and one for requests."""
@@ -74,7 +77,8 @@ class HubLink:
             f"after_round={after_round}&applied_round={applied_round}&seeking={int(seeking)}"
             f"&seen={seen}&wait_s={wait_s:.3f}"
         )
-        return await self._ask(HubState, "GET", f"/state?{query}", wait_s=wait_s + self._poll_margin_s)
+        margin_s = self._poll_margin_s if self._transfers else min(_POLL_MARGIN_QUIET_S, self._poll_margin_s)
+        return await self._ask(HubState, "GET", f"/state?{query}", wait_s=wait_s + margin_s)
 
     async def announce(self, document: SignedDocument) -> BlobState:
         """Post a signed header and return which chunks of its blob the hub lacks."""
@@ -127,6 +131,7 @@ class HubLink:
     async def _spread(self, chunks: tuple[int, ...], move: Callable[[int], Awaitable[None]]) -> None:
         """Move all chunks over as many connections as the job has, each chunk with a few tries."""
         waiting = deque(chunks)
+        self._transfers += 1
 
         async def worker() -> None:
             while waiting:
@@ -140,6 +145,8 @@ class HubLink:
         except BaseExceptionGroup as failures:
             # One failed transfer is one failure, whichever connection met it first.
             raise failures.exceptions[0] from None
+        finally:
+            self._transfers -= 1
 
     async def _ask(
         self,

@@ -55,6 +55,11 @@ class View(BaseModel):
     base_round: int = Field(ge=0)
     base_hash: Hash
     base_reporter: SiteId | None = Field(default=None, description="whose gateway holds the base's blobs")
+    joining: tuple[SiteId, ...] = Field(
+        default=(),
+        max_length=SITES_PER_JOB_MAX,
+        description="members that nobody waits for before the hub has heard them",
+    )
     quorum: int = Field(ge=1)
     grace_s: float = Field(ge=0, le=3600)
     issued_ms: int
@@ -67,6 +72,9 @@ class View(BaseModel):
             raise ValueError(message)
         if self.hub not in sites or (self.standby is not None and self.standby not in sites):
             message = "hub and standby must be members"
+            raise ValueError(message)
+        if not set(self.joining) <= set(sites):
+            message = "whoever joins must be a member"
             raise ValueError(message)
         if self.quorum > len(sites):
             message = f"a quorum of {self.quorum} cannot be met by {len(sites)} members"
