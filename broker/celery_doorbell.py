@@ -13,6 +13,8 @@ import redis
 import structlog
 from celery import Celery
 
+from broker.celery_guard import guard_redis
+
 WAKE_CHANNEL: Final = "hansa:wake"
 REDIS_WAIT_S: Final = 0.5
 
@@ -29,6 +31,7 @@ class CeleryDoorbell:
 
     def __init__(self, redis_url: str) -> None:
         """Prepare the connections; nothing is sent yet, and Redis need not be there."""
+        guard_redis()  # it only sends, but kombu's own channel keeps bindings in Redis, where anybody could spoil them
         self._app = Celery("hansa-doorbell", broker=celery_url(redis_url))
         self._app.conf.update(
             task_serializer="json",

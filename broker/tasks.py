@@ -1,8 +1,8 @@
 """The three Celery tasks: reconcile, clear, settle. Doorbells for level-triggered work.
 
 A message carries nothing but the task's name, so the worst that a lost, doubled or forged one can
-do is to have the work looked at later, or once more than needed. No results are kept. `clear`
-runs alone in a dedicated worker (`-Q rounds -c 1`).
+do is to have the work looked at later, or once more than needed; `celery_guard` drops whatever else
+stands in Redis. No results are kept. `clear` runs alone in a dedicated worker (`-Q rounds -c 1`).
 
     celery -A broker.tasks worker -Q rounds -c 1 -P solo
     celery -A broker.tasks worker -Q upkeep -c 1 -P solo -B
@@ -10,7 +10,7 @@ runs alone in a dedicated worker (`-Q rounds -c 1`).
 
 from __future__ import annotations
 
-import ctypes
+import os
 import signal
 from dataclasses import dataclass
 from functools import cache
@@ -18,27 +18,24 @@ from typing import Any, Final
 
 from celery import Celery
 from celery.signals import beat_embedded_init
+from celery.worker.consumer import Consumer
 from kombu.connection import Connection
 
 from broker.bootstrap import open_market
 from broker.celery_doorbell import celery_url
+from broker.celery_guard import guard_redis
 from broker.market import Market
 from broker.reconcile import reconcile
 from broker.retention import sweep
 from broker.rounds.clear import hold_round
 from broker.settings import Settings
 from broker.settle import settle
-from broker.supervise.deathwatch import PR_SET_PDEATHSIG
+from broker.supervise.deathwatch import die_with_parent
 
 ROUNDS_QUEUE: Final = "rounds"
 UPKEEP_QUEUE: Final = "upkeep"
 TASK_S_MAX: Final = 60
-# How long a message stays with a worker that died. Tasks take far less, so none runs twice on a
-# healthy worker; the beat makes up for a message that is stuck.
-VISIBILITY_S: Final = 120
 SWEEP_S: Final = 3600
-
-
 # How long a worker waits between two tries to reach a lost Redis. Celery's own wait grows to half a minute, and a
 # lost doorbell may delay by one beat only.
 RECONNECT_S: Final = 1.0
@@ -52,25 +49,32 @@ class SteadyConnection(Connection):
         return super()._ensure_connection(*arguments, **{**options, **steady})  # type: ignore[no-untyped-call]  # as above
 
 
+class QuietConsumer(Consumer):  # type: ignore[misc]  # celery has no types
+    """Celery's consumer without what workers tell each other over Redis: nobody here asks, and anybody could answer."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401  celery has no types
+        """Take what Celery gives."""
+        quiet = {"without_mingle": True, "without_gossip": True, "without_heartbeat": True}
+        super().__init__(*arguments, **{**options, **quiet})
+
+
 def make_app(settings: Settings) -> Celery:
     """Return the Celery application for `settings.redis_url`."""
+    guard_redis()
     app = Celery("hansa", broker=celery_url(settings.redis_url))
     app.conf.update(
-        task_acks_late=True,
-        task_reject_on_worker_lost=True,
         task_ignore_result=True,
         task_time_limit=TASK_S_MAX,
         task_serializer="json",
         accept_content=["json"],
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
+        worker_consumer="broker.tasks:QuietConsumer",
+        worker_enable_remote_control=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # for ever
-        broker_transport_options={
-            "visibility_timeout": VISIBILITY_S,
-            "unacked_restore_interval": 5,
-            "unacked_restore_throttle": 1,
-        },
+        # Messages wait nowhere for an acknowledgement: a ring that dies with its worker is made up by the beat.
+        broker_transport_options={"ack_emulation": False},
         timezone="UTC",
         # In memory: a schedule on disk would be locked by the beat of a worker that was killed, and
         # says nothing that these three do not know.
@@ -108,9 +112,8 @@ app = make_app(Settings())
 @beat_embedded_init.connect  # type: ignore[untyped-decorator]  # celery has no types
 def die_with_the_worker(**_: object) -> None:
     """Let the beat, a child process of its worker, end when the worker is killed, rather than ring on beside the next."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if not die_with_parent(os.getppid(), signal.SIGTERM):
+        os._exit(0)
 
 
 @cache

@@ -25,6 +25,7 @@ SOCKET_PATH_BYTES_MAX: Final = (
     100  # the kernel's sockaddr_un holds 108 with its end; leave room for a lock file's suffix
 )
 MEMORY_BYTES_MAX: Final = 64 * 1024 * 1024  # the messages hold ids only; a runaway queue must not eat the host
+MESSAGE_BYTES_MAX: Final = 1024 * 1024  # the least that Valkey takes; ours are below one kilobyte
 
 
 @dataclass(frozen=True)
@@ -98,5 +99,6 @@ def _arguments(binary: Path, socket_path: Path, *, durable: bool) -> tuple[str, 
         *("--appendonly", "yes" if durable else "no"),
         *("--maxmemory", str(MEMORY_BYTES_MAX)),
         *("--maxmemory-policy", "noeviction"),
+        *("--proto-max-bulk-len", str(MESSAGE_BYTES_MAX)),
         *("--daemonize", "no"),
     )

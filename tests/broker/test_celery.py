@@ -110,7 +110,7 @@ def start_worker(scene: Scene, valkey: ValkeySource, tmp_path: Path) -> Iterator
         worker.stop()
 
 
-def test_a_ring_leads_to_a_round_and_a_forged_message_to_nothing(
+def test_a_ring_leads_to_a_round_and_what_strangers_push_to_nothing(
     scene: Scene, valkey: ValkeySource, start_worker: Callable[[], Worker], tmp_path: Path
 ) -> None:
     worker = start_worker()
@@ -118,32 +118,60 @@ def test_a_ring_leads_to_a_round_and_a_forged_message_to_nothing(
     _until(lambda: scene.job(first).state == "proposed", "the ring of a submit leads to a round")
     marker = tmp_path / "pickled"
     events = len(scene.events("job"))
-    _push(
-        valkey,
+    hostile = [
         _message(base64.b64encode(_pickled(marker)).decode(), content_type="application/x-python-serialize"),
         _message(_body(args=["drop", "tables"], kwargs={"job_id": "x"})),
         _message(_body(), task="os.system"),
-    )
+        _message(_body(), id=None),  # celery 5.7 begins again for ever
+        _message(_body(), id=["a", {}]),
+        _message(_body(), task=None),
+        _message(_body(), eta="9999-01-01T00:00:00-23:59"),
+        _message(_body(), expires={"at": 1}),
+        _message(_body(), compression="zlib"),
+        _message("%%%"),
+        _message("A" * 900_000),
+        _with(headers=7),
+        _with(properties=None),
+        _with(body={"a": 1}),
+        "garbage",  # celery 5.7 ends
+        "7",
+        "[" * 5000,
+        "\udcff",
+        "",
+    ]
+    _push(valkey, *hostile)
     second = scene.submit(1)
     _until(lambda: scene.job(second).state == "proposed" or worker.is_over(), "the worker goes on")
     assert not worker.is_over(), worker.log.read_text()[-3000:]
     assert not marker.exists()
     assert len(scene.events("job")) == events + 2  # submitted and proposed, nothing besides
     assert scene.rounds() == 2
+    log = worker.log.read_text()
+    assert "Traceback" not in log
+    told = [reason for reason in ("not JSON", "no id", "unknown task", "arguments", "too large") if reason in log]
+    assert told == ["not JSON", "no id", "unknown task", "arguments", "too large"], log[-3000:]
 
 
-def test_what_is_no_message_at_all_costs_a_worker_at_most_and_its_successor_goes_on(
+def test_keys_of_another_kind_and_orders_to_workers_stop_no_worker(
     scene: Scene, valkey: ValkeySource, start_worker: Callable[[], Worker]
 ) -> None:
-    """Who may write to Redis can end a worker; a supervisor starts it again, and the message is gone by then."""
+    with redis.Redis.from_url(valkey.url) as client:
+        client.set("_kombu.binding.rounds", "x")
+        client.hset("unacked", "tag", "garbage")
+        client.zadd("unacked_index", {"tag": 1})
+        client.set("rounds", "no list")
     worker = start_worker()
-    _push(valkey, "garbage")
-    _until(worker.is_over, "celery gives up on what it cannot read")
+    with redis.Redis.from_url(valkey.url) as client:
+        shutdown = {"method": "shutdown", "arguments": {}, "destination": None, "ticket": "t"}
+        order = _message(base64.b64encode(json.dumps(shutdown).encode()).decode())
+        assert client.publish("/0.celery.pidbox", order) == 0, "somebody listens to orders"
+        client.delete("rounds")
+        client.set("rounds", "no list again")
+        _until(lambda: client.type("rounds") != b"string" or worker.is_over(), "the key is removed")
     job_id = scene.submit()
-    assert scene.rounds() == 0
-    start_worker()
-    _until(lambda: scene.job(job_id).state == "proposed", "the successor takes the ring that waited")
-    assert scene.rounds() == 1
+    _until(lambda: scene.job(job_id).state == "proposed" or worker.is_over(), "the worker goes on")
+    assert not worker.is_over(), worker.log.read_text()[-3000:]
+    assert "Traceback" not in worker.log.read_text()
 
 
 def test_without_valkey_a_submit_succeeds_as_quickly_and_the_next_beat_catches_up(
@@ -183,23 +211,19 @@ def test_a_server_that_hangs_holds_up_no_submit(scene: Scene, supervisor: Superv
 def _push(valkey: ValkeySource, *messages: str) -> None:
     with redis.Redis.from_url(valkey.url) as client:
         for message in messages:
-            client.lpush("rounds", message)
+            client.lpush("rounds", message.encode("utf-8", "surrogateescape"))
 
 
-def _message(
-    body: str,
-    *,
-    task: str = "hansa.clear",
-    content_type: str = "application/json",
-    headers: dict[str, Any] | None = None,
-) -> str:
+def _message(body: str, *, content_type: str = "application/json", **headers: Any) -> str:
+    """A ring as Celery writes it, with `headers` in the place of its own; those that are None are left out."""
     identity = str(uuid.uuid4())
+    own = {"lang": "py", "task": "hansa.clear", "id": identity, "root_id": identity, "argsrepr": "()"}
     return json.dumps(
         {
             "body": body,
             "content-encoding": "utf-8",
             "content-type": content_type,
-            "headers": {"lang": "py", "task": task, "id": identity, "root_id": identity, "argsrepr": "()"},
+            "headers": {name: value for name, value in (own | headers).items() if value is not None},
             "properties": {
                 "correlation_id": identity,
                 "delivery_mode": 2,
@@ -210,6 +234,10 @@ def _message(
             },
         }
     )
+
+
+def _with(**fields: Any) -> str:
+    return json.dumps(json.loads(_message(_body())) | fields)
 
 
 def _body(args: list[Any] | None = None, kwargs: dict[str, Any] | None = None) -> str:
