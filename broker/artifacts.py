@@ -80,23 +80,28 @@ class ArtifactStore:
         for folder in (self._files, self._documents, self._partial):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def progress(self, digest: str, owner: str) -> Progress:
-        """Return how much of `digest` is held, counting only this owner's upload if it is not whole."""
+    def progress(self, digest: str, owner: str, *, afresh: bool = False) -> Progress:
+        """Return how much of `digest` is held, counting only this owner's upload if it is not whole.
+
+        `afresh` counts only this owner's upload in any case.
+        """
         whole = self._path(digest)
-        if whole.exists():
+        if whole.exists() and not afresh:
             return Progress(whole.stat().st_size, complete=True)
         partial = self._partial_path(digest, owner)
         return Progress(partial.stat().st_size if partial.exists() else 0, complete=False)
 
-    def append(self, digest: str, chunk: bytes, *, owner: str, offset: int, size_bytes: int) -> Progress:
+    def append(
+        self, digest: str, chunk: bytes, *, owner: str, offset: int, size_bytes: int, afresh: bool = False
+    ) -> Progress:
         """Add `chunk` at `offset` to the upload of an artifact of `size_bytes`; complete it with the last byte.
 
-        Sending a chunk again changes nothing. Raises ArtifactOffsetError where the chunk would leave a
+        `afresh` takes every byte from this owner, though the artifact be held already. Sending a chunk again changes nothing. Raises ArtifactOffsetError where the chunk would leave a
         gap, ArtifactTooLargeError past `size_bytes`, ArtifactDigestError where the whole has another
         digest: the upload then starts again from nought.
         """
         whole = self._path(digest)
-        if whole.exists():
+        if whole.exists() and not afresh:
             return Progress(whole.stat().st_size, complete=True)
         if offset + len(chunk) > size_bytes:
             raise ArtifactTooLargeError(
@@ -104,7 +109,7 @@ class ArtifactStore:
             )
         partial = self._partial_path(digest, owner)
         with _locked(partial) as stream:
-            if whole.exists():  # another upload of the same owner completed it while this one waited
+            if whole.exists() and not afresh:  # another upload of the same owner completed it while this one waited
                 partial.unlink(missing_ok=True)
                 return Progress(whole.stat().st_size, complete=True)
             held = stream.seek(0, os.SEEK_END)

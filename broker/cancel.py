@@ -28,7 +28,6 @@ def request_cancel(market: Market, tenant_id: str, job_id: str) -> Job:
             raise ConflictError(message)
         placement = live_placement(session, job_id)
         sites = [] if placement is None else end_placement(session, market, placement, "cancelled")
-        job.cancel_requested_ms = now_ms
         job.ended_ms = now_ms
         job.reason_code, job.reason = "cancelled", "cancelled by its tenant"
         change_state(session, job, JobState.CANCELLED, now_ms=now_ms)

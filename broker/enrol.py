@@ -117,7 +117,7 @@ def _admit(session: Session, market: Market, site_id: str, public_key: str) -> N
         if site.state == SiteState.REMOVED:
             raise JoinTokenError("this site was removed for good; ask the admin for an invitation under another name")
         _revoke_former(session, site, public_key, now_ms)
-        record_event(session, "site", now_ms=now_ms, after="rejoined", site_id=site_id)
+        record_event(session, "agent", now_ms=now_ms, after="rejoined", site_id=site_id)
     note_change(session)
 
 

@@ -171,6 +171,9 @@ def _heard(session: Session, market: Market, site_id: str, heartbeat: Heartbeat,
     site.heard_ms = market.clock.now_ms()
     site.heard_monotonic_ms = round(market.clock.monotonic_s() * 1000)
     site.heard_era = market.clock.era()
+    if site.boot is not None and site.boot != heartbeat.boot:
+        # What it left unfinished it finds again by its journal; an operator wants to know how often that is needed.
+        record_event(session, "agent", now_ms=site.heard_ms, after="restarted", site_id=site_id)
     site.boot = heartbeat.boot
     site.agent_version = heartbeat.agent_version
     if site.state == SiteState.SILENT:

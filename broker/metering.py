@@ -31,6 +31,8 @@ from sites.protocol import Usage
 
 # What both `broker.reconcile` and a site that fenced itself give as the cause of a lease's end.
 EXPIRED_CAUSE: Final = "expired"
+# A probe sees what other traffic leaves of a link: a transfer may find twice that.
+EGRESS_HEADROOM: Final = 2
 # How far delays on the way may part two reports that follow one another without a gap.
 FOLLOWING_MS_MAX: Final = 1000
 
@@ -45,6 +47,12 @@ class UsageRefusedError(RefusedError):
     """A report about time that the lease did not grant."""
 
     code = "usage.refused"
+
+
+class EgressImpossibleError(RefusedError):
+    """More bytes than a link of that bandwidth can have carried; the report may be sent again."""
+
+    code = "usage.egress_impossible"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +92,10 @@ def accept_usage(session: Session, market: Market, lease: Lease, usage: Usage, *
     placement = session.get_one(Placement, lease.placement_id)
     hold = session.get_one(Hold, lease.job_id)
     _require_granted(market, lease, hold, usage, now_ms)
-    _require_own_links(session, lease, usage)
     ended_ms = _ended_ms(market, lease, usage, age_ms, now_ms)
     terms = _terms_naming(session, lease)
+    _require_own_links(session, lease, usage)
+    lease.egress = _carried(session, market, lease, usage, now_ms)
     for part in split(usage, spans(list(terms.values())), gpus=lease.gpus, ended_ms=ended_ms):
         term = terms[part.term]
         sold, delivery = _sold_and_delivered(session, Award.model_validate_json(term.award), lease, part)
@@ -222,6 +231,31 @@ def _require_own_links(session: Session, lease: Lease, usage: Usage) -> None:
         raise UsageRefusedError(message)
 
 
+def _carried(session: Session, market: Market, lease: Lease, usage: Usage, now_ms: int) -> str:
+    """Return what the lease has now sent to each site, as canonical JSON.
+
+    Raises EgressImpossibleError where that is more than a link can have carried since the lease began: its
+    offered bandwidth, with headroom for what a probe did not see, times that time.
+    """
+    assert lease.active_ms is not None, "usage was granted"
+    until_ms = now_ms if lease.ended_ms is None else min(now_ms, lease.ended_ms)
+    elapsed_ms = until_ms - lease.active_ms + round(market.settings.liveness_s * 1000)
+    sent: dict[str, int] = json.loads(lease.egress or "{}")
+    for target, size in usage.egress_bytes.items():
+        sent[target] = sent.get(target, 0) + size
+        link = session.get(Link, (lease.site_id, target))
+        if link is None:
+            continue  # it is not offered, so nothing is charged for it either
+        most = round(link.bandwidth_bits_per_s * EGRESS_HEADROOM * elapsed_ms) // (8 * 1000)
+        if sent[target] > most:
+            message = (
+                f"{sent[target]} bytes to {target} are more than the link can have carried by now ({most}, which is "
+                f"{EGRESS_HEADROOM} times the bandwidth that this site offers on it); correct the offer's links"
+            )
+            raise EgressImpossibleError(message)
+    return _canonical(sent)
+
+
 def _ended_ms(market: Market, lease: Lease, usage: Usage, age_ms: int, now_ms: int) -> int:
     """Return when the usage of a report ended, on the broker's clock.
 
@@ -258,14 +292,17 @@ def _terms_naming(session: Session, lease: Lease) -> dict[int, Term]:
 def _sold_and_delivered(session: Session, award: Award, lease: Lease, part: Part) -> tuple[Terms, Delivery]:
     """Return a term's prices for this site and what it delivered under them.
 
-    A link that the award does not name (the hub moved) is charged its offered egress price.
+    A link that the award does not name (the hub moved) is charged its offered egress price; one that the site
+    no longer offers costs nothing, for nobody can say what it carries.
     """
     links = [
         LinkTerms(
             from_site=row.from_site,
             to_site=row.to_site,
             rent_micros_per_hour=row.rent_micros_per_hour,
-            egress_price_micros_per_gb=row.egress_price_micros_per_gb,
+            egress_price_micros_per_gb=(
+                row.egress_price_micros_per_gb if session.get(Link, (row.from_site, row.to_site)) is not None else 0
+            ),
             egress_bytes_per_s=row.egress_bytes_per_s,
         )
         for row in award.links

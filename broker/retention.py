@@ -31,6 +31,7 @@ from broker.database.tables import (
     Lease,
     Round,
     SiteCertificate,
+    WorkdirUpload,
 )
 from broker.market import Market
 from broker.streams import streams_of
@@ -95,6 +96,7 @@ def _retire_artifacts(session: Session, now_ms: int) -> list[str]:
         )
     )
     session.execute(delete(JobArtifact).where(JobArtifact.digest.in_(gone)))
+    session.execute(delete(WorkdirUpload).where(WorkdirUpload.digest.in_(gone)))
     session.execute(delete(Artifact).where(Artifact.digest.in_(gone)))
     return gone
 

@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker import ledger
-from broker.database.tables import Artifact, Job, JobArtifact, Tenant
+from broker.database.tables import Artifact, Job, JobArtifact, Tenant, WorkdirUpload
 from broker.errors import NeverPossibleError, NotFoundError, RefusedError
 from broker.market import Market
 from broker.quote import reason_never_possible
@@ -26,7 +26,7 @@ BeforeCommit = Callable[[Session, Job], None]
 
 
 class WorkdirMissingError(RefusedError):
-    """The job names a workdir that was never uploaded."""
+    """The job names a workdir that its tenant has not uploaded, whoever else may have."""
 
     code = "job.workdir_missing"
 
@@ -91,8 +91,10 @@ def _check_admissible(session: Session, market: Market, tenant_id: str, spec: Jo
         message = f"there is no tenant {tenant_id!r}; ask the market's admin to create it"
         raise NotFoundError(message)
     workdir = session.get(Artifact, spec.workdir_digest)
-    if workdir is None or not workdir.complete:
-        message = f"the workdir {spec.workdir_digest[:12]}… has not been uploaded whole; upload it, then submit again"
+    # A digest is no pass: whoever learns another tenant's cannot have its files run, or know that they are here.
+    own = session.get(WorkdirUpload, (tenant_id, spec.workdir_digest))
+    if workdir is None or not workdir.complete or own is None:
+        message = f"you have not uploaded the workdir {spec.workdir_digest[:12]}… whole; upload it, then submit again"
         raise WorkdirMissingError(message)
     waiting = session.scalar(
         select(func.count())

@@ -13,7 +13,7 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from broker.artifacts import ArtifactTooLargeError, Progress
-from broker.database.tables import Artifact
+from broker.database.tables import Artifact, WorkdirUpload
 from broker.errors import RefusedError
 from broker.market import Market
 from sites.bundle import BundleLimits, inspect
@@ -34,13 +34,27 @@ class WorkdirRefusedError(RefusedError):
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Which artifact a chunk is of, whose upload it is, and where it begins."""
+    """Which artifact a chunk is of, whose upload it is, and where it begins.
+
+    A tenant brings every byte itself, also of what is held already: `tenant_id` then may name it in a job.
+    """
 
     digest: str
     owner: str
     offset: int
     size_bytes: int
     bytes_max: int
+    tenant_id: str | None = None
+
+
+def workdir_upload(market: Market, tenant_id: str, digest: str, *, offset: int = 0, size_bytes: int = 0) -> Upload:
+    """Return the upload of a tenant's workdir."""
+    return Upload(digest, f"tenant-{tenant_id}", offset, size_bytes, market.settings.workdir_bytes_max, tenant_id)
+
+
+def progress_of(market: Market, upload: Upload) -> Progress:
+    """Return how much of an upload is held; a tenant learns nothing of what others have uploaded."""
+    return market.artifacts.progress(upload.digest, upload.owner, afresh=not _has_brought(market, upload))
 
 
 def take_chunk(
@@ -56,16 +70,19 @@ def take_chunk(
         )
     store = market.artifacts
     progress = store.append(
-        upload.digest, chunk, owner=upload.owner, offset=upload.offset, size_bytes=upload.size_bytes
+        upload.digest,
+        chunk,
+        owner=upload.owner,
+        offset=upload.offset,
+        size_bytes=upload.size_bytes,
+        afresh=not _has_brought(market, upload),
     )
     if not progress.complete:
         return progress
-    known = market.database.read(lambda session: session.get(Artifact, upload.digest))
     if check is not None:
         # Also where the file came from elsewhere: a checkpoint of a site is no workdir by that.
         check(market, upload.digest)
-    if known is None or not known.complete:
-        _keep_row(market, upload.digest, progress.held_bytes)
+    _keep_rows(market, upload, progress.held_bytes)
     return progress
 
 
@@ -81,18 +98,34 @@ def check_workdir(market: Market, digest: str) -> None:
         raise WorkdirRefusedError(error) from None
 
 
-def _keep_row(market: Market, digest: str, size_bytes: int) -> None:
+def _has_brought(market: Market, upload: Upload) -> bool:
+    """Say whether what is held counts as this owner's: sites may share it, a tenant must have brought it."""
+    if upload.tenant_id is None:
+        return True
+    key = (upload.tenant_id, upload.digest)
+    return market.database.read(lambda session: session.get(WorkdirUpload, key)) is not None
+
+
+def _keep_rows(market: Market, upload: Upload, size_bytes: int) -> None:
     now_ms = market.clock.now_ms()
 
     def work(session: Session) -> None:
-        session.merge(
-            Artifact(
-                digest=digest,
-                size_bytes=size_bytes,
-                complete=True,
-                created_ms=now_ms,
-                expires_ms=now_ms + UNUSED_LIFE_MS,
+        known = session.get(Artifact, upload.digest)
+        if known is None or not known.complete:
+            session.merge(
+                Artifact(
+                    digest=upload.digest,
+                    size_bytes=size_bytes,
+                    complete=True,
+                    created_ms=now_ms,
+                    expires_ms=now_ms + UNUSED_LIFE_MS,
+                )
             )
-        )
+        elif known.expires_ms is not None:
+            known.expires_ms = max(known.expires_ms, now_ms + UNUSED_LIFE_MS)
+        session.flush()
+        key = (upload.tenant_id, upload.digest)
+        if upload.tenant_id is not None and session.get(WorkdirUpload, key) is None:
+            session.add(WorkdirUpload(tenant_id=upload.tenant_id, digest=upload.digest, created_ms=now_ms))
 
     market.database.write("artifact", work)

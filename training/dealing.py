@@ -116,11 +116,6 @@ def items(numbers: Sequence[int], *, length: int, seed: int) -> list[int]:
     return [int(index) for index in indices]
 
 
-def permutation(length: int, *, seed: int, data_pass: int) -> npt.NDArray[np.uint64]:
-    """Return the whole order of one data pass."""
-    return _permute(np.arange(length, dtype=np.uint64), length, seed, data_pass)
-
-
 def _permute(positions: npt.NDArray[np.uint64], length: int, seed: int, data_pass: int) -> npt.NDArray[np.uint64]:
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)

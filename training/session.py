@@ -157,11 +157,6 @@ class Session:
         return self._ranks.rank
 
     @property
-    def is_alone(self) -> bool:
-        """Whether there is no attempt around this process."""
-        return self._synchronizer is None
-
-    @property
     def step(self) -> int:
         """The inner steps that this site has taken, over all attempts that it resumed."""
         return self._steps_alone if self._synchronizer is None else self._synchronizer.inner_steps

@@ -42,7 +42,7 @@ from broker.quote import quote_job
 from broker.streams import streams_of
 from broker.submit import submit_job
 from broker.transitions import JobState
-from broker.uploads import Upload, check_workdir, take_chunk
+from broker.uploads import check_workdir, progress_of, take_chunk, workdir_upload
 from sites.protocol import ArtifactState
 from training.spec import Digest, JobSpec, SiteId
 
@@ -151,7 +151,7 @@ class MetricsPiece(BaseModel):
 def get_workdir(path: WorkdirPath, query: WorkdirQuery) -> Response:
     """Say how much of a workdir is held, so that an upload can go on from there."""
     market = the_market()
-    progress = market.artifacts.progress(path.digest, _uploader())
+    progress = progress_of(market, workdir_upload(market, the_tenant_id(), path.digest))
     size_bytes = progress.held_bytes if progress.complete else query.size
     return json_answer(artifact_state(path.digest, size_bytes, progress))
 
@@ -160,7 +160,7 @@ def get_workdir(path: WorkdirPath, query: WorkdirQuery) -> Response:
 def put_workdir(path: WorkdirPath, query: ChunkQuery) -> Response:
     """Take a piece of a workdir; with the last one the whole is checked by the rules of bundles."""
     market = the_market()
-    upload = Upload(path.digest, _uploader(), query.offset, query.size, market.settings.workdir_bytes_max)
+    upload = workdir_upload(market, the_tenant_id(), path.digest, offset=query.offset, size_bytes=query.size)
     progress = take_chunk(market, upload, request.get_data(), check_workdir)
     return json_answer(artifact_state(path.digest, query.size, progress))
 
@@ -338,10 +338,6 @@ def get_invoice(path: JobPath) -> Response:
         return invoice(session, path.job_id).as_json()
 
     return json_answer(market.database.read(work))
-
-
-def _uploader() -> str:
-    return f"tenant-{the_tenant_id()}"
 
 
 def _leases(session: Session, tenant_id: str, job_id: str) -> list[Lease]:

@@ -2,7 +2,7 @@
 
 Used by `hansa admin audit`, the fault simulator and the tests. It trusts no constraint and no
 cached figure: a finding means that rows were changed behind the services' back, or a defect.
-Numbers are those of the invariants in the blueprint; 8 to 10, 12 and 13 are no matter of rows.
+Numbers are those of the invariants in the blueprint; 8 to 10 and 13 are no matter of rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from broker.audit.money import (
     check_transfers,
     check_usage_money,
 )
-from broker.audit.states import check_epochs, check_gpus, check_histories, check_usage
+from broker.audit.states import check_epochs, check_gpus, check_histories, check_outer_states, check_usage
 
 CHECKS = (
     check_balances,
@@ -27,6 +27,7 @@ CHECKS = (
     check_gpus,
     check_epochs,
     check_usage,
+    check_outer_states,
     check_histories,
     check_prices,
     check_usage_money,

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.audit.finding import Finding
-from broker.database.tables import Event, Job, Lease, LeasedGpu, Placement, Site, UsageReport, ViewChange
+from broker.database.tables import Event, Job, JobArtifact, Lease, LeasedGpu, Placement, Site, UsageReport, ViewChange
 from broker.metering import EXPIRED_CAUSE
 from broker.transitions import LEGAL, LeaseState, PlacementState
 
@@ -93,6 +93,21 @@ def _check_usage_of(lease: Lease, reports: Sequence[UsageReport]) -> Iterator[Fi
             yield Finding(6, name, "it was taken for a lease that never was active")
         elif lease.end_cause == EXPIRED_CAUSE and report.received_ms > (lease.ended_ms or 0):
             yield Finding(6, name, f"it was taken at {report.received_ms}, the lease expired at {lease.ended_ms}")
+
+
+def check_outer_states(session: Session) -> Iterator[Finding]:
+    """Invariant 12: checkpoints of one job that follow the same chain of seals hold the same outer state."""
+    states: dict[tuple[str, str], dict[str, list[str]]] = {}
+    checkpoints = select(JobArtifact).where(
+        JobArtifact.kind == "checkpoint", JobArtifact.chain_hash.is_not(None), JobArtifact.outer_hash.is_not(None)
+    )
+    for row in session.scalars(checkpoints.order_by(JobArtifact.job_id, JobArtifact.name)):
+        by_hash = states.setdefault((row.job_id, str(row.chain_hash)), {})
+        by_hash.setdefault(str(row.outer_hash), []).append(f"{row.name} (round {row.round_number})")
+    for (job_id, _), by_hash in states.items():
+        if len(by_hash) > 1:
+            sides = "; ".join(f"{', '.join(names)}: {outer_hash[:12]}…" for outer_hash, names in by_hash.items())
+            yield Finding(12, job_id, f"its sites' checkpoints after the same seals hold unlike outer states: {sides}")
 
 
 def check_histories(session: Session) -> Iterator[Finding]:

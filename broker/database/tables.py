@@ -236,7 +236,6 @@ class Job(Table):
     failures: Mapped[int] = mapped_column(default=0)
     reason_code: Mapped[str] = mapped_column(default="")
     reason: Mapped[str] = mapped_column(String(1000), default="")
-    cancel_requested_ms: Mapped[int | None]
     submitted_ms: Mapped[int]
     started_ms: Mapped[int | None]
     ended_ms: Mapped[int | None]
@@ -308,7 +307,8 @@ class Term(Table):
 class Lease(Table):
     """One site's part of a placement: proposed, confirmed, active, ended.
 
-    `usage_until_ms` is when the last of its reports that were taken ended. `liveness_*` is when the broker may count the site's processes as dead: later than the agent
+    `usage_until_ms` is when the last of its reports that were taken ended, `egress` what it sent to each site of
+    its gang. `liveness_*` is when the broker may count the site's processes as dead: later than the agent
     counts, on the broker's own monotonic clock.
     """
 
@@ -338,6 +338,7 @@ class Lease(Table):
     delivered_gpu_milliseconds: Mapped[int] = mapped_column(default=0)
     delivered_samples: Mapped[int] = mapped_column(default=0)
     egress_bytes: Mapped[int] = mapped_column(default=0)
+    egress: Mapped[str | None] = mapped_column(Text)
     ended_ms: Mapped[int | None]
     end_cause: Mapped[str] = mapped_column(default="")
     __table_args__ = (Index("one_lease_per_site_and_placement", "placement_id", "site_id", unique=True),)
@@ -499,6 +500,15 @@ class Artifact(Table):
     complete: Mapped[bool] = mapped_column(Boolean)
     created_ms: Mapped[int]
     expires_ms: Mapped[int | None]
+
+
+class WorkdirUpload(Table):
+    """A workdir that a tenant has brought itself: only by that may its jobs name the digest."""
+
+    __tablename__ = "workdir_uploads"
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), primary_key=True)
+    digest: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"), primary_key=True)
+    created_ms: Mapped[int]
 
 
 class JobArtifact(Table):

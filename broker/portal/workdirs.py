@@ -14,7 +14,7 @@ from werkzeug.datastructures import FileStorage
 
 from broker.market import Market
 from broker.portal.forms import EXAMPLE
-from broker.uploads import Upload, check_workdir, take_chunk
+from broker.uploads import check_workdir, take_chunk, workdir_upload
 from sites.bundle import pack
 
 _CHUNK_BYTES: Final = 4_000_000
@@ -51,7 +51,7 @@ def _keep(market: Market, tenant_id: str, stream: IO[bytes]) -> str:
     offset = 0
     while True:
         chunk = stream.read(_CHUNK_BYTES)
-        upload = Upload(digest, f"tenant-{tenant_id}", offset, size, market.settings.workdir_bytes_max)
+        upload = workdir_upload(market, tenant_id, digest, offset=offset, size_bytes=size)
         progress = take_chunk(market, upload, chunk, check_workdir)
         offset += len(chunk)
         if progress.complete:

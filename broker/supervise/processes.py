@@ -134,14 +134,6 @@ class Supervisor:
         if number == signal.SIGKILL:
             child.popen.wait()
 
-    def stop_one(self, name: str) -> None:
-        """End `name` alone and forget it; its descendants go with it."""
-        child = self._children[name]
-        family = descendants.descendants({child.popen.pid})
-        self._end(child)
-        descendants.kill(family)
-        del self._children[name]
-
     def stop(self) -> None:
         """End every process, the last started first, then whatever they have left behind. May be called twice.
 

@@ -18,11 +18,6 @@ PROBE_TIMEOUT_S: Final = 1.0  # one question; the supervisor asks again
 HTTP_OK: Final = range(200, 300)
 
 
-def file_exists(path: Path) -> Probe:
-    """Return a probe that is satisfied once `path` exists."""
-    return path.exists
-
-
 def port_accepts(host: str, port: int) -> Probe:
     """Return a probe that is satisfied once a TCP connection to `host`:`port` is accepted."""
 

@@ -18,7 +18,20 @@ from broker.allocation.configuration import Configuration, Part
 from broker.artifacts import ArtifactStore
 from broker.database.engine import Database
 from broker.database.schema import upgrade
-from broker.database.tables import Gpu, Job, Lease, LeasedGpu, Placement, Pool, Round, Site, Tenant, Term, ViewChange
+from broker.database.tables import (
+    Gpu,
+    Job,
+    Lease,
+    LeasedGpu,
+    Link,
+    Placement,
+    Pool,
+    Round,
+    Site,
+    Tenant,
+    Term,
+    ViewChange,
+)
 from broker.doorbell import SilentDoorbell
 from broker.identity.authority import Authority
 from broker.ids import SequentialIds
@@ -35,6 +48,7 @@ GPUS: Final = {"ada": 4, "bob": 8}
 PRICES: Final = {"ada": 2 * CREDIT, "bob": 1 * CREDIT}
 RENT: Final = 100_000
 EGRESS_PRICE: Final = 50_000
+BANDWIDTH: Final = 1e8
 UPLIFT: Final = 1_200_000
 BUDGET: Final = 100 * CREDIT
 EQUITY: Final = 50 * CREDIT
@@ -67,6 +81,17 @@ def _sell(session: Session, now_ms: int, reserved_micros: int, equity_micros: in
     ledger.deposit(session, "acme", 2 * BUDGET, "first", now_ms)
     for site_id in GPUS:
         _open_site(session, site_id, now_ms)
+    for source, target in (("ada", "bob"), ("bob", "ada")):
+        session.add(
+            Link(
+                source=source,
+                target=target,
+                bandwidth_bits_per_s=BANDWIDTH,
+                delay_s=0.01,
+                loss=0.0,
+                egress_price_micros_per_gb=EGRESS_PRICE,
+            )
+        )
     session.add(_round(now_ms))
     job = Job(job_id="job", tenant_id="acme", name="job", state="", version=0, spec="{}", epoch=1, submitted_ms=now_ms)
     session.add(job)

@@ -13,15 +13,22 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.audit import audit
-from broker.database.tables import Hold, Lease, Placement, UsageReport
+from broker.database.tables import Hold, Lease, Link, Placement, UsageReport
 from broker.errors import BrokerError, StaleEpochError
 from broker.invoices import invoice, statement
 from broker.market import Market
-from broker.metering import UsageConflictError, UsageRefusedError, accept_usage, charges_of
+from broker.metering import (
+    EGRESS_HEADROOM,
+    EgressImpossibleError,
+    UsageConflictError,
+    UsageRefusedError,
+    accept_usage,
+    charges_of,
+)
 from broker.transitions import LeaseState, change_state
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Terms
 from sites.protocol import Usage
-from tests.broker.sold import BUDGET, CREDIT, EQUITY, HOUR_MS, sold_market
+from tests.broker.sold import BANDWIDTH, BUDGET, CREDIT, EQUITY, HOUR_MS, sold_market
 
 
 @pytest.fixture
@@ -148,6 +155,28 @@ def test_egress_to_a_stranger_is_not_charged(market: Market) -> None:
         with pytest.raises(UsageRefusedError, match=f"egress to {stranger}"):
             _report(market, "ada", 1, gpu_ms=1000, egress={stranger: 10**12})
     assert _reports(market) == 0
+
+
+def test_no_more_egress_is_taken_than_its_link_can_have_carried_since_the_lease_began(market: Market) -> None:
+    market.clock.advance_s(60)
+    seconds = 60 + market.settings.liveness_s
+    most = round(BANDWIDTH / 8 * EGRESS_HEADROOM * seconds)
+    with pytest.raises(EgressImpossibleError, match="more than the link can have carried by now"):
+        _report(market, "ada", 1, gpu_ms=1000, egress={"bob": most + 1})
+    assert _reports(market) == 0
+    assert _report(market, "ada", 1, gpu_ms=1000, egress={"bob": most - 1000}) == 1
+    with pytest.raises(EgressImpossibleError):  # it counts over all reports
+        _report(market, "ada", 2, gpu_ms=1000, egress={"bob": 1001})
+    market.clock.advance_s(1)  # an honest one that was only quick is taken later
+    assert _report(market, "ada", 2, gpu_ms=1000, egress={"bob": 1001}) == 2
+    assert market.database.read(audit) == []
+
+
+def test_egress_over_a_link_that_is_no_longer_offered_costs_nothing(market: Market) -> None:
+    market.clock.advance_s(60)
+    market.database.write("probe", lambda session: session.delete(session.get_one(Link, ("ada", "bob"))))
+    assert _report(market, "ada", 1, gpu_ms=0, egress={"bob": 10**12}) == 1
+    assert market.database.read(lambda session: invoice(session, "job")).total_micros == 0
 
 
 def test_a_lease_that_never_was_active_has_no_usage(market: Market) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from broker import ledger
 from broker.database.engine import Database
 from broker.database.schema import upgrade
-from broker.database.tables import Artifact, Site, Tenant
+from broker.database.tables import Artifact, Site, Tenant, WorkdirUpload
 from broker.identity.authority import Authority
 from broker.transitions import SiteState, change_state
 from sites.protocol import Offer
@@ -44,6 +44,8 @@ def found(world: World) -> None:
         ledger.deposit(session, TENANT_ID, 10**12, "first", now_ms)
         ledger.fund_equity(session, 10**9, "first", now_ms)
         session.add(Artifact(digest=WORKDIR, size_bytes=100, complete=True, created_ms=now_ms))
+        session.flush()
+        session.add(WorkdirUpload(tenant_id=TENANT_ID, digest=WORKDIR, created_ms=now_ms))
         for site_id in world.site_ids:
             site = Site(
                 site_id=site_id,

@@ -57,4 +57,8 @@ def decode(payload: bytes, elements: int) -> Values:
     if codec is None:
         message = f"{payload[:4]!r} is the mark of no codec; its author runs another version"
         raise CodecError(message)
+    size_max = codec.size_bytes_max(elements)
+    if len(payload) > size_max:
+        message = f"{len(payload)} bytes for {elements} values, at most {size_max} can be: its author pads or lies"
+        raise CodecError(message)
     return codec.decode(payload, elements)

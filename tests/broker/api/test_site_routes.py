@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from broker.audit import audit
 from broker.database.tables import Event, Lease, LeasedGpu, Site, SiteCertificate
 from broker.identity.join import LIFE_S
 from broker.streams import streams_of
@@ -74,6 +75,23 @@ def test_a_site_that_joins_again_counts_anew_and_its_former_key_is_out(world: Wo
     assert world.beat("lyon").status_code == 200
     world.sites["lyon"] = former
     assert code_of(world.beat("lyon")) == "site.certificate_revoked"
+
+
+def test_a_site_that_joins_again_has_its_first_heartbeats_taken_and_its_history_says_so(world: World) -> None:
+    """Enrolment resets the number of the last heartbeat too: else the first ones would be overtaken by a former's."""
+    world.join("lyon")
+    for _ in range(5):
+        assert world.beat("lyon").status_code == 200
+    site = world.market.database.read(lambda session: session.get_one(Site, "lyon"))
+    assert site.heartbeat_sequence == site.sequence_max >= 5
+    world.join("lyon")
+    fresh = world.market.database.read(lambda session: session.get_one(Site, "lyon"))
+    assert (fresh.heartbeat_sequence, fresh.sequence_max, fresh.sequence_seen) == (0, 0, "0")
+    answer = world.beat("lyon")
+    assert answer.status_code == 200, answer.text
+    assert world.market.database.read(audit) == []
+    events = world.market.database.read(lambda session: list(session.scalars(select(Event).order_by(Event.event_id))))
+    assert [event.after for event in events if event.kind == "agent"] == ["rejoined"]
 
 
 def test_a_removed_site_is_out_for_good(world: World) -> None:

@@ -112,3 +112,26 @@ def test_sizes_are_bounded_and_announced_truthfully(world: World) -> None:
 def test_a_name_that_is_no_digest_reaches_no_file(world: World, digest: str) -> None:
     answer = world.call("PUT", f"/v1/workdirs/{digest}?offset=0&size=1", "acme", data=b"x")
     assert answer.status_code in {404, 422}
+
+
+def test_a_digest_is_no_pass_to_anothers_workdir_and_tells_nothing_of_it(world: World) -> None:
+    path = f"/v1/workdirs/{DIGEST}"
+    size = len(WORKDIR)
+    assert world.upload("acme", WORKDIR).get_json()["complete"]
+    # Who only knows the digest learns not even that it is here.
+    nothing = {"digest": DIGEST, "size_bytes": size, "held_bytes": 0, "complete": False}
+    assert world.call("GET", f"{path}?size={size}", "rival").get_json() == nothing
+    refused = world.post("/v1/jobs", "rival", spec())
+    assert (refused.status_code, code_of(refused)) == (422, "job.workdir_missing")
+    # A part of the bytes, or others of their length, do not do.
+    half = world.call("PUT", f"{path}?offset=0&size={size}", "rival", data=WORKDIR[:50]).get_json()
+    assert (half["held_bytes"], half["complete"]) == (50, False)
+    assert code_of(world.post("/v1/jobs", "rival", spec())) == "job.workdir_missing"
+    wrong = world.call("PUT", f"{path}?offset=50&size={size}", "rival", data=bytes(size - 50))
+    assert code_of(wrong) == "artifact.digest"
+    assert world.call("GET", path, "acme").get_json()["complete"]  # nor do they spoil the one that is here
+    assert world.market.artifacts.file(DIGEST).read_bytes() == WORKDIR
+    # The same bytes brought by both are fine.
+    assert world.call("PUT", f"{path}?offset=0&size={size}", "rival", data=WORKDIR).get_json()["complete"]
+    assert world.call("GET", path, "rival").get_json()["complete"]
+    assert code_of(world.post("/v1/jobs", "rival", spec())) != "job.workdir_missing"

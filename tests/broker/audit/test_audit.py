@@ -38,6 +38,13 @@ SECOND_PLACEMENT = (
     "INSERT INTO placements SELECT {columns} FROM placements",
     {"placement_id": "'second'", "epoch": "2", "state": "'active'"},
 )
+PARTED_CHECKPOINTS = (
+    "INSERT INTO artifacts (digest, size_bytes, complete, created_ms) SELECT 'none', 1, live, 0 FROM leased_gpus LIMIT 1",
+    """INSERT INTO job_artifacts
+       (job_id, kind, name, digest, site_id, epoch, round_number, chain_hash, outer_hash, samples_done, created_ms)
+       VALUES ('job', 'checkpoint', 'ada', 'none', 'ada', 1, 7, 'chain', 'aaa', 0, 0),
+              ('job', 'checkpoint', 'bob', 'none', 'bob', 1, 7, 'chain', 'bbb', 0, 0)""",
+)
 FAULTS = (
     Fault("money from nowhere", ("UPDATE accounts SET balance_micros = balance_micros + 1 WHERE account_id = 'fees'",), 1, "accounts", "sum to 1"),
     Fault("a balance without a transfer", ("UPDATE accounts SET balance_micros = balance_micros + 1 WHERE account_id = 'fees'",), 1, "fees", "its transfers make 0"),
@@ -71,6 +78,7 @@ FAULTS = (
     Fault("a site that fell silent unseen", ("UPDATE sites SET state = 'silent' WHERE site_id = 'bob'",), 7, "bob", "its last event left it live"),
     Fault("a view nobody opened", ("DELETE FROM events WHERE kind = 'view'",), 7, "job", "of its views are issued"),
     Fault("an event of nothing", ("UPDATE events SET lease_id = 'ghost' WHERE lease_id = 'lease_ada'",), 7, "ghost", "does not exist"),
+    Fault("sites whose outer states have parted", PARTED_CHECKPOINTS, 12, "job", "ada (round 7): aaa…; bob (round 7): bbb…"),
     Fault("a price above the bid", ("UPDATE placements SET charge_micros_per_hour = value_micros_per_hour + 1",), 11, "placement", "its bid values at"),
     Fault("a site paid below its price", ("UPDATE usage_reports SET payout_micros = payout_micros - 100, fee_micros = fee_micros + 100 WHERE lease_id = 'lease_ada' AND sequence = 1",), 11, "lease_ada report 1", "its term prices at"),
     Fault("a report out of balance", ("UPDATE usage_reports SET charge_micros = charge_micros + 1 WHERE lease_id = 'lease_ada' AND sequence = 1",), 14, "lease_ada report 1", "was given and"),

@@ -161,6 +161,7 @@ def make_scene(home: Path) -> Scene:
         agents[site_id].join()
     scene = Scene(market, clock, agents)
     workdir = keep_example(market, "ada").digest
+    keep_example(market, "bob")
     submit(scene, "ada", spec_of("spanning", workdir, gpus=6, sites_max=2, budget_micros=200_000_000))
     submit(scene, "ada", spec_of("left-out", workdir, gpus=4, sites_max=1, budget_micros=1_000))
     submit(scene, "bob", spec_of("bobs-own", workdir, gpus=2, sites_max=1, budget_micros=150_000_000))

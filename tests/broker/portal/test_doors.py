@@ -89,7 +89,7 @@ def test_a_form_without_its_sessions_token_changes_nothing(
     assert answer.status_code == 403
     assert "portal.form_forged" in answer.text
     row = scene.market.database.read(lambda session: session.get_one(Job, scene.jobs["left-out"]))
-    assert row.cancel_requested_ms is None
+    assert row.ended_ms is None
 
 
 def test_a_form_sent_from_another_website_is_refused_even_with_a_token(

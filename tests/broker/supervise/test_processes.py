@@ -15,7 +15,7 @@ import pytest
 from broker.supervise import descendants
 from broker.supervise.errors import NotReadyError, ProcessDiedError, StartError
 from broker.supervise.processes import ProcessSpec, Supervisor
-from broker.supervise.readiness import file_exists, http_answers, port_accepts
+from broker.supervise.readiness import http_answers
 
 PATIENCE_S = 20.0  # far beyond what any of these takes, even on a loaded machine
 
@@ -54,7 +54,7 @@ def _python(name: str, program: str, folder: Path) -> ProcessSpec:
     return ProcessSpec(
         name=name,
         argv=(sys.executable, "-c", program, name, str(folder)),
-        ready=file_exists(folder / name),
+        ready=(folder / name).exists,
         ready_timeout_s=PATIENCE_S,
         stop_timeout_s=PATIENCE_S,
     )
@@ -134,9 +134,6 @@ def test_a_killed_process_can_be_started_again(tmp_path: Path) -> None:
         second = supervisor.start(spec)
         assert second != first
         supervisor.check()
-        supervisor.stop_one("service")
-        assert not _lives(second)
-        supervisor.check()
 
 
 def test_a_process_never_ready_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
@@ -171,13 +168,12 @@ def test_a_folder_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> Non
 SUPERVISING = """
 import os, pathlib, signal, sys
 from broker.supervise.processes import ProcessSpec, Supervisor
-from broker.supervise.readiness import file_exists
 folder, program = pathlib.Path(sys.argv[1]), sys.argv[2]
 with Supervisor(folder / "logs") as supervisor:
     pids = []
     for name in ("one", "two"):
         argv = (sys.executable, "-c", program, name, str(folder))
-        pids.append(supervisor.start(ProcessSpec(name, argv, ready=file_exists(folder / name), stop_timeout_s=20)))
+        pids.append(supervisor.start(ProcessSpec(name, argv, ready=(folder / name).exists, stop_timeout_s=20)))
     print(*pids, flush=True)
     while True:
         signal.pause()
@@ -246,9 +242,7 @@ def test_an_interrupt_at_any_moment_of_the_start_leaves_nothing(tmp_path: Path, 
     _wait_until(lambda: not seen & {present for present, _ in descendants._table()})
 
 
-def test_a_probe_says_no_to_what_is_not_there(tmp_path: Path) -> None:
-    assert not file_exists(tmp_path / "absent")()
-    assert not port_accepts("127.0.0.1", 1)()
+def test_a_probe_says_no_to_what_is_not_there() -> None:
     assert not http_answers("127.0.0.1", 1)()
 
 
@@ -261,10 +255,9 @@ server.serve_forever()
 """
     with Supervisor(tmp_path) as supervisor:
         supervisor.start(
-            ProcessSpec("web", (sys.executable, "-c", program), cwd=tmp_path, ready=file_exists(tmp_path / "port"))
+            ProcessSpec("web", (sys.executable, "-c", program), cwd=tmp_path, ready=(tmp_path / "port").exists)
         )
         port = int((tmp_path / "port").read_text())
         _wait_until(http_answers("127.0.0.1", port))
-        assert port_accepts("127.0.0.1", port)()
         assert not http_answers("127.0.0.1", port, "/absent")()
-    assert not port_accepts("127.0.0.1", port)()
+    assert not http_answers("127.0.0.1", port)()

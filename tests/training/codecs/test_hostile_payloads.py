@@ -50,6 +50,13 @@ def test_random_bodies_decode_soundly_or_are_refused(codec: Codec, body: bytes, 
     decodes_soundly(codec.magic + struct.pack("<Q", elements) + body, elements)
 
 
+@codecs
+def test_a_payload_longer_than_any_honest_one_is_refused_before_it_is_read(codec: Codec) -> None:
+    padded = codec.magic + struct.pack("<Q", ELEMENTS) + bytes(codec.size_bytes_max(ELEMENTS))
+    with pytest.raises(CodecError, match="at most"):
+        decode(padded, ELEMENTS)
+
+
 @settings(max_examples=50, deadline=None)
 @given(payload=st.binary(max_size=64))
 def test_bytes_of_no_codec_are_refused(payload: bytes) -> None:

@@ -24,11 +24,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from sites.identity import private_key_pem
 from training.attempt import GatewayConfig
 from training.exchange import SampleRange, SealedRound
 from training.roundlog.client import GatewayClient
 from training.roundlog.control import GatewayControl, GatewayControlError
-from training.roundlog.credentials import new_attempt_key, peer_uri, private_pem
+from training.roundlog.credentials import new_attempt_key, peer_uri
 from training.roundlog.gateway import Gateway
 from training.roundlog.signing import public_hex
 from training.roundlog.view import GENESIS_HASH, Member, View, ViewReport, sign_view
@@ -200,7 +201,7 @@ class Federation:
         folder = self.folder / f"{site_id}-{epoch}"
         folder.mkdir()
         key = new_attempt_key()
-        (folder / "key.pem").write_bytes(private_pem(key))
+        (folder / "key.pem").write_bytes(private_key_pem(key))
         (folder / "certificate.pem").write_bytes(self.authority.issue(key, peer_uri(JOB, epoch, site_id)))
         (folder / "ca.pem").write_bytes(self.authority.pem)
         config = GatewayConfig(

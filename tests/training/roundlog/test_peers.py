@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from sites.identity import private_key_pem
 from training.exchange import SampleRange
 from training.roundlog.blobs import CHUNK_BYTES
 from training.roundlog.contribution import FragmentPart, Header, sign_contribution
 from training.roundlog.control import GatewayControlError
-from training.roundlog.credentials import client_context, new_attempt_key, peer_uri, private_pem
+from training.roundlog.credentials import client_context, new_attempt_key, peer_uri
 from training.roundlog.listener import Listener
 from training.roundlog.signing import SignedDocument, sign
 from training.roundlog.view import GENESIS_HASH, sign_view
@@ -37,7 +38,7 @@ class Caller:
 
     def context(self, key: Ed25519PrivateKey, certificate: bytes, ca: bytes | None = None) -> ssl.SSLContext:
         for name, content in (
-            ("key", private_pem(key)),
+            ("key", private_key_pem(key)),
             ("certificate", certificate),
             ("ca", ca or self.authority.pem),
         ):
