@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from broker.allocation.compiled import compiled
+from broker.allocation.compiled import compiled, inlined
 from broker.allocation.configuration import TERM_MARGIN, TERM_S_MIN
 from broker.allocation.instance import (
     RATE_MICROS_PER_HOUR_MAX,
@@ -41,19 +41,19 @@ _contribution_bytes = compiled(throughput.contribution_size_bytes)
 _transfer_s = compiled(throughput.link_transfer_s)
 
 
-@compiled
+@inlined
 def column_key(form: int, item: int, place: int) -> int:
     """Return the one number that names a column."""
     return (np.int64(form) << 61) | (np.int64(item) << 30) | np.int64(place)
 
 
-@compiled
+@inlined
 def ceil_rate(amount: float) -> int:
     """Return an hourly rate rounded up, bounded so that sums never overflow."""
     return int(min(float(math.ceil(amount)), float(RATE_MICROS_PER_HOUR_MAX)))
 
 
-@compiled
+@inlined
 def value_rate(jobs: Jobs, job: int, speed: float) -> int:
     """Return what an hour at `speed` samples/s is worth to a job by its bid, rounded down."""
     least = np.inf
@@ -62,32 +62,32 @@ def value_rate(jobs: Jobs, job: int, speed: float) -> int:
     return int(min(max(0.0, math.floor(least)), float(RATE_MICROS_PER_HOUR_MAX)))
 
 
-@compiled
+@inlined
 def term_seconds(instance: Instance, job: int, speed: float) -> float:
     """Return the term that a job at `speed` is offered: whole seconds, shorter near its end."""
     left = math.ceil(TERM_MARGIN * instance.jobs.samples_left[job] / speed)
     return min(instance.term_s, max(float(TERM_S_MIN), left))
 
 
-@compiled
+@inlined
 def affordable_rate(jobs: Jobs, job: int, term_s: float, rounded_amounts: int) -> int:
     """Return the highest hourly rate that a job's hold can reserve for a whole term."""
     return max(0, jobs.hold_left[job] - rounded_amounts) * 3600 // np.int64(term_s)
 
 
-@compiled
+@inlined
 def restart_rate(jobs: Jobs, job: int, term_s: float) -> int:
     """Return what a move destroys, spread over the term, rounded up."""
     return -((-jobs.restart[job] * 3600) // np.int64(term_s))
 
 
-@compiled
+@inlined
 def site_step_s(instance: Instance, job: int, pool: int, gpus: int) -> float:
     """Return one inner step of a job on `gpus` GPUs of a pool: compute and all-reduce."""
     return kind_step_s(instance, job, instance.pools.kind[pool], gpus)
 
 
-@compiled
+@inlined
 def kind_step_s(instance: Instance, job: int, kind: int, gpus: int) -> float:
     """Return one inner step of a job on `gpus` GPUs of a kind."""
     jobs, kinds = instance.jobs, instance.kinds
@@ -102,7 +102,7 @@ def kind_step_s(instance: Instance, job: int, kind: int, gpus: int) -> float:
     return computing_s + _all_reduce_s(jobs.parameters[job], gpus, ring)
 
 
-@compiled
+@inlined
 def tier_of(instance: Instance, job: int, site: int) -> int:
     """Return how far a site is from a job's data: 0 the same site, 1 region, 2 continent, 3 beyond."""
     home = instance.jobs.home[job]
@@ -116,7 +116,7 @@ def tier_of(instance: Instance, job: int, site: int) -> int:
     return 3
 
 
-@compiled
+@inlined
 def site_allowed(instance: Instance, job: int, site: int) -> bool:
     """Return whether a job may be at a site, by its site list and by where its data may travel."""
     chosen = instance.jobs.site_set[job]
@@ -127,14 +127,14 @@ def site_allowed(instance: Instance, job: int, site: int) -> bool:
     return instance.jobs.tier_price[job, tier_of(instance, job, site)] >= 0
 
 
-@compiled
+@inlined
 def data_egress_rate(instance: Instance, job: int, site: int, bytes_per_s: int) -> int:
     """Return what reading `bytes_per_s` of a job's data at a site costs per hour, rounded up."""
     price = instance.jobs.tier_price[job, tier_of(instance, job, site)]
     return ceil_rate(float(bytes_per_s) * 3600.0 * float(price) / 1e9)
 
 
-@compiled
+@inlined
 def is_barred(jobs: Jobs, job: int, key: int) -> bool:
     """Return whether a site vetoed this column of the job a short while ago."""
     for place in range(jobs.barred_start[job], jobs.barred_start[job + 1]):
@@ -143,7 +143,7 @@ def is_barred(jobs: Jobs, job: int, key: int) -> bool:
     return False
 
 
-@compiled
+@inlined
 def split(gpus: int, weight: np.ndarray, parts: int, counts: np.ndarray) -> bool:
     """Divide `gpus` by weight into `counts`, largest remainders first, ties to the earlier part.
 
@@ -170,7 +170,7 @@ def split(gpus: int, weight: np.ndarray, parts: int, counts: np.ndarray) -> bool
     return True
 
 
-@compiled
+@inlined
 def span_ceiling(instance: Instance, job: int, span: int, pattern: int) -> float:
     """Return a speed in samples/s that no pattern of this span's family exceeds, sync left out.
 
@@ -196,7 +196,7 @@ PART_FIELDS: Final = 6
 SPAN_OUT: Final = PARTS + PART_FIELDS * SPAN_SITES_MAX
 
 
-@compiled
+@inlined
 def span_column(instance: Instance, job: int, span: int, pattern: int, out: Int) -> float:
     """Fill `out` (SPAN_OUT integers) with a span's value and uses; return its samples/s, 0 if none.
 
@@ -271,13 +271,13 @@ def span_column(instance: Instance, job: int, span: int, pattern: int, out: Int)
     return speed
 
 
-@compiled
+@inlined
 def link_shares(bits_per_s: float, bytes_per_s: int) -> int:
     """Return what traffic uses of a link in SHARES, rounded up; above SHARES where it does not fit."""
     return int(min(math.ceil(float(bytes_per_s) * 8.0 * SHARES / bits_per_s), 2.0**40))
 
 
-@compiled
+@inlined
 def _sync_round_s(instance: Instance, job: int, pattern: int, codec: int) -> float:
     """Return the seconds of one sync round through the pattern's hub."""
     links, patterns = instance.links, instance.patterns
@@ -295,7 +295,7 @@ def _sync_round_s(instance: Instance, job: int, pattern: int, codec: int) -> flo
     return slowest_s
 
 
-@compiled
+@inlined
 def budget_shares(jobs: Jobs, job: int, rate: int) -> int:
     """Return what a placement that may cost `rate` per hour uses of its tenant's budget, in SHARES."""
     if jobs.budget_row[job] < 0 or rate <= 0:
@@ -303,7 +303,7 @@ def budget_shares(jobs: Jobs, job: int, rate: int) -> int:
     return int(math.ceil(float(rate) * SHARES / float(jobs.budget[job])))
 
 
-@compiled
+@inlined
 def single_column(instance: Instance, job: int, single: int, pool: int, out: Int) -> bool:
     """Fill out[VALUE], [EGRESS] and [CHARGE_MAX] for a candidate at one of its good's pools.
 

@@ -29,7 +29,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.allocation.compiled import compiled
+from broker.allocation.compiled import compiled, compiled_loop, inlined
 from broker.allocation.instance import NONE, SPAN_SITES_MAX, Index, Instance, Int, Real
 from broker.allocation.kernel import (
     CHARGE_MAX,
@@ -203,17 +203,23 @@ def order(instance: Instance, layout: Layout, y: Prices) -> Order:
 def best(instance: Instance, y: Prices, *, layout: Layout | None = None, hint: Best | None = None) -> Best:
     """Return each job's best column at `y` [rows], int64 or float64.
 
-    `hint` are columns that were good at other prices: they make the search shorter, and change
+    `hint` are columns of this instance that were good at other prices: they make the search shorter, and change
     nothing. Integer prices give exact integer surpluses.
     """
     layout = prepare(instance) if layout is None else layout
     count = instance.job_count
     found = Best(
-        np.full(count, NONE, np.int8), np.full(count, NONE, np.int32), np.full(count, NONE, np.int32), np.zeros(count, y.dtype)
+        np.full(count, NONE, np.int8),
+        np.full(count, NONE, np.int32),
+        np.full(count, NONE, np.int32),
+        np.zeros(count, y.dtype),
     )
+    ranked = order(instance, layout, y)
+    out, counts = np.zeros(SPAN_OUT, np.int64), np.zeros(SPAN_SITES_MAX, np.int64)
     if hint is not None:
         found.form[:], found.item[:], found.place[:] = hint.form, hint.item, hint.place
-    _best_of_all(instance, layout, order(instance, layout, y), y, found)
+        _reprice(instance, y, ranked.pool_price, found, out)
+    _best_of_all(instance, layout, ranked, y, found, out, counts)
     return found
 
 
@@ -313,7 +319,7 @@ def _bound_patterns(
         bound[pattern] = max(least, total / weights - (parts // 2) * (most - least) / gpus_min[family[pattern]])
 
 
-@compiled
+@inlined
 def scope_of(instance: Instance, layout: Layout, home: int, tier: int) -> int:
     """Return the scope that holds every site of a tier around a home (and nearer ones); -1 if none."""
     if home < 0:
@@ -329,7 +335,7 @@ def scope_of(instance: Instance, layout: Layout, home: int, tier: int) -> int:
     return layout.level_scope[3]
 
 
-@compiled
+@inlined
 def single_surplus(instance: Instance, y: np.ndarray, job: int, single: int, price: float, out: Int) -> float:
     """Return a single's surplus from `out` of `single_column` and the price of a GPU over its slots."""
     jobs = instance.jobs
@@ -338,7 +344,7 @@ def single_surplus(instance: Instance, y: np.ndarray, job: int, single: int, pri
     return worth - gpus * price
 
 
-@compiled
+@inlined
 def side_surplus(instance: Instance, y: np.ndarray, job: int, gpus: int, out: Int) -> float:
     """Return the credit of a job's fairness floor less the price of its budget, for singles and spans."""
     jobs = instance.jobs
@@ -351,8 +357,10 @@ def side_surplus(instance: Instance, y: np.ndarray, job: int, gpus: int, out: In
     return extra
 
 
-@compiled
-def span_surplus(instance: Instance, y: np.ndarray, job: int, span: int, pattern: int, prices: np.ndarray, out: Int) -> float:
+@inlined
+def span_surplus(
+    instance: Instance, y: np.ndarray, job: int, span: int, pattern: int, prices: np.ndarray, out: Int
+) -> float:
     """Return a span's surplus from `out` of `span_column` and the pools' prices over its slots."""
     patterns = instance.patterns
     first_row = instance.links.first_row
@@ -366,7 +374,7 @@ def span_surplus(instance: Instance, y: np.ndarray, job: int, span: int, pattern
     return surplus
 
 
-@compiled
+@inlined
 def bundle_surplus(instance: Instance, y: np.ndarray, bundle: int) -> float:
     """Return a bundle's value less the price of what it uses."""
     bundles = instance.bundles
@@ -376,7 +384,7 @@ def bundle_surplus(instance: Instance, y: np.ndarray, bundle: int) -> float:
     return surplus
 
 
-@compiled
+@inlined
 def value_bound(instance: Instance, job: int, speed: float, afford: float) -> float:
     """Return what no span of a job at most this fast is worth per hour."""
     jobs = instance.jobs
@@ -386,7 +394,7 @@ def value_bound(instance: Instance, job: int, speed: float, afford: float) -> fl
     return least
 
 
-@compiled
+@inlined
 def least_sync_bytes(instance: Instance, job: int) -> float:
     """Return the bytes of a job's smallest contribution to a sync round."""
     codec = instance.jobs.codec[job]
@@ -394,7 +402,7 @@ def least_sync_bytes(instance: Instance, job: int) -> float:
     return instance.jobs.parameters[job] * _BYTES_PER_PARAMETER / ratio
 
 
-@compiled
+@inlined
 def least_step_s(instance: Instance, job: int, span: int, pattern: int) -> float:
     """Return a lower bound of a span's inner step over the patterns of its family, sync left out."""
     patterns = instance.patterns
@@ -408,24 +416,32 @@ def least_step_s(instance: Instance, job: int, span: int, pattern: int) -> float
     return max(slowest, fastest_full)
 
 
-@compiled
-def _best_of_all(instance: Instance, layout: Layout, ranked: Order, y: np.ndarray, found: Best) -> None:
-    out, counts = np.zeros(SPAN_OUT, np.int64), np.zeros(SPAN_SITES_MAX, np.int64)
+@compiled_loop
+def _reprice(instance: Instance, y: np.ndarray, pool_price: np.ndarray, found: Best, out: np.ndarray) -> None:
+    """Fill the surplus of the columns in `found` at y."""
+    goods = instance.goods
     for job in range(len(found.form)):
-        _best_of(instance, layout, ranked, y, job, found, out, counts)
+        form, item, place = found.form[job], found.item[job], found.place[job]
+        if form == 0:
+            price = y[0] * 0
+            good = instance.singles.good[item]
+            for slot in range(goods.first[good], goods.end[good]):
+                price += y[slot * len(instance.pools.site) + place]
+            single_column(instance, job, item, place, out)
+            found.surplus[job] = single_surplus(instance, y, job, item, price, out)
+        elif form == 1:
+            span_column(instance, job, item, place, out)
+            prices = pool_price[instance.spans.slots[item] - 1]
+            found.surplus[job] = span_surplus(instance, y, job, item, place, prices, out)
+        elif form == 2:
+            found.surplus[job] = bundle_surplus(instance, y, item)
 
 
-@compiled
-def _best_of(
-    instance: Instance,
-    layout: Layout,
-    ranked: Order,
-    y: np.ndarray,
-    job: int,
-    found: Best,
-    out: np.ndarray,
-    counts: np.ndarray,
+@compiled_loop
+def _best_of_all(
+    instance: Instance, layout: Layout, ranked: Order, y: np.ndarray, found: Best, out: np.ndarray, counts: np.ndarray
 ) -> None:
+    """Improve `found`, which holds hints with their surplus at y, to the best column of each job."""
     jobs, goods, singles, spans, patterns = (
         instance.jobs,
         instance.goods,
@@ -434,130 +450,111 @@ def _best_of(
         instance.patterns,
     )
     zero = y[0] * 0
-    top, top_key = zero, np.int64(-1)
-    top_form, top_item, top_place = -1, -1, -1
-    any_found = not jobs.must[job]
-    # The hint only raises what must be beaten; the search below meets the column again.
-    if found.form[job] >= 0:
-        top_form, top_item, top_place = int(found.form[job]), int(found.item[job]), int(found.place[job])
-        valid = True
-        if top_form == 0:
-            valid = single_column(instance, job, top_item, top_place, out)
-            if valid:
-                price = zero
-                good = singles.good[top_item]
-                for slot in range(goods.first[good], goods.end[good]):
-                    price += y[slot * len(instance.pools.site) + top_place]
-                surplus = single_surplus(instance, y, job, top_item, price, out)
-        elif top_form == 1:
-            valid = span_column(instance, job, top_item, top_place, out) > 0
-            if valid:
-                surplus = span_surplus(
-                    instance, y, job, top_item, top_place, ranked.pool_price[spans.slots[top_item] - 1], out
-                )
-        else:
-            surplus = bundle_surplus(instance, y, top_item)
-        if valid and (surplus > zero or not any_found):
-            top, top_key, any_found = surplus, column_key(top_form, top_item, top_place), True
-        else:
-            top_form, top_item, top_place = -1, -1, -1
-    for bundle in range(instance.bundles.start[job], instance.bundles.start[job + 1]):
-        surplus = bundle_surplus(instance, y, bundle)
-        key = column_key(2, bundle, 0)
-        if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
-            top, top_key, any_found = surplus, key, True
-            top_form, top_item, top_place = 2, bundle, 0
-    credit = zero
-    if jobs.floor_row[job] >= 0:
-        credit = y[jobs.floor_row[job]]
-    home = jobs.home[job]
-    for single in range(singles.start[job], singles.start[job + 1]):
-        good, gpus = singles.good[single], singles.gpus[single]
-        slots = np.int64(goods.end[good] - goods.first[good])
-        for tier in range(4):
-            if jobs.tier_price[job, tier] < 0:
-                continue
-            scope = scope_of(instance, layout, home, tier)
-            if scope < 0:
-                continue
-            cell = scope * len(goods.kind) + good
-            if layout.limit_max[cell] < gpus:
-                continue
-            first, end = layout.start[cell], layout.start[cell + 1]
-            # No pool of the tier is cheaper than the scope's first: often that says enough.
-            worth = singles.value[single] + gpus * credit
-            if any_found and worth - gpus * ranked.price[ranked.offer[first]] < top:
-                continue
-            if singles.data_bytes_per_s[single] > 0 and jobs.tier_price[job, tier] > 0:
-                egress = float(singles.data_bytes_per_s[single]) * 3600.0 * float(jobs.tier_price[job, tier]) / 1e9
-                worth -= np.int64(math.ceil(min(egress, 2.0**45))) * slots
-            for at in range(first, end):
-                offer = ranked.offer[at]
-                price = ranked.price[offer]
-                if any_found and worth - gpus * price < top:
-                    break
-                if goods.offer_limit[offer] < gpus:
+    for job in range(len(found.form)):
+        top, top_key = zero, np.int64(-1)
+        top_form, top_item, top_place = -1, -1, -1
+        any_found = not jobs.must[job]
+        # The hint only raises what must be beaten; the search below meets the column again.
+        if found.form[job] >= 0 and (found.surplus[job] > zero or not any_found):
+            top_form, top_item, top_place = int(found.form[job]), int(found.item[job]), int(found.place[job])
+            top, top_key, any_found = found.surplus[job], column_key(top_form, top_item, top_place), True
+        for bundle in range(instance.bundles.start[job], instance.bundles.start[job + 1]):
+            surplus = bundle_surplus(instance, y, bundle)
+            key = column_key(2, bundle, 0)
+            if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
+                top, top_key, any_found = surplus, key, True
+                top_form, top_item, top_place = 2, bundle, 0
+        credit = zero
+        if jobs.floor_row[job] >= 0:
+            credit = y[jobs.floor_row[job]]
+        home = jobs.home[job]
+        for single in range(singles.start[job], singles.start[job + 1]):
+            good, gpus = singles.good[single], singles.gpus[single]
+            slots = np.int64(goods.end[good] - goods.first[good])
+            for tier in range(4):
+                if jobs.tier_price[job, tier] < 0:
                     continue
-                pool = goods.offer_pool[offer]
-                if home >= 0 and tier_of(instance, job, instance.pools.site[pool]) != tier:
+                scope = scope_of(instance, layout, home, tier)
+                if scope < 0:
                     continue
-                if not single_column(instance, job, single, pool, out):
+                cell = scope * len(goods.kind) + good
+                if layout.limit_max[cell] < gpus:
                     continue
-                surplus = single_surplus(instance, y, job, single, price, out)
-                key = column_key(0, single, pool)
-                if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
-                    top, top_key, any_found = surplus, key, True
-                    top_form, top_item, top_place = 0, single, pool
-    if spans.start[job] < spans.start[job + 1]:
-        size = least_sync_bytes(instance, job)
-        steps = jobs.period_steps[job]
-        for span in range(spans.start[job], spans.start[job + 1]):
-            family, gpus = spans.family[span], spans.gpus[span]
-            if patterns.family_start[family] == patterns.family_start[family + 1]:
-                continue
-            slots = spans.slots[span]
-            prices = ranked.pool_price[slots - 1]
-            least_s = least_step_s(instance, job, span, patterns.family_start[family])
-            fastest = jobs.batch_per_gpu[job] * gpus / least_s * (1 + _MARGIN)
-            afford = float(affordable_rate(jobs, job, term_seconds(instance, job, fastest), 1))
-            destroyed = float(restart_rate(jobs, job, instance.term_s)) if jobs.own[job] >= 0 else 0.0
-            extra = float(gpus * credit)
-            for group in range(layout.group_start[family], layout.group_start[family + 1]):
-                step_s = least_s + (size * layout.group_sync[group] + layout.group_delay[group]) / steps
-                speed = jobs.batch_per_gpu[job] * gpus / step_s
-                if jobs.samples_left[job] / speed > jobs.deadline_s[job] * (1 + _MARGIN):
+                first, end = layout.start[cell], layout.start[cell + 1]
+                # No pool of the tier is cheaper than the scope's first: often that says enough.
+                worth = singles.value[single] + gpus * credit
+                if any_found and worth - gpus * ranked.price[ranked.offer[first]] < top:
                     continue
-                worth = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
-                worth += 1 + abs(worth) * _MARGIN
-                for at in range(layout.group_end[group], layout.group_end[group + 1]):
-                    pattern = ranked.pattern[slots - 1, at]
-                    if any_found and worth - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                if singles.data_bytes_per_s[single] > 0 and jobs.tier_price[job, tier] > 0:
+                    egress = float(singles.data_bytes_per_s[single]) * 3600.0 * float(jobs.tier_price[job, tier]) / 1e9
+                    worth -= np.int64(math.ceil(min(egress, 2.0**45))) * slots
+                for at in range(first, end):
+                    offer = ranked.offer[at]
+                    price = ranked.price[offer]
+                    if any_found and worth - gpus * price < top:
                         break
-                    if patterns.parts[pattern] > spans.sites_max[span]:
+                    if goods.offer_limit[offer] < gpus:
                         continue
-                    step_s = least_s + (size * layout.sync_s_per_byte[pattern] + layout.delay_s[pattern]) / steps
-                    speed = jobs.batch_per_gpu[job] * gpus / step_s
-                    closer = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
-                    closer += 1 + abs(closer) * _MARGIN
-                    if any_found and closer - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                    pool = goods.offer_pool[offer]
+                    if home >= 0 and tier_of(instance, job, instance.pools.site[pool]) != tier:
                         continue
-                    allowed = True
-                    for part in range(patterns.parts[pattern]):
-                        site = instance.pools.site[patterns.pool[pattern, part]]
-                        allowed = allowed and site_allowed(instance, job, site)
-                    if not allowed or not split(gpus, patterns.weight[pattern], patterns.parts[pattern], counts):
+                    if not single_column(instance, job, single, pool, out):
                         continue
-                    cost = 0.0
-                    for part in range(patterns.parts[pattern]):
-                        cost += counts[part] * prices[patterns.pool[pattern, part]]
-                        allowed = allowed and counts[part] <= instance.pools.job_max[patterns.pool[pattern, part]]
-                    if not allowed or (any_found and closer - cost * (1 - _MARGIN) < top):
-                        continue
-                    if span_column(instance, job, span, pattern, out) <= 0:
-                        continue
-                    surplus = span_surplus(instance, y, job, span, pattern, prices, out)
-                    key = column_key(1, span, pattern)
+                    surplus = single_surplus(instance, y, job, single, price, out)
+                    key = column_key(0, single, pool)
                     if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
                         top, top_key, any_found = surplus, key, True
-                        top_form, top_item, top_place = 1, span, pattern
-    found.form[job], found.item[job], found.place[job], found.surplus[job] = top_form, top_item, top_place, top
+                        top_form, top_item, top_place = 0, single, pool
+        if spans.start[job] < spans.start[job + 1]:
+            size = least_sync_bytes(instance, job)
+            steps = jobs.period_steps[job]
+            for span in range(spans.start[job], spans.start[job + 1]):
+                family, gpus = spans.family[span], spans.gpus[span]
+                if patterns.family_start[family] == patterns.family_start[family + 1]:
+                    continue
+                slots = spans.slots[span]
+                prices = ranked.pool_price[slots - 1]
+                least_s = least_step_s(instance, job, span, patterns.family_start[family])
+                fastest = jobs.batch_per_gpu[job] * gpus / least_s * (1 + _MARGIN)
+                afford = float(affordable_rate(jobs, job, term_seconds(instance, job, fastest), 1))
+                destroyed = float(restart_rate(jobs, job, instance.term_s)) if jobs.own[job] >= 0 else 0.0
+                extra = float(gpus * credit)
+                for group in range(layout.group_start[family], layout.group_start[family + 1]):
+                    step_s = least_s + (size * layout.group_sync[group] + layout.group_delay[group]) / steps
+                    speed = jobs.batch_per_gpu[job] * gpus / step_s
+                    if jobs.samples_left[job] / speed > jobs.deadline_s[job] * (1 + _MARGIN):
+                        continue
+                    worth = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
+                    worth += 1 + abs(worth) * _MARGIN
+                    for at in range(layout.group_end[group], layout.group_end[group + 1]):
+                        pattern = ranked.pattern[slots - 1, at]
+                        if any_found and worth - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                            break
+                        if patterns.parts[pattern] > spans.sites_max[span]:
+                            continue
+                        step_s = least_s + (size * layout.sync_s_per_byte[pattern] + layout.delay_s[pattern]) / steps
+                        speed = jobs.batch_per_gpu[job] * gpus / step_s
+                        closer = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
+                        closer += 1 + abs(closer) * _MARGIN
+                        if any_found and closer - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                            continue
+                        allowed = True
+                        for part in range(patterns.parts[pattern]):
+                            site = instance.pools.site[patterns.pool[pattern, part]]
+                            allowed = allowed and site_allowed(instance, job, site)
+                        if not allowed or not split(gpus, patterns.weight[pattern], patterns.parts[pattern], counts):
+                            continue
+                        cost = 0.0
+                        for part in range(patterns.parts[pattern]):
+                            cost += counts[part] * prices[patterns.pool[pattern, part]]
+                            allowed = allowed and counts[part] <= instance.pools.job_max[patterns.pool[pattern, part]]
+                        if not allowed or (any_found and closer - cost * (1 - _MARGIN) < top):
+                            continue
+                        if span_column(instance, job, span, pattern, out) <= 0:
+                            continue
+                        surplus = span_surplus(instance, y, job, span, pattern, prices, out)
+                        key = column_key(1, span, pattern)
+                        if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
+                            top, top_key, any_found = surplus, key, True
+                            top_form, top_item, top_place = 1, span, pattern
+        found.form[job], found.item[job], found.place[job], found.surplus[job] = top_form, top_item, top_place, top

@@ -258,7 +258,7 @@ def large(
     flops_per_sample = rng.lognormal(math.log(2e11), 0.8, job_count)
     affinity = rng.lognormal(0.0, 0.25, (job_count, len(_TYPES)))
     tier = rng.choice([1, 2, 3], job_count, p=[0.25, 0.35, 0.4])
-    price = np.tile(np.array([0, 2_000_000, 8_000_000, 20_000_000], np.int64), (job_count, 1))
+    price = np.tile(np.array([0, 20_000, 80_000, 200_000], np.int64), (job_count, 1))
     price[np.arange(TIERS)[None, :] > tier[:, None]] = -1
     words = (site_count + 63) // 64
     chosen = rng.random(job_count) < bespoke
@@ -271,7 +271,7 @@ def large(
     # What a job would make of its typical count on V100s, and what it pays for that hour.
     step_s = batch * flops_per_sample / kinds.flops_per_s[3]
     typical_speed = batch * typical / step_s
-    worth = typical * 677_000 * rng.lognormal(0.15, 0.5, job_count)
+    worth = typical * 677_000 * rng.lognormal(0.6, 0.6, job_count)
     fraction = rng.uniform(0.3, 0.7, job_count)
     value_slope = np.stack([worth / typical_speed, worth * fraction / typical_speed, np.zeros(job_count)], axis=1)
     value_base = np.stack(
