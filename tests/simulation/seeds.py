@@ -6,9 +6,11 @@ import shutil
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from broker.database.engine import CommitHook, Database
 from tests.simulation.world import World
 
 
@@ -23,11 +25,18 @@ class Outcome:
     story: tuple[str, ...] = ()
 
 
-def run_seed(seed: int, steps: int, template: Path, *, tell: bool = False) -> Outcome:
-    """Run one seed in a folder of its own and return what came of it."""
+def run_seed(
+    seed: int,
+    steps: int,
+    template: Path,
+    *,
+    tell: bool = False,
+    open_database: Callable[[CommitHook], Database] | None = None,
+) -> Outcome:
+    """Run one seed in a folder of its own, on SQLite or what `open_database` opens, and return what came of it."""
     folder = Path(tempfile.mkdtemp(prefix="hansa-simulation-", dir=fast_folder()))
     started_s = time.perf_counter()
-    world = World(seed, folder, template, tell=tell)
+    world = World(seed, folder, template, tell=tell, open_database=open_database)
     failure = ""
     try:
         world.run(steps)

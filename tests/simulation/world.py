@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from broker.artifacts import ArtifactStore
 from broker.cancel import request_cancel
-from broker.database.engine import Database
+from broker.database.engine import CommitHook, Database
 from broker.database.tables import Artifact, Job, Placement
 from broker.errors import ConflictError
 from broker.heartbeat import receive
@@ -88,9 +88,19 @@ class World:
     """One run of one seed."""
 
     def __init__(
-        self, seed: int, folder: Path, template: Path, faults: Faults | None = None, *, tell: bool = False
+        self,
+        seed: int,
+        folder: Path,
+        template: Path,
+        faults: Faults | None = None,
+        *,
+        tell: bool = False,
+        open_database: Callable[[CommitHook], Database] | None = None,
     ) -> None:
-        """Make a market with three to five sites in `folder`; `template` comes from `make_template`."""
+        """Make a market with three to five sites in `folder`; `template` comes from `make_template`.
+
+        `open_database` opens another database than the template's SQLite file, empty but for its schema.
+        """
         self.rng = random.Random(seed)  # noqa: S311  a seed that replays is the point
         self.seed = seed
         self.faults = faults or Faults()
@@ -123,7 +133,9 @@ class World:
         )
         self.market = Market(
             settings=settings,
-            database=Database(f"sqlite:///{folder / 'market.sqlite3'}", at_commit=self._at_commit),
+            database=open_database(self._at_commit)
+            if open_database
+            else Database(f"sqlite:///{folder / 'market.sqlite3'}", at_commit=self._at_commit),
             clock=self.clock,
             ids=SequentialIds(),
             authority=Authority(template, self.clock),
