@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from broker.database.tables import MarketState
+from broker.database.tables import Event, MarketState
 from broker.errors import ConflictError
 from broker.market import Market
 from broker.transitions import note_change, record_event
@@ -35,6 +36,15 @@ def set_frozen(market: Market, *, frozen: bool, reason: str = "") -> bool:
     changed = market.database.write("freeze", work)
     market.doorbell.ring_round()
     return changed
+
+
+def frozen_since(session: Session) -> Event | None:
+    """Return the event with which the market was frozen, None while it is open."""
+    state = session.get(MarketState, 1)
+    if state is None or state.frozen_ms is None:
+        return None
+    frozen = select(Event).where(Event.kind == "market", Event.after == "frozen")
+    return session.scalar(frozen.order_by(Event.event_id.desc()).limit(1))
 
 
 def require_open(session: Session) -> None:

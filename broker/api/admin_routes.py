@@ -21,6 +21,7 @@ from broker.api.idempotency import IdempotencyHeader, once
 from broker.api.market_routes import RoundPath
 from broker.api.pages import PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
+from broker.api.token_routes import TokenPath, new_token_document, token_document
 from broker.audit import audit
 from broker.database.tables import Event, Transfer
 from broker.enrol import remove_site
@@ -30,6 +31,7 @@ from broker.identity.join import invite_site
 from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, change_password, create_user, disable_user
 from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token, tokens_of
 from broker.invoices import statement
+from broker.queries.accounts import list_accounts
 from broker.queries.money import list_tenants
 from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
@@ -71,15 +73,9 @@ class Deposit(_Body):
 class TokenTerms(_Body):
     """A token to make. Without scopes it gets all that a tenant's token can have."""
 
-    scopes: list[Scope] | None = Field(default=None, min_length=1, max_length=5)
+    scopes: list[Scope] | None = Field(default=None, min_length=1, max_length=len(Scope))
     life_s: int = Field(default=DEFAULT_TOKEN_LIFE_S, ge=1, le=LIFE_S_MAX)
     label: str = Field(default="", max_length=200)
-
-
-class TokenPath(BaseModel):
-    """A token by its public id."""
-
-    token_id: str = Field(pattern=r"^[0-9a-f]{16}$")
 
 
 class UserPath(BaseModel):
@@ -179,29 +175,14 @@ def post_token(path: TenantPath, body: TokenTerms) -> Response:
         life_s=body.life_s,
         label=body.label,
     )
-    return json_answer(
-        {"token_id": made.token_id, "token": made.text, "scopes": list(made.scopes), "expires_ms": made.expires_ms},
-        HTTPStatus.CREATED,
-    )
+    return json_answer(new_token_document(made), HTTPStatus.CREATED)
 
 
 @api.get("/tenants/<string:tenant_id>/tokens", responses=answers())
 def get_tokens(path: TenantPath) -> Response:
     """List a tenant's tokens, newest first: what they are for and when last used, never their secrets."""
     rows = the_market().database.read(lambda session: tokens_of(session, path.tenant_id))
-    items = [
-        {
-            "token_id": row.token_id,
-            "label": row.label,
-            "scopes": row.scopes.split(),
-            "created_ms": row.created_ms,
-            "expires_ms": row.expires_ms,
-            "revoked_ms": row.revoked_ms,
-            "last_used_ms": row.last_used_ms,
-        }
-        for row in rows
-    ]
-    return json_answer({"items": items})
+    return json_answer({"items": [token_document(row).model_dump() for row in rows]})
 
 
 @api.post("/tokens/<string:token_id>/revoke", responses=answers())
@@ -219,6 +200,27 @@ def post_user(body: NewUser) -> Response:
         {"user_id": user.user_id, "login": user.login, "role": user.role, "tenant_id": user.tenant_id},
         HTTPStatus.CREATED,
     )
+
+
+@api.get("/users", responses=answers())
+def get_users(query: PageQuery) -> Response:
+    """List people's accounts, closed ones too."""
+    market = the_market()
+    after = "" if query.cursor is None else str(decode_cursor(market, "users", query.cursor)[0])
+    rows = market.database.read(lambda session: list_accounts(session, after=after, limit=query.limit))
+    shown = rows[: query.limit]
+    items = [
+        {
+            "login": row.login,
+            "role": row.role,
+            "tenant_id": row.tenant_id,
+            "created_ms": row.created_ms,
+            "closed_ms": row.disabled_ms,
+        }
+        for row in shown
+    ]
+    more = encode_cursor(market, "users", [shown[-1].login]) if len(rows) > len(shown) else None
+    return json_answer({"items": items, "next_cursor": more})
 
 
 @api.post("/users/<string:login>/password", responses=answers())

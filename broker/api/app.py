@@ -19,7 +19,7 @@ from flask_openapi3.models.info import Info
 from flask_openapi3.models.security_scheme import SecurityScheme
 from flask_openapi3.openapi import OpenAPI
 
-from broker.api import admin_routes, auth, health, job_routes, market_routes, problems, site_routes
+from broker.api import admin_routes, auth, health, job_routes, market_routes, problems, site_routes, token_routes
 from broker.api.context import EXTENSION
 from broker.market import Market
 from sites.protocol import HEARTBEAT_BYTES_MAX
@@ -60,7 +60,7 @@ def create_app(market: Market, pages: Sequence[Blueprint] = ()) -> OpenAPI:
     auth.register(app)
     problems.register(app)
     app.after_request(_finish)
-    for api in (job_routes.api, market_routes.api, admin_routes.api):
+    for api in (job_routes.api, market_routes.api, token_routes.api, admin_routes.api):
         app.register_api(api)
     for blueprint in (site_routes.blueprint, health.blueprint, *pages):
         app.register_blueprint(blueprint)

@@ -74,6 +74,9 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("GET", "/v1/jobs/<string:job_id>/artifacts"): _READ,
     ("GET", "/v1/jobs/<string:job_id>/artifacts/<path:name>"): _READ,
     ("GET", "/v1/jobs/<string:job_id>/invoice"): _LEDGER,
+    ("GET", "/v1/tokens"): _READ,
+    ("POST", "/v1/tokens"): Access(Who.TENANT, Scope.TOKENS_WRITE, SMALL_BODY_BYTES_MAX),
+    ("POST", "/v1/tokens/<string:token_id>/revoke"): Access(Who.TENANT, Scope.TOKENS_WRITE, SMALL_BODY_BYTES_MAX),
     # Admins.
     ("POST", "/v1/admin/tenants"): _ADMIN,
     ("GET", "/v1/admin/tenants"): _ADMIN_READ,
@@ -82,6 +85,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("GET", "/v1/admin/tenants/<string:tenant_id>/tokens"): _ADMIN_READ,
     ("POST", "/v1/admin/tokens/<string:token_id>/revoke"): _ADMIN,
     ("POST", "/v1/admin/users"): _ADMIN,
+    ("GET", "/v1/admin/users"): _ADMIN_READ,
     ("POST", "/v1/admin/users/<string:login>/password"): _ADMIN,
     ("POST", "/v1/admin/users/<string:login>/close"): _ADMIN,
     ("POST", "/v1/admin/sites/invite"): _SITES,

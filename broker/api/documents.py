@@ -6,6 +6,8 @@ own account of its prices.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pydantic import BaseModel
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -13,7 +15,7 @@ from sqlalchemy.orm import Session
 from broker.allocation.clearing import LinkCharge, PoolCharge
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Event, Hold, Job, Lease, Placement
-from broker.queries.jobs import ArtifactRow
+from broker.queries.jobs import ArtifactRow, list_memberships
 from broker.transitions import PlacementState
 from training.spec import JobSpec, SyncPlan
 
@@ -76,14 +78,28 @@ class PlacementDocument(BaseModel):
     leases: list[LeaseDocument]
 
 
+class MembershipDocument(BaseModel):
+    """A view of the job's round log; `opened_in_ms` is None until all its sites have promised it."""
+
+    number: int
+    epoch: int
+    state: str
+    sites: list[str]
+    hub: str
+    cause: str
+    created_ms: int
+    opened_in_ms: int | None
+
+
 class JobDetail(JobDocument):
-    """One job with its money, its specification and its newest placement."""
+    """One job with its money, its specification, its newest placement and who was in its round log."""
 
     spec: JobSpec
     budget_micros: int
     cost_micros: int
     held_micros: int
     placement: PlacementDocument | None
+    memberships: list[MembershipDocument]
 
 
 class EventDocument(BaseModel):
@@ -142,6 +158,7 @@ def job_detail(session: Session, job: Job, now_ms: int) -> JobDetail:
         cost_micros=0 if hold is None else hold.posted_micros,
         held_micros=0 if hold is None else hold.amount_micros - hold.posted_micros - hold.voided_micros,
         placement=None if newest is None else placement_document(session, job, newest, now_ms),
+        memberships=[MembershipDocument(**asdict(row)) for row in list_memberships(session, job.job_id)],
     )
 
 

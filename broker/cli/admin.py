@@ -318,6 +318,30 @@ def create_user(
     _act("/users", body, f"{login} may sign in to the portal", as_json=as_json)
 
 
+@user_app.command("list")
+def list_users(as_json: JsonOption = False) -> None:
+    """List people's accounts, closed ones too."""
+    with _client() as client:
+        rows = client.admin_list("/users", 10_000)
+    if as_json:
+        print_json({"items": rows})
+        return
+    print_table(
+        ("login", "role", "tenant", "since", "closed"),
+        [
+            (
+                row["login"],
+                row["role"],
+                row["tenant_id"] or "-",
+                time_text(row["created_ms"]),
+                time_text(row["closed_ms"]),
+            )
+            for row in rows
+        ],
+        empty="no accounts yet; make one with: hansa admin user create LOGIN",
+    )
+
+
 @user_app.command("password")
 def set_password(login: Login, password_file: PasswordFile = None, as_json: JsonOption = False) -> None:
     """Give a person another password; all of their sessions end."""

@@ -164,6 +164,18 @@ class BrokerClient:
             partial.unlink(missing_ok=True)
         return size
 
+    def tokens(self) -> Json:
+        """Return the caller's tokens, newest first, without their secrets."""
+        return self._get("/v1/tokens")
+
+    def create_token(self, terms: Json) -> Json:
+        """Make a token that may do no more than the caller's, and return it with its secret."""
+        return self._post("/v1/tokens", terms)
+
+    def revoke_token(self, token_id: str) -> Json:
+        """Revoke one of the caller's tokens."""
+        return self._post(f"/v1/tokens/{_word(token_id)}/revoke", {})
+
     # --- What an admin may do ---------------------------------------------------------------------
 
     def admin_get(self, path: str, **parameters: str | int) -> Json:

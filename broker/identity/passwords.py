@@ -54,8 +54,10 @@ class UserTermsError(RefusedError):
     code = "user.terms"
 
 
-def create_user(market: Market, login: str, password: str, role: Role, tenant_id: str | None = None) -> User:
-    """Make an account. Raises PasswordError, ConflictError where the name is taken, UserTermsError."""
+def create_user(
+    market: Market, login: str, password: str, role: Role, tenant_id: str | None = None, *, by: str = ""
+) -> User:
+    """Make an account; `by` goes on record. Raises PasswordError, ConflictError where the name is taken, UserTermsError."""
     if (role is Role.TENANT) != (tenant_id is not None):
         raise UserTermsError("a person with the role tenant belongs to a tenant; operators and admins to none")
     row = User(
@@ -73,7 +75,9 @@ def create_user(market: Market, login: str, password: str, role: Role, tenant_id
         if tenant_id is not None and session.get(Tenant, tenant_id) is None:
             raise NotFoundError(f"there is no tenant {tenant_id!r}; create it first")
         user = session.merge(row)
-        record_event(session, "user", now_ms=row.created_ms, after="created", tenant_id=tenant_id, detail=login)
+        record_event(
+            session, "user", now_ms=row.created_ms, after="created", tenant_id=tenant_id, detail=_on_record(login, by)
+        )
         return user
 
     return market.database.write("create user", work)
@@ -88,7 +92,7 @@ def verify_login(market: Market, login: str, password: str) -> User:
     return user
 
 
-def change_password(market: Market, login: str, password: str) -> None:
+def change_password(market: Market, login: str, password: str, *, by: str = "") -> None:
     """Set a new password and end all of the person's sessions. Raises NotFoundError, PasswordError."""
     hashed = _hashed(password)
 
@@ -96,20 +100,24 @@ def change_password(market: Market, login: str, password: str) -> None:
         user = _account(session, login)
         user.password_hash = hashed
         session.execute(delete(BrowserSession).where(BrowserSession.user_id == user.user_id))
-        record_event(session, "user", now_ms=market.clock.now_ms(), after="password", detail=user.login)
+        record_event(session, "user", now_ms=market.clock.now_ms(), after="password", detail=_on_record(user.login, by))
 
     market.database.write("change password", work)
 
 
-def disable_user(market: Market, login: str) -> None:
+def disable_user(market: Market, login: str, *, by: str = "") -> None:
     """Close an account for good; its sessions end with the next request. Raises NotFoundError."""
 
     def work(session: Session) -> None:
         user = _account(session, login)
         user.disabled_ms = user.disabled_ms or market.clock.now_ms()
-        record_event(session, "user", now_ms=market.clock.now_ms(), after="disabled", detail=user.login)
+        record_event(session, "user", now_ms=market.clock.now_ms(), after="disabled", detail=_on_record(user.login, by))
 
     market.database.write("disable user", work)
+
+
+def _on_record(login: str, by: str) -> str:
+    return f"{login}, by {by}" if by else login
 
 
 def _account(session: Session, login: str) -> User:

@@ -50,11 +50,12 @@ class Scope(enum.StrEnum):
     JOBS_READ = "jobs:read"
     JOBS_WRITE = "jobs:write"
     LEDGER_READ = "ledger:read"
+    TOKENS_WRITE = "tokens:write"
     SITES_ADMIN = "sites:admin"
     ADMIN = "admin"
 
 
-TENANT_SCOPES: Final = frozenset({Scope.JOBS_READ, Scope.JOBS_WRITE, Scope.LEDGER_READ})
+TENANT_SCOPES: Final = frozenset({Scope.JOBS_READ, Scope.JOBS_WRITE, Scope.LEDGER_READ, Scope.TOKENS_WRITE})
 ADMIN_SCOPES: Final = frozenset({Scope.JOBS_READ, Scope.LEDGER_READ, Scope.SITES_ADMIN, Scope.ADMIN})
 
 
@@ -72,6 +73,7 @@ class Principal:
     kind: TokenKind
     tenant_id: str | None
     scopes: frozenset[Scope]
+    expires_ms: int
 
     def may(self, scope: Scope) -> bool:
         """Say whether the token covers `scope`."""
@@ -92,17 +94,26 @@ def create_token(
     market: Market,
     kind: TokenKind,
     *,
-    life_s: int,
+    life_s: int | None = None,
     tenant_id: str | None = None,
     scopes: frozenset[Scope] | None = None,
     label: str = "",
+    maker: Principal | None = None,
 ) -> NewToken:
-    """Make a token. Raises TokenTermsError for a life or scope that its kind cannot have."""
+    """Make a token; one made with the token `maker` can do no more and lives no longer than that.
+
+    Raises TokenTermsError for a life or scope that it cannot have.
+    """
     allowed = TENANT_SCOPES if kind is TokenKind.TENANT else ADMIN_SCOPES
     granted = allowed if scopes is None else scopes
-    _check_terms(kind, tenant_id, granted - allowed, life_s)
-    public_id, secret = secrets.token_hex(8), secrets.token_hex(32)
     now_ms = market.clock.now_ms()
+    if life_s is None:
+        assert maker is not None, "a token has a life of its own or its maker's"
+        life_s = (maker.expires_ms - now_ms) // 1000
+    _check_terms(kind, tenant_id, granted - allowed, life_s)
+    if maker is not None:
+        _check_within(maker, granted, now_ms + life_s * 1000)
+    public_id, secret = secrets.token_hex(8), secrets.token_hex(32)
     row = Token(
         token_id=public_id,
         kind=kind,
@@ -151,7 +162,7 @@ def verify_token(market: Market, text: str) -> Principal:
     if row.last_used_ms is None or now_ms - row.last_used_ms >= LAST_USED_STEP_MS:
         _note_use(market, public_id, now_ms)
     scopes = frozenset(Scope(word) for word in row.scopes.split())
-    return Principal(public_id, TokenKind(row.kind), row.tenant_id, scopes)
+    return Principal(public_id, TokenKind(row.kind), row.tenant_id, scopes, row.expires_ms)
 
 
 def revoke_token(market: Market, token_id: str, tenant_id: str | None = None) -> None:
@@ -184,6 +195,15 @@ def _check_terms(kind: TokenKind, tenant_id: str | None, excess: frozenset[Scope
         raise TokenTermsError(f"a {kind} token cannot have the scope {', '.join(sorted(excess))}")
     if (kind is TokenKind.TENANT) != (tenant_id is not None):
         raise TokenTermsError("a tenant token names its tenant, an admin token names none")
+
+
+def _check_within(maker: Principal, granted: frozenset[Scope], expires_ms: int) -> None:
+    # Else whoever finds a narrow or short-lived token could make a better one of it.
+    if granted - maker.scopes:
+        excess = ", ".join(sorted(granted - maker.scopes))
+        raise TokenTermsError(f"your own token lacks the scope {excess}; ask for no more than it has")
+    if expires_ms > maker.expires_ms:
+        raise TokenTermsError("a token cannot outlive the one that makes it; ask for a shorter life")
 
 
 def _note_use(market: Market, token_id: str, now_ms: int) -> None:

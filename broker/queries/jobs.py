@@ -5,6 +5,7 @@ The number of queries is the same however many jobs, placements and leases there
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +13,7 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact, Lease, Placement
+from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact, Lease, Placement, ViewChange
 from broker.errors import NotFoundError
 from broker.invoices import Invoice, invoice
 from broker.transitions import FINAL_JOB_STATES, PlacementState
@@ -22,6 +23,7 @@ from training.spec import SITES_PER_JOB_MAX, JobSpec
 JOBS_PER_PAGE: Final = 50
 EVENTS_MAX: Final = 100
 PLACEMENTS_MAX: Final = 20
+VIEWS_MAX: Final = 20
 ARTIFACTS_SHOWN: Final = 100
 # A job has up to 100 outputs, of each at most one for a site, and a checkpoint for each site.
 ARTIFACTS_MAX: Final = 101 * SITES_PER_JOB_MAX + 1
@@ -69,13 +71,28 @@ class ArtifactRow:
 
 
 @dataclass(frozen=True, slots=True)
+class MembershipRow:
+    """A view of a job's round log: who was in it, from when on, and how long it took to agree on it."""
+
+    number: int
+    epoch: int
+    state: str
+    sites: tuple[str, ...]
+    hub: str
+    cause: str
+    created_ms: int
+    opened_in_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
-    """One job with all that its page shows. Placements and events come newest first."""
+    """One job with all that its page shows. Placements, memberships and events come newest first."""
 
     row: Job
     spec: JobSpec
     hold: Hold
     placements: tuple[PlacementView, ...]
+    memberships: tuple[MembershipRow, ...]
     events: tuple[Event, ...]
     artifacts: tuple[ArtifactRow, ...]
     invoice: Invoice
@@ -156,9 +173,28 @@ def read_job(session: Session, job_id: str, tenant_id: str | None) -> JobView:
         spec=JobSpec.model_validate_json(job.spec),
         hold=session.get_one(Hold, job_id),
         placements=_placements(session, job_id),
+        memberships=list_memberships(session, job_id),
         events=tuple(session.scalars(events)),
         artifacts=list_artifacts(session, job_id, limit=ARTIFACTS_SHOWN),
         invoice=invoice(session, job_id),
+    )
+
+
+def list_memberships(session: Session, job_id: str) -> tuple[MembershipRow, ...]:
+    """Return the newest views of a job's round log."""
+    newest = select(ViewChange).where(ViewChange.job_id == job_id).order_by(ViewChange.number.desc()).limit(VIEWS_MAX)
+    return tuple(
+        MembershipRow(
+            number=row.number,
+            epoch=row.epoch,
+            state=row.state,
+            sites=tuple(json.loads(row.sites)),
+            hub=row.hub,
+            cause=row.cause,
+            created_ms=row.created_ms,
+            opened_in_ms=None if row.issued_ms is None else row.issued_ms - row.created_ms,
+        )
+        for row in session.scalars(newest)
     )
 
 

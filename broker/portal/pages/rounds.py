@@ -1,12 +1,14 @@
-"""The rounds as an admin sees them: the list, one round with its clearing, and its replay."""
+"""The rounds as an admin sees them: the list, one round with its clearing, its replay, and freezing the market."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Final
 
-from flask import request
+from flask import redirect, request, url_for
+from sqlalchemy.orm import Session
 from werkzeug.wrappers import Response
 
 from broker.allocation.clearing import Certificate, Clearing, Placement, Unplaced
@@ -14,12 +16,14 @@ from broker.api.context import the_market
 from broker.artifacts import ArtifactMissingError
 from broker.database.tables import Round
 from broker.errors import NotFoundError
-from broker.portal.blueprint import Access, page, show
+from broker.freeze import frozen_since, set_frozen
+from broker.portal.blueprint import Access, page, show, the_person
 from broker.queries.market import ROUNDS_PER_PAGE, find_round, list_rounds
 from broker.rounds.replay import replay
 
 PLACEMENTS_SHOWN: Final = 100
 PRICES_SHOWN: Final = 200
+REASON_LENGTH_MAX: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +43,39 @@ class RoundView:
 
 @page("/admin/rounds", Access.ADMIN)
 def rounds() -> Response:
-    """List the rounds, newest first."""
+    """List the rounds, newest first, and say whether any are held."""
     text = request.args.get("before", "")
     before = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None  # noqa: PLR2004  below 2^63
-    rows = the_market().database.read(lambda session: list_rounds(session, before=before))
-    shown = rows[:ROUNDS_PER_PAGE]
-    return show("rounds.html", rows=shown, next=shown[-1].row.round_number if len(rows) > ROUNDS_PER_PAGE else None)
+
+    def work(session: Session) -> dict[str, object]:
+        rows = list_rounds(session, before=before)
+        shown = rows[:ROUNDS_PER_PAGE]
+        return {
+            "rows": shown,
+            "next": shown[-1].row.round_number if len(rows) > ROUNDS_PER_PAGE else None,
+            "frozen": frozen_since(session),
+        }
+
+    return show("rounds.html", **the_market().database.read(work))
+
+
+@page("/admin/market/freeze", Access.ADMIN, method="POST")
+def freeze() -> Response:
+    """Stop the market from taking anything new; what runs goes on."""
+    return _set_frozen(frozen=True)
+
+
+@page("/admin/market/thaw", Access.ADMIN, method="POST")
+def thaw() -> Response:
+    """Let the market take work again."""
+    return _set_frozen(frozen=False)
+
+
+def _set_frozen(*, frozen: bool) -> Response:
+    reason = request.form.get("reason", "").strip()[:REASON_LENGTH_MAX]
+    by = f"by {the_person().login}"
+    set_frozen(the_market(), frozen=frozen, reason=f"{reason} ({by})" if reason else by)
+    return redirect(url_for("portal.rounds"), HTTPStatus.SEE_OTHER)
 
 
 @page("/admin/rounds/<int:round_number>", Access.ADMIN)

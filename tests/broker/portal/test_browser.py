@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
+from sqlalchemy import select
 
+from broker.database.tables import Event
+from broker.freeze import FrozenError, require_open
+from broker.identity.errors import LoginError
+from broker.identity.passwords import verify_login
 from tests.broker.portal.conftest import Visitor
 from tests.broker.portal.scene import HOSTILE, PASSWORD, Scene
 
@@ -21,6 +26,7 @@ ADMIN_PAGES = (
     "/admin/rounds",
     "/admin/rounds/1",
     "/admin/tenants",
+    "/admin/accounts",
     "/admin/ledger?audit=1",
     "/jobs/{spanning}",
 )
@@ -154,6 +160,69 @@ def test_an_admin_gives_credits_and_the_ledger_still_sums_to_nought(admin: Visit
     admin.page.get_by_role("button", name="Run the audit").click()
     expect(admin.page.locator("#ledger-sum")).to_have_text("0.00")
     expect(admin.page.get_by_role("status")).to_contain_text("found nothing")
+
+
+def test_an_admin_opens_an_account_sets_its_password_and_closes_it(
+    admin: Visitor, visitor: Visitor, scene: Scene
+) -> None:
+    admin.visit("/admin/accounts")
+    opening = admin.page.locator("form", has=admin.page.get_by_role("heading", name="New account"))
+    opening.get_by_label("Login").fill("cid@example.org")
+    opening.get_by_role("combobox").select_option("tenant")
+    opening.locator("#tenant_id").fill("bob")
+    opening.get_by_label("Password").fill("the first password")
+    opening.get_by_role("button", name="Open").click()
+    expect(admin.page.get_by_role("row", name="cid@example.org")).to_contain_text("open")
+    changing = admin.page.locator("form", has=admin.page.get_by_role("heading", name="Another password"))
+    changing.get_by_label("Login").fill("cid@example.org")
+    changing.get_by_label("Password").fill("the second password")
+    changing.get_by_role("button", name="Set").click()
+    expect(admin.page.get_by_role("status")).to_contain_text("Done: cid@example.org")
+    verify_login(scene.market, "cid@example.org", "the second password")
+    closing = admin.page.locator("form", has=admin.page.get_by_role("heading", name="Close an account"))
+    closing.get_by_label("Login").fill("cid@example.org")
+    closing.get_by_role("button", name="Close").click()
+    expect(admin.page.get_by_role("row", name="cid@example.org")).to_contain_text("closed")
+    with pytest.raises(LoginError):
+        verify_login(scene.market, "cid@example.org", "the second password")
+    assert _said(scene, "user")[-3:] == [
+        ("created", "cid@example.org, by root@example.org"),
+        ("password", "cid@example.org, by root@example.org"),
+        ("disabled", "cid@example.org, by root@example.org"),
+    ]
+
+
+def test_an_admin_cannot_close_the_own_account(admin: Visitor, scene: Scene) -> None:
+    admin.visit("/admin/accounts")
+    closing = admin.page.locator("form", has=admin.page.get_by_role("heading", name="Close an account"))
+    closing.get_by_label("Login").fill("root@example.org")
+    closing.get_by_role("button", name="Close").click()
+    expect(admin.page.get_by_role("alert")).to_contain_text("your own account")
+    verify_login(scene.market, "root@example.org", PASSWORD)
+    admin.errors = [error for error in admin.errors if "422" not in error]  # the browser names the refusal
+
+
+def test_an_admin_freezes_the_market_and_opens_it_again(admin: Visitor, scene: Scene) -> None:
+    admin.visit("/admin/rounds")
+    admin.page.get_by_label("Why").fill("the books are being looked at")
+    admin.page.get_by_role("button", name="Freeze").click()
+    expect(admin.page.get_by_role("status")).to_contain_text("the books are being looked at (by root@example.org)")
+    with pytest.raises(FrozenError):
+        scene.market.database.read(require_open)
+    if PICTURES:
+        _picture(admin, "root-frozen-1280")
+    admin.page.get_by_role("button", name="Open the market").click()
+    expect(admin.page.get_by_role("button", name="Freeze")).to_be_visible()
+    scene.market.database.read(require_open)
+    assert _said(scene, "market")[-2:] == [
+        ("frozen", "the books are being looked at (by root@example.org)"),
+        ("thawed", "by root@example.org"),
+    ]
+
+
+def _said(scene: Scene, kind: str) -> list[tuple[str, str]]:
+    events = select(Event).where(Event.kind == kind).order_by(Event.event_id)
+    return scene.market.database.read(lambda session: [(row.after, row.detail) for row in session.scalars(events)])
 
 
 def test_every_page_fits_its_window(visitor: Visitor, scene: Scene, cookies: dict[str, str]) -> None:

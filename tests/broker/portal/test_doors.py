@@ -6,8 +6,9 @@ import re
 
 import pytest
 from flask_openapi3.openapi import OpenAPI
+from sqlalchemy import func, select
 
-from broker.database.tables import Job
+from broker.database.tables import Event, Job
 from broker.identity.passwords import SESSION_LIFE_S, open_session, verify_login
 from broker.portal import ACCESS
 from broker.portal.blueprint import SESSION_COOKIE, Access
@@ -90,6 +91,25 @@ def test_a_form_without_its_sessions_token_changes_nothing(
     assert "portal.form_forged" in answer.text
     row = scene.market.database.read(lambda session: session.get_one(Job, scene.jobs["left-out"]))
     assert row.ended_ms is None
+
+
+def test_no_form_of_admins_acts_without_its_sessions_token(
+    app: OpenAPI, client_of: dict[str, Client], scene: Scene
+) -> None:
+    """Every one there is, now and later: the forged request of another website comes with the admin's own cookie."""
+    before = scene.market.database.read(lambda session: session.scalar(select(func.count()).select_from(Event)))
+    forms = [
+        rule.rule
+        for rule in app.url_map.iter_rules()
+        if ACCESS.get(rule.endpoint) == Access.ADMIN and "POST" in (rule.methods or ())
+    ]
+    assert {"/admin/market/freeze", "/admin/accounts/close", "/admin/tenants/deposit"} <= set(forms)
+    for rule in forms:
+        forged = {"form_token": client_of["ada"].form_token, "login": "bob@example.org", "tenant_id": "bob"}
+        answer = client_of["root"].client.post(_path(rule), data=forged)
+        assert (answer.status_code, "portal.form_forged" in answer.text) == (403, True), rule
+    after = scene.market.database.read(lambda session: session.scalar(select(func.count()).select_from(Event)))
+    assert after == before
 
 
 def test_a_form_sent_from_another_website_is_refused_even_with_a_token(
