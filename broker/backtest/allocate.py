@@ -1,0 +1,134 @@
+"""Clears a round: the product's solver where it is, and a small LP with whole placements to check it against.
+
+Both take an `Instance` of singles and bundles and return which column each job holds and a price for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.allocation.instance import BUNDLE, NONE, SINGLE, Choice, Instance
+from broker.backtest.linear import maximise
+
+Int = NDArray[np.int64]
+Real = NDArray[np.float64]
+
+
+class Cleared(NamedTuple):
+    """A cleared round: columns, whole micro-credits per row, and how far welfare is below its bound at most."""
+
+    choice: Choice
+    prices: Int
+    welfare: int
+    bound: int
+
+
+Allocator = Callable[[Instance, Int | None], Cleared]
+
+
+class Relaxed(NamedTuple):
+    """The LP relaxation with pools of a kind joined: optimum and a GPU's price by kind, micro-credits per hour."""
+
+    objective: float
+    kind_price: Real
+
+
+def relax(
+    owner: Int, kind: Int, gpus: Int, value: Real, jobs: int, kind_of_pool: Int, units: Int, ask: Int
+) -> Relaxed:
+    """Return the optimum of a market of singles, [column] arrays, whatever its bundles.
+
+    Rows: each job at most once; a kind's GPUs at most what its pools sell; a pool sells at most
+    `units` at `ask`. Jobs may be split between pools of a kind: it is a relaxation.
+    """
+    kinds = int(kind_of_pool.max()) + 1
+    count, pools = len(owner), len(kind_of_pool)
+    start = np.concatenate([np.arange(0, 2 * count + 1, 2), 2 * count + np.arange(1, pools + 1)])
+    row = np.concatenate([np.stack([owner, jobs + kind], axis=1).ravel(), jobs + kind_of_pool])
+    use = np.concatenate([np.stack([np.ones(count), gpus.astype(float)], axis=1).ravel(), -np.ones(pools)])
+    worth = np.concatenate([value.astype(float), -ask.astype(float)])
+    upper = np.concatenate([np.ones(count), units.astype(float)])
+    limit = np.concatenate([np.ones(jobs), np.zeros(kinds)])
+    solution = maximise(worth, upper, start, row, use, limit)
+    return Relaxed(solution.objective, solution.duals[jobs:])
+
+
+def plain(instance: Instance, last_prices: Int | None) -> Cleared:  # noqa: ARG001  the same interface as the solver's
+    """Clear by the LP relaxation's prices and best responses in order of surplus per GPU.
+
+    A reference without the solver's proofs: bundles enter the LP as singles of their kind.
+    """
+    singles, bundles, pools = instance.singles, instance.bundles, instance.pools
+    jobs = instance.job_count
+    ask, free = instance.rows.step_cost, instance.rows.step_units.copy()
+    bundle_kind = pools.kind[bundles.entry_row]
+    owner = np.concatenate([_owners(singles.start), _owners(bundles.start)])
+    kind = np.concatenate([singles.good, bundle_kind]).astype(np.int64)
+    gpus = np.concatenate([singles.gpus, bundles.entry_use])
+    value = np.concatenate([singles.value, bundles.value]).astype(float)
+    relaxed = relax(owner, kind, gpus, value, jobs, pools.kind.astype(np.int64), free, ask)
+    prices = np.maximum(ask, np.floor(relaxed.kind_price[pools.kind]).astype(np.int64))
+    choice = Choice(np.full(jobs, NONE, dtype=np.int8), np.zeros(jobs, dtype=np.int32), np.zeros(jobs, dtype=np.int32))
+    welfare = _respond(instance, owner, kind, gpus, value, prices, free, choice)
+    return Cleared(choice, prices, int(welfare), int(np.ceil(relaxed.objective)))
+
+
+def _respond(
+    instance: Instance, owner: Int, kind: Int, gpus: Int, value: Real, prices: Int, free: Int, choice: Choice
+) -> float:
+    """Fill `choice` with best responses, dearest surplus per GPU first; return the welfare."""
+    singles, pools, ask = instance.singles, instance.pools, instance.rows.step_cost
+    count = len(singles.gpus)
+    cheapest = np.full(int(pools.kind.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(cheapest, pools.kind, prices)
+    per_gpu = (value - cheapest[kind] * gpus) / gpus
+    by_kind: dict[int, list[int]] = {}
+    for pool in np.lexsort((np.arange(len(pools.kind)), prices)).tolist():
+        by_kind.setdefault(int(pools.kind[pool]), []).append(pool)
+    home = instance.jobs.home.tolist()
+    places, left, welfare = pools.site.tolist(), free.tolist(), 0.0
+    # Holders first at equal worth: a bundle stands after the singles and wins by its lack of a restart.
+    for at in np.lexsort((np.arange(len(owner)), -per_gpu)).tolist():
+        job = int(owner[at])
+        if per_gpu[at] < 0:
+            break
+        if choice.form[job] != NONE:
+            continue
+        need = int(gpus[at])
+        if at >= count:
+            bundle = at - count
+            pool = int(instance.bundles.entry_row[bundle])
+            if left[pool] >= need:
+                choice.form[job], choice.item[job], choice.place[job] = BUNDLE, bundle, 0
+                left[pool] -= need
+                welfare += float(value[at]) - ask[pool] * need
+            continue
+        offered = [pool for pool in by_kind[int(kind[at])] if left[pool] >= need and value[at] >= prices[pool] * need]
+        if offered:
+            pool = min(offered, key=lambda each: (prices[each], places[each] != home[job], left[each]))
+            away = int(singles.data_bytes_per_s[at]) if places[pool] != home[job] else 0
+            choice.form[job], choice.item[job], choice.place[job] = SINGLE, at, pool
+            left[pool] -= need
+            welfare += float(value[at]) - away - ask[pool] * need
+    return welfare
+
+
+def _owners(start: Int) -> Int:
+    return np.repeat(np.arange(len(start) - 1), np.diff(start))
+
+
+def product() -> Allocator:
+    """Return the product's own solver as an allocator. Raises ImportError where it is not there."""
+    from broker.allocation import solver  # noqa: PLC0415  compiles on first use
+
+    solve: Any = solver.solve
+
+    def allocate(instance: Instance, last_prices: Int | None) -> Cleared:
+        outcome = solve(instance, last_prices=last_prices)
+        return Cleared(outcome.choice, outcome.prices, outcome.welfare, outcome.bound)
+
+    return allocate
