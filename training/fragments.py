@@ -2,7 +2,7 @@
 
 A fragment is a list of whole parameters; one larger than the target is cut by element range of
 its unsharded, row-major tensor. The cut depends on names and sizes alone, never on ranks, so
-every site encodes the same blocks. `training.replica` moves values between fragments and model.
+every site encodes the same blocks. `training.outer_share` moves values between fragments and model.
 """
 
 from __future__ import annotations

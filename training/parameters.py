@@ -1,7 +1,7 @@
 """A model's parameters as fragments: reading them into host memory and writing them back.
 
 The only file where names of parameters meet torch tensors. With `training.fragments` (what lies
-where) and `training.replica` (what is done with it).
+where) and `training.outer_share` (what is done with it).
 """
 
 from __future__ import annotations

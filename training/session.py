@@ -26,9 +26,9 @@ from training.clock import Clock, SystemClock
 from training.errors import ModelError
 from training.exchange import Exchange, SampleRange
 from training.outer import outer_rule
+from training.outer_share import OuterShare
 from training.parameters import Parameters
 from training.ranks import Ranks
-from training.replica import Replica
 from training.roundlog.client import GatewayClient
 from training.synchronizer import RoundFigures, Synchronizer
 
@@ -140,14 +140,14 @@ class Session:
         if context is not None:
             assert exchange is not None, "an attempt has a round log"
             self._parameters = Parameters(model, fragment_elements)
-            replica = Replica(
+            share = OuterShare(
                 self._parameters,
                 ranks,
                 outer_rule(context.sync),
                 total_samples=context.workload.samples,
                 merges=context.sync.strategy != "local",
             )
-            self._synchronizer = Synchronizer(context, replica, ranks, exchange, optimizer)
+            self._synchronizer = Synchronizer(context, share, ranks, exchange, optimizer)
 
     # What a script may ask.
 
@@ -164,14 +164,14 @@ class Session:
     @property
     def rounds(self) -> int:
         """The number of the last applied sync round; 0 at the start and alone."""
-        return 0 if self._synchronizer is None else self._synchronizer.replica.round_number
+        return 0 if self._synchronizer is None else self._synchronizer.share.round_number
 
     @property
     def samples_done(self) -> int:
         """The samples of the job that are in its chain, of all sites; alone, those yielded."""
         if self._synchronizer is None:
             return self._samples_alone
-        return dealing.count(self._synchronizer.replica.done)
+        return dealing.count(self._synchronizer.share.done)
 
     @property
     def outer_hash(self) -> str:
@@ -281,8 +281,8 @@ class Session:
     def _finish(self, synchronizer: Synchronizer) -> None:
         assert self._context is not None
         synchronizer.save()
-        residual = synchronizer.replica.carry_norm()
-        outer = synchronizer.replica.gathered()
+        residual = synchronizer.share.carry_norm()
+        outer = synchronizer.share.gathered()
         if self._ranks.rank == 0:
             folder = Path(self._context.output_dir)
             part = folder / ".model.safetensors.part"

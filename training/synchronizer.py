@@ -21,8 +21,8 @@ from training.codecs import CODECS, Values
 from training.dealing import Ranges
 from training.errors import CheckpointError, ExchangeError
 from training.exchange import Entry, Exchange, MemberSeat, Position, SealedRound
+from training.outer_share import OuterShare
 from training.ranks import Json, Ranks
-from training.replica import Replica
 from training.roundlog.errors import ExchangeRefusedError, Reason
 from training.roundlog.view import GENESIS_HASH
 
@@ -53,14 +53,14 @@ class Synchronizer:
     def __init__(
         self,
         context: AttemptContext,
-        replica: Replica,
+        share: OuterShare,
         ranks: Ranks,
         exchange: Exchange,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Follow the log behind `exchange`; call `start` first."""
         self.context = context
-        self.replica = replica
+        self.share = share
         self.members: tuple[MemberSeat, ...] = ()
         self.inner_steps = 0
         self._ranks = ranks
@@ -85,19 +85,19 @@ class Synchronizer:
         if self.context.resume_from is not None:
             self._resume(Path(self.context.resume_from))
         else:
-            self.replica.scatter()
-            self.replica.done = dealing.union(position.done) if position.base_round == 0 else ()
-            self._outer_hash = self.replica.state_hash()
+            self.share.scatter()
+            self.share.done = dealing.union(position.done) if position.base_round == 0 else ()
+            self._outer_hash = self.share.state_hash()
         self._reach(position)
 
     def block(self) -> Ranges | None:
         """Return the samples dealt to this site for the next round; None when all of the job's are done."""
         workload = self.context.workload
-        if dealing.count(self.replica.done) >= workload.samples:
+        if dealing.count(self.share.done) >= workload.samples:
             return None
         dealt = dealing.deal(
             workload.samples,
-            self.replica.done,
+            self.share.done,
             self.members,
             period_steps=self.context.sync.period_steps,
             batch_per_gpu=workload.batch_per_gpu,
@@ -106,7 +106,7 @@ class Synchronizer:
 
     def sync(self, samples: Ranges) -> RoundFigures:
         """Contribute what the model learned from `samples`, and apply the round once it is sealed."""
-        number = self.replica.round_number + 1
+        number = self.share.round_number + 1
         posted = self._contribute(number, samples)
         sealed = self._sealed(number)
         if sealed is None:
@@ -122,7 +122,7 @@ class Synchronizer:
         """Write a checkpoint of the present round. A collective."""
         state = self._state()
         if state is not None:
-            checkpoint.write_checkpoint(self._folder, state, dealing.count(self.replica.done))
+            checkpoint.write_checkpoint(self._folder, state, dealing.count(self.share.done))
 
     # Start.
 
@@ -139,27 +139,27 @@ class Synchronizer:
         """Come from the state at hand to where the log wants this site to start."""
         if position.needs_snapshot:
             self._take_snapshot()
-        elif self.replica.round_number > position.base_round:
+        elif self.share.round_number > position.base_round:
             message = (
-                f"the state at hand stands after round {self.replica.round_number}, but the log's base is round "
+                f"the state at hand stands after round {self.share.round_number}, but the log's base is round "
                 f"{position.base_round}; start from the checkpoint of that round"
             )
             raise CheckpointError(message)
-        if self.replica.round_number == position.base_round:
+        if self.share.round_number == position.base_round:
             self._chain_hash = position.base_hash
-        while self.replica.round_number < position.base_round:
-            sealed = self._sealed(self.replica.round_number + 1)
+        while self.share.round_number < position.base_round:
+            sealed = self._sealed(self.share.round_number + 1)
             if sealed is None:
                 message = "the log dropped the rounds that this site lacks while it caught up; start the site again"
                 raise ExchangeError(message)
             self._apply(sealed)
 
     def _resume(self, path: Path) -> None:
-        state = checkpoint.read_state(path, self.replica.fragments, self.replica.layout)
+        state = checkpoint.read_state(path, self.share.fragments, self.share.layout)
         is_own = state.header.site_id == self.context.site_id
         if is_own:
             checkpoint.restore_optimizer(self._optimizer, state.optimizer, state.header.optimizer_groups)
-            buffers = dict(self.replica.parameters.module.named_buffers())
+            buffers = dict(self.share.parameters.module.named_buffers())
             for name, saved in state.buffers.items():
                 if name in buffers:
                     buffers[name].copy_(saved)
@@ -169,9 +169,9 @@ class Synchronizer:
         self._restore(state, outer, path)
 
     def _restore(self, state: State, outer: dict[str, dict[int, Values]], path: Path) -> None:
-        self.replica.restore(state.header.round_number, state.done, outer)
+        self.share.restore(state.header.round_number, state.done, outer)
         self._chain_hash = state.header.chain_hash
-        self._outer_hash = self.replica.state_hash()
+        self._outer_hash = self.share.state_hash()
         if self._outer_hash != state.header.outer_hash:
             message = f"{path.name} does not have the outer state that its header states; start from an older one"
             raise CheckpointError(message)
@@ -180,8 +180,8 @@ class Synchronizer:
         """Take a peer's outer state, and keep this site's own carry."""
         path = self._folder / "joined.safetensors"
         self._on_rank_0(lambda: {"round": self._exchange.fetch_snapshot(str(path))})
-        state = checkpoint.read_state(path, self.replica.fragments, self.replica.layout)
-        carry = {number: owned.carry for number, owned in self.replica.owned.items()}
+        state = checkpoint.read_state(path, self.share.fragments, self.share.layout)
+        carry = {number: owned.carry for number, owned in self.share.owned.items()}
         self._restore(state, {"theta": state.outer["theta"], "velocity": state.outer["velocity"], "carry": carry}, path)
         self._ranks.barrier()
         if self._ranks.rank == 0:
@@ -189,7 +189,7 @@ class Synchronizer:
 
     def _rejoin(self) -> None:
         """Come back to a chain that this site's state has left; its unsealed work goes to its carry."""
-        self.replica.shelve()
+        self.share.shelve()
         position = self._position()
         if not position.needs_snapshot:
             message = "the log sent this site for a snapshot and then offered none; start it from its newest checkpoint"
@@ -217,10 +217,10 @@ class Synchronizer:
         if not has_content:
             return {0: NO_CONTENT} if self._ranks.rank == 0 else {}
         # Alone there is nothing to save by dropping values: see README, Decisions.
-        return self.replica.contribution("fp32" if len(self.members) == 1 else self.context.sync.codec)
+        return self.share.contribution("fp32" if len(self.members) == 1 else self.context.sync.codec)
 
     def _commit(self, number: int, samples: Ranges) -> Json:
-        fragments = 1 if self._is_local or not samples else len(self.replica.fragments)
+        fragments = 1 if self._is_local or not samples else len(self.share.fragments)
         try:
             self._exchange.commit(
                 number,
@@ -250,13 +250,13 @@ class Synchronizer:
     def _apply(self, sealed: SealedRound) -> tuple[tuple[Entry, ...], int]:
         """Fetch, judge, merge and report; return the entries that count and the bytes fetched."""
         payloads: dict[tuple[str, int], bytes] = {}
-        for entry in filter(self.replica.has_content, sealed.entries):
-            for number in self.replica.owned:
+        for entry in filter(self.share.has_content, sealed.entries):
+            for number in self.share.owned:
                 payloads[entry.site_id, number] = self._exchange.fetch_fragment(sealed.number, entry.site_id, number)
-        counted = self.replica.verdict(sealed.entries, payloads)
+        counted = self.share.verdict(sealed.entries, payloads)
         if self._is_local:
-            self.replica.adopt()
-        self.replica.apply(
+            self.share.adopt()
+        self.share.apply(
             sealed.number,
             counted,
             payloads,
@@ -265,7 +265,7 @@ class Synchronizer:
         )
         self.members = sealed.members
         self._chain_hash = sealed.manifest_hash
-        self._outer_hash = self.replica.state_hash()
+        self._outer_hash = self.share.state_hash()
         self._on_rank_0(lambda: self._report_applied(sealed.number))
         fetched = sum(len(each) for (site, _), each in payloads.items() if site != self.context.site_id)
         return counted, fetched
@@ -295,8 +295,8 @@ class Synchronizer:
 
     def _keep(self) -> None:
         """Offer a snapshot and write a checkpoint, where they are due."""
-        is_checkpoint_due = self.replica.round_number % self.context.sync.checkpoint_rounds == 0
-        is_small = 8 * self.replica.parameters.elements <= SNAPSHOT_EACH_ROUND_BYTES_MAX
+        is_checkpoint_due = self.share.round_number % self.context.sync.checkpoint_rounds == 0
+        is_small = 8 * self.share.parameters.elements <= SNAPSHOT_EACH_ROUND_BYTES_MAX
         is_snapshot_due = not self._is_local and (is_small or is_checkpoint_due)
         if not is_checkpoint_due and not is_snapshot_due:
             return
@@ -308,13 +308,13 @@ class Synchronizer:
             outer = {part: state.outer[part] for part in ("theta", "velocity")}
             bare = state.header.model_copy(update={"optimizer_groups": "[]", "python_random": ""})
             checkpoint.write_state(path, State(bare, outer))
-            self._exchange.offer_snapshot(self.replica.round_number, str(path))
+            self._exchange.offer_snapshot(self.share.round_number, str(path))
         if is_checkpoint_due:
-            checkpoint.write_checkpoint(self._folder, state, dealing.count(self.replica.done))
+            checkpoint.write_checkpoint(self._folder, state, dealing.count(self.share.done))
 
     def _state(self) -> State | None:
         """Return the whole state on rank 0, None elsewhere. A collective."""
-        outer = self.replica.gathered()
+        outer = self.share.gathered()
         randoms = self._ranks.gather(checkpoint.torch_random_state())
         if self._ranks.rank != 0:
             return None
@@ -322,18 +322,16 @@ class Synchronizer:
         header = StateHeader(
             format="hansa-state-1",
             site_id=self.context.site_id,
-            round_number=self.replica.round_number,
+            round_number=self.share.round_number,
             chain_hash=self._chain_hash,
             outer_hash=self._outer_hash,
-            layout=self.replica.layout,
-            done=tuple((each.start, each.stop) for each in self.replica.done),
+            layout=self.share.layout,
+            done=tuple((each.start, each.stop) for each in self.share.done),
             inner_steps=self.inner_steps,
             optimizer_groups=groups,
             python_random=checkpoint.python_random_state(),
         )
-        buffers = {
-            name: each.detach().to("cpu").clone() for name, each in self.replica.parameters.module.named_buffers()
-        }
+        buffers = {name: each.detach().to("cpu").clone() for name, each in self.share.parameters.module.named_buffers()}
         return State(header, outer, tensors, buffers, tuple(torch.from_numpy(each) for each in randoms))
 
 

@@ -31,7 +31,7 @@ from broker.api.errors import (
     TooLargeError,
 )
 from broker.errors import BrokerError, BusyError, CredentialError
-from broker.logs import redacted
+from broker.process_logs import redacted
 
 PROBLEM_TYPE: Final = "application/problem+json"
 FIELD_ERRORS_MAX: Final = 50

@@ -6,8 +6,8 @@ from flask_openapi3.openapi import OpenAPI
 
 from broker.api.app import create_app
 from broker.bootstrap import open_market
-from broker.logs import configure_logs
 from broker.portal import portal
+from broker.process_logs import configure_logs
 from broker.settings import Settings
 
 

@@ -91,7 +91,7 @@ def test_another_sites_checkpoint_serves_with_a_zero_carry(tmp_path: Path) -> No
     log = MemoryLog(seats("bern"), base_round=4, base_hash=newest(tmp_path, "ams").chain_hash)
     fresh = site(log, tmp_path, "bern", codec="topk2", resume_from=file_of(tmp_path, "ams"))
     norms: list[float] = []
-    fresh.step_hook = lambda session: norms.append(session._synchronizer.replica.carry_norm())
+    fresh.step_hook = lambda session: norms.append(session._synchronizer.share.carry_norm())
     run(fresh)
     assert norms[0] == 0
     assert sum(entry.weight for sealed in log.sealed.values() for entry in sealed.entries) == SAMPLES - 64

@@ -15,9 +15,9 @@ from tests.training.small_job import SAMPLES, run, seats, site
 from training.errors import ExchangeError
 from training.exchange import Entry, Position, SampleRange
 from training.outer import OuterRule
+from training.outer_share import OuterShare
 from training.parameters import Parameters
 from training.ranks import Ranks, group_timeout
-from training.replica import Replica
 
 
 def on_each(ranks: list[Ranks], work: Callable[[Ranks], Any]) -> list[Any]:
@@ -75,22 +75,22 @@ def outer_hash_of_equal_contributions(folder: Path, world: int) -> str:
 
     def work(each: Ranks) -> str:
         module = sites[each.rank].module
-        replica = Replica(Parameters(module, 32), each, OuterRule(0.7, 0.9), total_samples=100)
+        share = OuterShare(Parameters(module, 32), each, OuterRule(0.7, 0.9), total_samples=100)
         for number in (1, 2):
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter.add_(torch.linspace(-1, 1, parameter.numel()).view(parameter.shape) * number)
-            payloads = {("ams", fragment): payload for fragment, payload in replica.contribution("int8").items()}
+            payloads = {("ams", fragment): payload for fragment, payload in share.contribution("int8").items()}
             payloads |= {("oslo", fragment): payload for (_, fragment), payload in payloads.items()}
-            fragments = tuple(range(len(replica.fragments)))
+            fragments = tuple(range(len(share.fragments)))
             entries = [
                 Entry("ams", 3, (SampleRange(10 * number, 10 * number + 3),), fragments),
                 Entry("oslo", 5, (SampleRange(10 * number + 3, 10 * number + 8),), fragments),
             ]
-            counted = replica.verdict(entries, payloads)
+            counted = share.verdict(entries, payloads)
             assert len(counted) == 2
-            replica.apply(number, counted, payloads, own_counts=True, scatter=True)
-        return replica.state_hash()
+            share.apply(number, counted, payloads, own_counts=True, scatter=True)
+        return share.state_hash()
 
     hashes = on_each(ranks, work)
     assert len(set(hashes)) == 1

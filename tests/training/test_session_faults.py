@@ -74,9 +74,9 @@ def test_a_late_contribution_returns_to_its_carry_and_its_samples_are_not_done(t
     seen: list[float] = []
 
     def look(session: Session) -> None:
-        replica = session._synchronizer.replica
+        share = session._synchronizer.share
         if session.rounds == 2:
-            seen.append(replica.carry_norm())
+            seen.append(share.carry_norm())
 
     late.step_hook = look
     run(first, late)
@@ -86,7 +86,7 @@ def test_a_late_contribution_returns_to_its_carry_and_its_samples_are_not_done(t
     assert late.session is not None
     assert late.session._totals.rounds_missed == 1
     if codec == "fp32":
-        assert late.session._synchronizer.replica.carry_norm() == 0, "the next round took it along"
+        assert late.session._synchronizer.share.carry_norm() == 0, "the next round took it along"
 
 
 def test_what_a_late_site_learned_arrives_with_its_next_contribution(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_what_a_late_site_learned_arrives_with_its_next_contribution(tmp_path: P
     moved: dict[int, np.ndarray] = {}
 
     def look(session: Session) -> None:
-        owned = session._synchronizer.replica.owned[0]
-        moved[session.rounds + 1] = owned.theta - session._synchronizer.replica.parameters.read(owned.fragment)
+        owned = session._synchronizer.share.owned[0]
+        moved[session.rounds + 1] = owned.theta - session._synchronizer.share.parameters.read(owned.fragment)
 
     def before_commit(number: int) -> None:
         look(late.session)
@@ -213,7 +213,7 @@ def test_a_site_whose_state_left_the_chain_comes_back_by_snapshot_with_its_work(
     first, astray = site(log, tmp_path, "ams"), site(log, tmp_path, "oslo")
     astray.exchange = Astray(log, "oslo")
     norms: list[float] = []
-    astray.step_hook = lambda session: norms.append(session._synchronizer.replica.carry_norm())
+    astray.step_hook = lambda session: norms.append(session._synchronizer.share.carry_norm())
     run(first, astray)
     assert astray.exchange.sent_away
     assert log.hashes_agree()

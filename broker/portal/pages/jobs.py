@@ -21,7 +21,7 @@ from broker.database.tables import Lease
 from broker.errors import NotFoundError
 from broker.portal.blueprint import Access, own_tenant_id, page, show, the_person
 from broker.portal.curves import Curves, read_curves
-from broker.portal.logs import Tail, read_tail
+from broker.portal.log_tail import Tail, read_tail
 from broker.queries.jobs import (
     JOBS_PER_PAGE,
     JobView,

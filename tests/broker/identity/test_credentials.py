@@ -48,8 +48,8 @@ from broker.identity.tokens import (
     revoke_token,
     verify_token,
 )
-from broker.logs import CUT, configure_logs, redacted
 from broker.market import Market
+from broker.process_logs import CUT, configure_logs, redacted
 from broker.settings import Settings
 from broker.tenants import create_tenant
 from sites.protocol import SEQUENCE_WINDOW

@@ -14,7 +14,7 @@ from broker.portal import figures
 from broker.portal.curves import PIECE_BYTES, PIECES, POINTS_MAX, Measurement, curves_of, read_curves
 from broker.portal.forms import NO_WORKDIR, example_values, spec_of
 from broker.portal.job_text import spec_of_text
-from broker.portal.logs import TAIL_BYTES, plain, read_tail
+from broker.portal.log_tail import TAIL_BYTES, plain, read_tail
 from broker.streams import StreamStore
 
 

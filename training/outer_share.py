@@ -33,7 +33,7 @@ class OwnedFragment:
     posted: bytes | None = field(default=None, repr=False)
 
 
-class Replica:
+class OuterShare:
     """The outer state of one site, as seen from one of its ranks."""
 
     def __init__(
