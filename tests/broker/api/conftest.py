@@ -38,6 +38,7 @@ from sites.identity import (
     store_identity,
 )
 from sites.protocol import Enrolment, EnrolmentAnswer, Heartbeat, Offer, PoolOffer
+from tests.fixtures.databases import PostgresServer
 from training.clock import ManualClock
 
 YEAR_S = 365 * 86_400
@@ -138,17 +139,18 @@ def spec(**changes: Any) -> Json:
 
 @dataclass(frozen=True)
 class Template:
-    """A home made once and copied for each test, with the tokens of those in it."""
+    """A home made once and copied for each test, with the tokens of those in it, and PostgreSQL's database if it has one."""
 
     home: Path
     tokens: dict[str, str]
     site: Path | None = None
+    database: str | None = None
 
-    def open(self, folder: Path) -> World:
+    def open(self, folder: Path, database_url: str = "") -> World:
         """Return a world of its own in `folder`."""
         shutil.copytree(self.home, folder / "home")
         clock = ManualClock()
-        settings = Settings(home=folder / "home")
+        settings = Settings(home=folder / "home", database_url=database_url)
         # As `open_market`, but for the schema, which the template has.
         market = Market(
             settings=settings,
@@ -166,48 +168,71 @@ class Template:
         return world
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    folder = tmp_path_factory.mktemp("template")
-    world = _make(folder)
-    world.market.database.close()
-    return Template(folder / "home", world.tokens)
+# What these ask is decided before the database is: two engines would answer the same, a hundred and seventy times.
+ONE_ENGINE = frozenset({"test_access", "test_problems", "test_served"})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests that write on both engines."""
+    if "engine" in metafunc.fixturenames:
+        one = metafunc.module.__name__.rpartition(".")[2] in ONE_ENGINE
+        metafunc.parametrize("engine", ["sqlite"] if one else ["sqlite", "postgresql"])
+
+
+class Templates:
+    """Makes each template when it is first asked for."""
+
+    def __init__(self, request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> None:
+        self._request = request
+        self._factory = factory
+        self._made: dict[tuple[str, bool], Template] = {}
+
+    @property
+    def server(self) -> PostgresServer:
+        server: PostgresServer = self._request.getfixturevalue("postgres_server")
+        return server
+
+    def get(self, engine: str, *, trading: bool) -> Template:
+        if (engine, trading) not in self._made:
+            self._made[engine, trading] = self._make(engine, trading=trading)
+        return self._made[engine, trading]
+
+    def _make(self, engine: str, *, trading: bool) -> Template:
+        folder = self._factory.mktemp(f"{engine}-{'trading' if trading else 'template'}")
+        name, url = None, ""
+        if engine == "postgresql":
+            name = self.server.create_database(self._request.getfixturevalue("postgres_schema"))
+            url = self.server.url(name)
+        clock = ManualClock()
+        world = populate(open_market(Settings(home=folder / "home", database_url=url), clock=clock), clock, folder)
+        if trading:
+            open_for_trade(world)
+        world.market.database.close()
+        return Template(folder / "home", world.tokens, folder / "lyon-0" if trading else None, name)
 
 
 @pytest.fixture(scope="session")
-def trading_template(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    folder = tmp_path_factory.mktemp("trading")
-    world = open_for_trade(_make(folder))
-    world.market.database.close()
-    return Template(folder / "home", world.tokens, folder / "lyon-0")
-
-
-def _make(folder: Path) -> World:
-    clock = ManualClock()
-    return populate(open_market(Settings(home=folder / "home"), clock=clock), clock, folder)
+def templates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Templates:
+    return Templates(request, tmp_path_factory)
 
 
 @pytest.fixture
-def world(template: Template, tmp_path: Path) -> Iterator[World]:
-    world = template.open(tmp_path)
+def world(templates: Templates, engine: str, tmp_path: Path) -> Iterator[World]:
+    yield from _opened(templates, templates.get(engine, trading=False), tmp_path)
+
+
+@pytest.fixture
+def trading(templates: Templates, engine: str, tmp_path: Path) -> Iterator[World]:
+    yield from _opened(templates, templates.get(engine, trading=True), tmp_path)
+
+
+def _opened(templates: Templates, template: Template, folder: Path) -> Iterator[World]:
+    name = None if template.database is None else templates.server.create_database(template.database)
+    world = template.open(folder, "" if name is None else templates.server.url(name))
     yield world
     world.market.database.close()
-
-
-@pytest.fixture
-def trading(trading_template: Template, tmp_path: Path) -> Iterator[World]:
-    world = trading_template.open(tmp_path)
-    yield world
-    world.market.database.close()
-
-
-@pytest.fixture
-def any_world(database_url: str, tmp_path: Path) -> Iterator[World]:
-    """The same on each database engine."""
-    clock = ManualClock()
-    market = open_market(Settings(home=tmp_path / "home", database_url=database_url), clock=clock)
-    yield populate(market, clock, tmp_path)
-    market.database.close()
+    if name is not None:
+        templates.server.drop_database(name)
 
 
 def populate(market: Market, clock: ManualClock, folder: Path) -> World:

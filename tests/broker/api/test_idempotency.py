@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from sqlalchemy import func, select
 
 from broker.database.tables import Hold, Job
-from tests.broker.api.conftest import World, code_of, open_for_trade, spec
+from tests.broker.api.conftest import World, code_of, spec
 
 
 def _count(world: World) -> int:
     return world.market.database.read(lambda session: session.scalar(select(func.count()).select_from(Job)) or 0)
 
 
-def test_a_storm_of_one_key_makes_one_job_and_one_hold(any_world: World) -> None:
-    world = open_for_trade(any_world)
+def test_a_storm_of_one_key_makes_one_job_and_one_hold(trading: World) -> None:
+    world = trading
     # All of the tenant's credits: a second job could not be paid, so a loser that gets through would be refused.
     document = spec()
     document["market"] |= {"budget_micros": 10**8}
@@ -59,13 +59,13 @@ def test_a_post_that_creates_or_spends_needs_a_key(trading: World) -> None:
     assert _count(trading) == 0
 
 
-def test_a_deposit_is_given_once_for_each_key(any_world: World) -> None:
+def test_a_deposit_is_given_once_for_each_key(world: World) -> None:
     def give(key: str) -> int:
-        answer = any_world.post("/v1/admin/tenants/acme/deposit", "admin", {"amount_micros": 7}, key=key)
+        answer = world.post("/v1/admin/tenants/acme/deposit", "admin", {"amount_micros": 7}, key=key)
         return int(answer.get_json()["balance_micros"])
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(give, ["one"] * 12)) == {7}
     assert give("two") == 14
-    answer = any_world.post("/v1/admin/tenants/rival/deposit", "admin", {"amount_micros": 7}, key="one")
+    answer = world.post("/v1/admin/tenants/rival/deposit", "admin", {"amount_micros": 7}, key="one")
     assert code_of(answer) == "idempotency.conflict"
