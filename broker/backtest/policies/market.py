@@ -42,8 +42,8 @@ class Market(RoundPolicy):
         self.interval_s = interval_s
         self.price_series: list[tuple[float, list[int]]] = []
         self.books: list[tuple[float, Book]] = []
-        # A replay that studies single rounds has them kept, one in so many.
-        self.keep_every = 0
+        # The first round at or after each of these moments is kept, for who studies single rounds.
+        self.keep_at_s: list[float] = []
         self.welfare_sum = 0.0
         self.bound_sum = 0.0
 
@@ -105,7 +105,8 @@ class Market(RoundPolicy):
         book = self._book(now_s)
         if not len(book.job):
             return
-        if self.keep_every and self.rounds % self.keep_every == 0:
+        if self.keep_at_s and now_s >= self.keep_at_s[0]:
+            self.keep_at_s = [moment for moment in self.keep_at_s if moment > now_s]
             self.books.append((now_s, self.whole_book()))
         singled = instance_of(
             book,
