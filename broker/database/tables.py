@@ -7,6 +7,8 @@ canonical JSON text that pydantic models of `training`, `sites` and `broker.allo
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -14,13 +16,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 _SERIAL = BigInteger().with_variant(Integer, "sqlite")
 
 
+def _where(condition: str) -> dict[str, Any]:
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
 class Table(DeclarativeBase):
     """Base of all tables; 64-bit integers and bounded strings by default."""
 
     type_annotation_map = {int: BigInteger, str: String(64)}  # noqa: RUF012  SQLAlchemy's own form
-
-
-# --- Who ------------------------------------------------------------------------------------------
 
 
 class Tenant(Table):
@@ -94,14 +97,10 @@ class IdempotencyKey(Table):
     created_ms: Mapped[int]
 
 
-# --- Sites ----------------------------------------------------------------------------------------
-
-
 class Site(Table):
-    """A datacenter. `state` is live, silent or removed; `version` guards its offer.
+    """A datacenter. `state` is live, silent or removed; `version` guards its offer; `boot` tells a restarted agent.
 
-    `sequence_seen` is a bit mask of the request numbers below and at `sequence_max`: the replay
-    window; `heartbeat_sequence` that of the last heartbeat. `heard_monotonic_ms` is when it was last heard, in `heard_era`.
+    `sequence_seen` is a bit mask of the request numbers below and at `sequence_max`: the replay window.
     """
 
     __tablename__ = "sites"
@@ -165,9 +164,6 @@ class Link(Table):
     egress_price_micros_per_gb: Mapped[int]
 
 
-# --- Money ----------------------------------------------------------------------------------------
-
-
 class Account(Table):
     """A ledger account. Only `world`, where credits come from, may be below nought."""
 
@@ -218,9 +214,6 @@ class Hold(Table):
     )
 
 
-# --- Jobs -----------------------------------------------------------------------------------------
-
-
 class Job(Table):
     """A job. `version` rises with every change and guards a round's placement of it."""
 
@@ -244,8 +237,8 @@ class Job(Table):
 class Placement(Table):
     """A configuration that a job won in a round: proposed, active, ended.
 
-    `award` is its newest term's (`broker.allocation.clearing.Placement`): prices, rents, uplift.
-    `reserved_micros` is the most that its terms together can cost, set aside inside the job's hold.
+    `award` is its newest term's (`broker.allocation.clearing.Placement`): prices, rents, uplift. `reserved_micros`
+    is the most that its terms together can cost, set aside inside the job's hold.
     """
 
     __tablename__ = "placements"
@@ -276,22 +269,13 @@ class Placement(Table):
     base_samples: Mapped[int] = mapped_column(default=0)
     __table_args__ = (
         Index("one_placement_per_epoch", "job_id", "epoch", unique=True),
-        Index(
-            "one_live_placement_per_job",
-            "job_id",
-            unique=True,
-            sqlite_where=text("state <> 'ended'"),
-            postgresql_where=text("state <> 'ended'"),
-        ),
+        Index("one_live_placement_per_job", "job_id", unique=True, **_where("state <> 'ended'")),
         CheckConstraint("charged_micros <= reserved_micros", name="placement_charge_bound"),
     )
 
 
 class Term(Table):
-    """The price that was locked for a stretch of a placement's time, from `starts_ms` to `ends_ms`.
-
-    The first has no times before the gang is active. `reserved_micros` is the most that it can cost.
-    """
+    """The price that was locked for a stretch of a placement's time; without times before the gang is active."""
 
     __tablename__ = "terms"
     placement_id: Mapped[str] = mapped_column(ForeignKey("placements.placement_id"), primary_key=True)
@@ -307,9 +291,8 @@ class Term(Table):
 class Lease(Table):
     """One site's part of a placement: proposed, confirmed, active, ended.
 
-    `usage_until_ms` is when the last of its reports that were taken ended, `egress` what it sent to each site of
-    its gang. `liveness_*` is when the broker may count the site's processes as dead: later than the agent
-    counts, on the broker's own monotonic clock.
+    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `liveness_*` is when the
+    broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
     """
 
     __tablename__ = "leases"
@@ -352,22 +335,12 @@ class LeasedGpu(Table):
     site_id: Mapped[str] = mapped_column(primary_key=True)
     gpu_id: Mapped[str] = mapped_column(primary_key=True)
     live: Mapped[bool] = mapped_column(Boolean)
-    __table_args__ = (
-        Index(
-            "one_live_lease_per_gpu",
-            "site_id",
-            "gpu_id",
-            unique=True,
-            sqlite_where=text("live"),
-            postgresql_where=text("live"),
-        ),
-    )
+    __table_args__ = (Index("one_live_lease_per_gpu", "site_id", "gpu_id", unique=True, **_where("live")),)
 
 
 class UsageReport(Table):
-    """What an accepted report of usage came to in one term. Its key makes a second one impossible.
+    """What an accepted report of usage came to in one term (`broker.terms`); its key makes a second one impossible.
 
-    A report that straddles the end of a term has a row for each, see `broker.terms`.
     At the prices then in force: GPUs + rent + egress - discount - cut = charge, and charge + uplift
     = payout + link revenue + fee. `cut_micros` is what the reservation no longer covered.
     """
@@ -439,9 +412,6 @@ class ViewPromise(Table):
     number: Mapped[int] = mapped_column(primary_key=True)
     site_id: Mapped[str] = mapped_column(primary_key=True)
     report: Mapped[str] = mapped_column(Text)
-
-
-# --- Rounds, events, artifacts --------------------------------------------------------------------
 
 
 class Round(Table):
