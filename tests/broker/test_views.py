@@ -144,3 +144,70 @@ def test_complaints_about_a_former_hub_move_nothing(scene: Scene, gang: list[Spe
         site.run(hub_lost_s=100, view=7)
     scene.reconcile()
     assert len(scene.views(hub.order().job_id)) == 1
+
+
+def test_the_view_goes_on_without_a_hub_that_vanished_and_its_lease_runs_on(
+    scene: Scene, gang: list[SpeakingSite]
+) -> None:
+    hub, near, far = gang
+    job_id = near.order().job_id
+    standby = near.view().standby
+    scene.pass_s(1.0, near.site_id, far.site_id)
+    near.run(sealed=4, chain_hash=NEAR, hub_lost_s=1.0)
+    assert hub.site_id in scene.bells.sites  # one that lives would answer
+    assert len(scene.views(job_id)) == 1
+    far.run(sealed=4, chain_hash=NEAR, hub_lost_s=1.0)
+    near.beat()
+    near.promise(2, sealed=4, chain_hash=NEAR)
+    far.promise(2, sealed=4, chain_hash=NEAR)
+    view = far.view()
+    assert (view.number, view.hub, view.base_round) == (2, standby, 4)
+    assert hub.site_id not in {member.site_id for member in view.members}
+    # Membership moved; the lease and its GPUs did not.
+    lease = next(lease for lease in scene.leases(job_id) if lease.site_id == hub.site_id)
+    assert lease.state == "active"
+    scene.pass_s(LIVENESS_S + MARGIN_S, near.site_id, far.site_id)
+    scene.reconcile()
+    lease = next(lease for lease in scene.leases(job_id) if lease.site_id == hub.site_id)
+    assert (lease.state, lease.end_cause) == ("ended", "expired")
+    assert [view.state for view in scene.views(job_id)] == ["issued", "issued"]
+
+
+def test_a_site_that_was_left_out_joins_again_and_its_own_rounds_do_not_count(
+    scene: Scene, gang: list[SpeakingSite]
+) -> None:
+    hub, near, far = gang
+    job_id = near.order().job_id
+    scene.pass_s(1.0, near.site_id, far.site_id)
+    for site in (near, far):
+        site.run(sealed=4, chain_hash=NEAR, hub_lost_s=1.0)
+    for site in (near, far):
+        site.beat()
+        site.promise(2, sealed=4, chain_hash=NEAR)
+    # It has sealed round 5 before it was cut off, and nobody else knows that.
+    hub.run(sealed=5, chain_hash=FAR, view=1)
+    assert scene.views(job_id)[-1].cause == f"{hub.site_id} is back"
+    for site in (near, far):
+        site.run(sealed=5, chain_hash=NEAR, view=2)
+        site.promise(3, sealed=5, chain_hash=NEAR)
+    hub.promise(3, sealed=9, chain_hash=FAR)
+    view = hub.view()
+    assert (view.number, view.base_round, view.base_hash, view.joining) == (3, 5, NEAR, (hub.site_id,))
+    assert view.hub == near.view().hub != hub.site_id
+
+
+def test_a_job_whose_last_members_are_lost_resumes_from_its_checkpoint(scene: Scene, gang: list[SpeakingSite]) -> None:
+    hub, near, far = gang
+    job_id = near.order().job_id
+    scene.pass_s(1.0, near.site_id, far.site_id)
+    for site in (near, far):
+        site.run(sealed=4, chain_hash=NEAR, hub_lost_s=1.0)
+    for site in (near, far):
+        site.beat()
+        site.promise(2, sealed=4, chain_hash=NEAR)
+    near.exit(ExitCause.SITE)
+    far.exit(ExitCause.SITE)
+    # The former hub still has its lease, but knows nothing of what was sealed without it.
+    assert scene.job(job_id).state == "queued"
+    assert {lease.state for lease in scene.leases(job_id)} == {"ended"}
+    assert hub.site_id in scene.bells.sites

@@ -47,7 +47,8 @@ from training.roundlog.manifest import Manifest
 
 T = TypeVar("T")
 
-LIVENESS_S: Final = 7.0
+# Longer than an API or an agent takes to start again on a busy machine: leases outlive both.
+LIVENESS_S: Final = 20.0
 MARGIN_S: Final = 3.0
 HUB_LOST_S: Final = 3.0
 SETTINGS: Final = {
@@ -63,10 +64,16 @@ SETTINGS: Final = {
     # Survivors go on where they are: a move to a better place would hide what is looked for.
     "HANSA_RESTART_S": "600",
 }
-# One slot each, so that every job of more slots spans; all listen, so that each may be the hub.
+# One slot each, so that every job of more slots spans; all listen, so that each may be the hub. The last has two slots,
+# at a price that nobody pays who needs no more than three.
 SITES: Final = tuple(
-    DemoSite(name, slots=1, ask_micros_per_slot_hour=ask, listens=True)
-    for name, ask in (("bergen", 600_000), ("lubeck", 900_000), ("visby", 1_200_000))
+    DemoSite(name, slots=slots, ask_micros_per_slot_hour=ask, listens=True)
+    for name, slots, ask in (
+        ("bergen", 1, 600_000),
+        ("lubeck", 1, 900_000),
+        ("visby", 1, 1_200_000),
+        ("danzig", 2, 3_000_000),
+    )
 )
 TENANT: Final = "fugger"
 STEP_S: Final = 0.08
@@ -182,8 +189,8 @@ class RunningMarket(MarketRows):
 
     # --- jobs -------------------------------------------------------------------------------------
 
-    def submit(self, *, slots: int, seconds: float, checkpoint_rounds: int = 5) -> str:
-        """Submit a job that trains for about `seconds` on `slots` sites, and return its id."""
+    def submit(self, *, slots: int, seconds: float, checkpoint_rounds: int = 5, sites: int | None = None) -> str:
+        """Submit a job that trains for about `seconds` on `slots` slots, of as many or `sites` sites; return its id."""
         self._jobs += 1
         folder = self.places.home / "jobs" / f"job-{self._jobs}"
         folder.mkdir(parents=True)
@@ -197,7 +204,7 @@ class RunningMarket(MarketRows):
             "market": {
                 "budget": 3.0,
                 "bid": 50.0,
-                "sites_max": slots,
+                "sites_max": sites or slots,
                 "workload": {
                     "samples": samples_in(seconds, slots),
                     "batch_per_gpu": BATCH,
@@ -218,6 +225,10 @@ class RunningMarket(MarketRows):
         job = read_job(path)
         self.tenant.upload_workdir(job.packed)
         return str(self.tenant.submit(job.spec, key=f"kills-{self._jobs}")["job_id"])
+
+    def lease(self, job_id: str, site_id: str) -> Lease:
+        """Return a site's newest lease of a job."""
+        return [lease for lease in self.leases(job_id) if lease.site_id == site_id][-1]
 
     def look(self, chain: Chain, job_id: str) -> None:
         """Read what the job's gateways have sealed by now."""

@@ -71,6 +71,24 @@ def test_killed_api_delays_the_journey_and_changes_nothing_else(market: RunningM
     market.assert_trained_once(training, chain, samples_in(8, 2))
 
 
+def test_without_the_wake_process_jobs_start_and_end_at_the_pace_of_heartbeats(market: RunningMarket) -> None:
+    chain = Chain()
+    training = market.submit(slots=2, seconds=6)
+    market.await_rounds(training, 1, chain)
+    market.kill("wake")
+    waiting = market.submit(slots=1, seconds=1)
+    submitted_s = time.monotonic()
+    market.await_true(waiting, lambda: market.job(waiting).state in {"running", "finished"})
+    market.tell("wake is dead, and a job submitted then runs", since_s=submitted_s)
+    market.await_finished(training, chain)
+    market.await_finished(waiting)
+    market.restart("wake")
+    for job_id in (training, waiting):
+        market.assert_sound(job_id)
+        assert market.job(job_id).epoch == 1
+    market.assert_trained_once(training, chain, samples_in(6, 2))
+
+
 @pytest.mark.soak
 def test_valkey_may_be_dead_for_a_minute(market: RunningMarket) -> None:
     chain = Chain()

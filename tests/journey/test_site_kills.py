@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,13 +10,28 @@ import time
 import pytest
 
 from tests.journey.market import LIVENESS_S, Chain, RunningMarket, samples_in
+from tests.journey.rows import content_of
 from tests.sites.waiting import lives, wait_until
+from training.roundlog.manifest import Manifest
 from training.roundlog.view import View
 
 pytestmark = [pytest.mark.xdist_group("serial"), pytest.mark.timeout(300)]
 
 WARDEN_S = 2.0 + 1.0
 """What a warden may take at expiry to end what it watches (sites.drivers.warden), and a second for a busy machine."""
+HUB_MOVES_S_MAX = 3.0
+"""From the cut of the hub's power to the first seal under the next, on a machine with a core for each process that runs."""
+
+
+def pace() -> float:
+    """Return by how much this machine's load slows down what is measured in seconds."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def contributors(chain: Chain, number: int) -> set[str]:
+    """Return the sites whose contributions a sealed round holds."""
+    manifest = Manifest.model_validate_json(next(iter(chain.rounds[number].values())))
+    return {json.loads(content_of(entry.contribution))["site_id"] for entry in manifest.entries}
 
 
 def members(market: RunningMarket, job_id: str) -> tuple[str, list[str]]:
@@ -58,7 +74,7 @@ def test_killed_agent_adopts_its_attempt_and_restarts_a_killed_gateway(market: R
 
 def test_survivor_goes_on_without_the_site_that_lost_its_power(market: RunningMarket) -> None:
     chain = Chain()
-    job_id = market.submit(slots=2, seconds=14)
+    job_id = market.submit(slots=2, seconds=24)
     market.await_rounds(job_id, 3, chain)
     hub, (lost,) = members(market, job_id)
     survivors = market.ranks(hub)
@@ -74,10 +90,13 @@ def test_survivor_goes_on_without_the_site_that_lost_its_power(market: RunningMa
     lease = next(lease for lease in market.leases(job_id) if lease.site_id == lost)
     paid_until_then = lease.delivered_gpu_milliseconds
 
+    # Its own clock alone ends its lease; when the host is back after that, there is nothing to come back to.
+    market.await_true(job_id, lambda: market.look(chain, job_id) or market.lease(job_id, lost).state == "ended")
+    market.tell("and its lease ended", since_s=cut_s)
     market.restart(lost)
     market.await_forgotten(lost)
     market.await_finished(job_id, chain)
-    market.assert_trained_once(job_id, chain, samples_in(14, 2))
+    market.assert_trained_once(job_id, chain, samples_in(24, 2))
     market.assert_sound(job_id)
     lease = next(lease for lease in market.leases(job_id) if lease.site_id == lost)
     assert lease.end_cause == "expired"
@@ -87,7 +106,7 @@ def test_survivor_goes_on_without_the_site_that_lost_its_power(market: RunningMa
 
 def test_hub_moves_when_its_site_loses_its_power_and_no_sealed_round_is_lost(market: RunningMarket) -> None:
     chain = Chain()
-    job_id = market.submit(slots=3, seconds=16)
+    job_id = market.submit(slots=3, seconds=24)
     market.await_rounds(job_id, 3, chain)
     hub, others = members(market, job_id)
     ranks = {site_id: market.ranks(site_id) for site_id in others}
@@ -102,15 +121,79 @@ def test_hub_moves_when_its_site_loses_its_power_and_no_sealed_round_is_lost(mar
     assert moved.hub == standby
     assert moved.base_round >= held
     market.await_rounds_of_others(job_id, moved.base_round + 1, hub, chain)
+    sealed_s = time.monotonic() - cut_s
     market.tell("and the next round sealed", since_s=cut_s)
+    assert sealed_s <= HUB_MOVES_S_MAX * pace()
+    # Nobody waited for the lost site's lease: it stands until its own clock ends it.
+    assert market.lease(job_id, hub).state == "active"
     assert {site_id: market.ranks(site_id) for site_id in others} == ranks
 
+    market.await_true(job_id, lambda: market.look(chain, job_id) or market.lease(job_id, hub).state == "ended")
     market.restart(hub)
     market.await_forgotten(hub)
     market.await_finished(job_id, chain)
-    market.assert_trained_once(job_id, chain, samples_in(16, 3))
+    market.assert_trained_once(job_id, chain, samples_in(24, 3))
     market.assert_sound(job_id)
     assert market.job(job_id).epoch == 1
+
+
+@pytest.mark.parametrize("role", ["hub", "member"])
+def test_site_whose_host_is_back_within_its_lease_trains_on_under_it(market: RunningMarket, role: str) -> None:
+    chain = Chain()
+    job_id = market.submit(slots=3, seconds=24)
+    market.await_rounds(job_id, 3, chain)
+    hub, others = members(market, job_id)
+    lost = hub if role == "hub" else others[0]
+    stayed = {site_id: market.ranks(site_id) for site_id in (hub, *others) if site_id != lost}
+    cut_s = time.monotonic()
+    market.cut_power(lost)
+    if role == "hub":
+        market.await_true(job_id, lambda: len(market.issued(job_id)) > 1)
+        assert lost not in {member.site_id for member in market.issued(job_id)[-1].members}
+    market.restart(lost)
+    without = max(chain.rounds)
+
+    def contributes() -> bool:
+        market.look(chain, job_id)
+        return any(lost in contributors(chain, number) for number in chain.rounds if number > without + 2)
+
+    market.await_true(job_id, contributes)
+    market.tell(f"power of {lost} ({role}) cut and back: it contributes again", since_s=cut_s)
+    back = market.issued(job_id)[-1]
+    assert lost in {member.site_id for member in back.members}
+    # A member that is back soon enough was never left out.
+    assert back.joining == (lost,) or (role == "member" and len(market.issued(job_id)) == 1)
+    market.await_finished(job_id, chain)
+    assert {site_id: market.ranks(site_id) for site_id in stayed if market.ranks(site_id)} <= stayed
+    market.assert_trained_once(job_id, chain, samples_in(24, 3))
+    market.assert_sound(job_id)
+    lease = market.lease(job_id, lost)
+    assert (lease.epoch, lease.end_cause) == (1, "done")
+
+
+def test_site_with_two_ranks_is_lost_and_its_survivors_go_on(market: RunningMarket) -> None:
+    chain = Chain()
+    job_id = market.submit(slots=4, seconds=24, sites=3)
+    market.await_rounds(job_id, 3, chain)
+    lost = "danzig"
+    hub, others = members(market, job_id)
+    stayed = {site_id: market.ranks(site_id) for site_id in (hub, *others) if site_id != lost}
+    assert len(stayed) == 2
+    assert all(2 * len(ranks) == len(market.ranks(lost)) for ranks in stayed.values())
+    cut_s = time.monotonic()
+    market.cut_power(lost)
+    market.await_true(job_id, lambda: len(market.issued(job_id)) > 1)
+    reduced = market.issued(job_id)[-1]
+    assert [member.site_id for member in reduced.members] == sorted(stayed)
+    market.await_rounds_of_others(job_id, reduced.base_round + 1, lost, chain)
+    market.tell(f"power of {lost} with two ranks cut: the next round sealed", since_s=cut_s)
+    assert {site_id: market.ranks(site_id) for site_id in stayed} == stayed
+    market.await_true(job_id, lambda: market.look(chain, job_id) or market.lease(job_id, lost).state == "ended")
+    market.restart(lost)
+    market.await_forgotten(lost)
+    market.await_finished(job_id, chain)
+    market.assert_trained_once(job_id, chain, samples_in(24, 4))
+    market.assert_sound(job_id)
 
 
 def test_gang_lost_whole_resumes_from_its_checkpoint_under_a_higher_epoch(market: RunningMarket) -> None:
@@ -144,7 +227,7 @@ def test_gang_lost_whole_resumes_from_its_checkpoint_under_a_higher_epoch(market
 
 def test_silenced_agents_warden_ends_the_ranks_in_time_and_the_agent_accepts_it(market: RunningMarket) -> None:
     chain = Chain()
-    job_id = market.submit(slots=2, seconds=14)
+    job_id = market.submit(slots=2, seconds=30)
     market.await_rounds(job_id, 2, chain)
     hub, (silent,) = members(market, job_id)
     ranks = market.ranks(silent)
@@ -162,6 +245,6 @@ def test_silenced_agents_warden_ends_the_ranks_in_time_and_the_agent_accepts_it(
     market.await_forgotten(silent)
     assert [member.site_id for member in market.issued(job_id)[-1].members] == [hub]
     market.await_finished(job_id, chain)
-    market.assert_trained_once(job_id, chain, samples_in(14, 2))
+    market.assert_trained_once(job_id, chain, samples_in(30, 2))
     market.assert_sound(job_id)
     assert not market.ranks(silent)

@@ -86,6 +86,12 @@ def mischief(world: World) -> None:
                 site.start_agent()
         elif world.rng.random() < world.faults.break_site:
             _disable(world, site)
+        elif world.rng.random() < world.faults.isolate:
+            seconds = world.rng.choice([0.5, 2.0, 4.0, 12.0])
+            world.story.add(world.true_s, f"{site.site_id}: cut off for {seconds} s")
+            site.isolate(world.true_s + seconds)
+        elif world.rng.random() < world.faults.isolate:
+            world.part_two(world.rng.random() * 6)
         elif world.rng.random() < world.faults.meddle / 10:
             site.ask = world.rng.randrange(1, 6) * 100_000
             site.draining, site.vetoing = world.rng.random() < 0.1, world.rng.random() < 0.1

@@ -16,6 +16,7 @@ class History:
     """Every round that was ever sealed, by its hash: (number, hash before)."""
 
     rounds: dict[str, tuple[int, str]] = field(default_factory=lambda: {GENESIS_HASH: (0, GENESIS_HASH)})
+    known_by: dict[str, set[str]] = field(default_factory=dict)
 
     def seal(self, job_id: str, before: str, view_number: int) -> str:
         """Add the round after `before` and return its hash."""
@@ -39,10 +40,15 @@ class History:
 class SimulatedGateway:
     """One attempt's end of the log."""
 
+    site_id: str
     history: History
     view: View | None = None
     promised: int = 0
     chain_hash: str = GENESIS_HASH
+    # What the hub has of this site: the view and the chain that its contribution continues.
+    delivered: tuple[int, str] | None = None
+    hub_lost_since_s: float | None = None
+    members_lost_since_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def sealed_round(self) -> int:
@@ -63,15 +69,50 @@ class SimulatedGateway:
         )
 
     def install(self, view: View) -> None:
-        """Take a view. Asserts that its base forgets nothing that was sealed here."""
-        if self.view is not None and view.number <= self.view.number:
+        """Take a view. Asserts that its base forgets nothing that was sealed here.
+
+        A site that was left out of the last view, and joins, may hold one round that no other member ever knew.
+        """
+        if view.number < self.promised or (self.view is not None and view.number <= self.view.number):
             return
+        if self.site_id in view.joining:
+            self._drop_what_nobody_else_knew(view)
         assert self.history.extends(view.base_hash, self.chain_hash), (
             f"view {view.number} is based on round {view.base_round}, which forgets round {self.sealed_round}"
         )
         self.view = view
-        self.promised = max(self.promised, view.number)
-        self.chain_hash = view.base_hash
+        self.promised = view.number
+        self._reach(view.base_hash)
+        self.delivered = self.hub_lost_since_s = None
+        self.members_lost_since_s = {}
+
+    def _drop_what_nobody_else_knew(self, view: View) -> None:
+        members = {member.site_id for member in view.members} - set(view.joining)
+        dropped = 0
+        while not self.history.extends(view.base_hash, self.chain_hash):
+            knowing = self.history.known_by[self.chain_hash]
+            assert not knowing & members, f"view {view.number} forgets round {self.sealed_round}, known to {knowing}"
+            knowing.discard(self.site_id)
+            self.chain_hash = self.history.rounds[self.chain_hash][1]
+            dropped += 1
+        assert dropped <= 1, f"{self.site_id} sealed {dropped} rounds alone although all must contribute"
+
+    def _reach(self, chain_hash: str) -> None:
+        self.chain_hash = chain_hash
+        self.history.known_by.setdefault(chain_hash, set()).add(self.site_id)
+
+    def deliver(self) -> None:
+        """Bring this site's contribution to the open round to the hub. A promise does not call it back."""
+        if self.view is not None and self.may_seal():
+            self.delivered = (self.view.number, self.chain_hash)
+
+    def has_delivered(self, view_number: int, chain_hash: str) -> bool:
+        """Say whether the hub holds this site's contribution to the round after `chain_hash`."""
+        return self.delivered == (view_number, chain_hash)
+
+    def sealed(self, chain_hash: str) -> None:
+        """Take a round that this very gateway has sealed as the hub."""
+        self._reach(chain_hash)
 
     def may_seal(self) -> bool:
         """Say whether this gateway still serves its view."""
@@ -82,4 +123,4 @@ class SimulatedGateway:
         if self.view is None or view_number != self.view.number or self.promised > view_number:
             return
         if self.history.extends(chain_hash, self.chain_hash):
-            self.chain_hash = chain_hash
+            self._reach(chain_hash)

@@ -83,6 +83,8 @@ class SimulatedSite:
         self.vetoing = False
         self.agent_up = True
         self.boots = 1
+        # Until then nothing of this site is heard outside, and it hears nothing; what runs goes on.
+        self.isolated_until_s = 0.0
         # The journal: what a restarted agent finds again.
         self.attempts: dict[str, Attempt] = {}
         self.newest_epoch: dict[str, int] = {}
@@ -151,7 +153,10 @@ class SimulatedSite:
                 applied_round=gateway.sealed_round,
                 outer_hash=None,
                 samples_done=attempt.samples_done,
-                hub_lost_s=self.world.hub_lost_s(self.site_id, attempt),
+                hub_lost_s=self.world.since_s(gateway.hub_lost_since_s) if attempt.running else None,
+                members_lost_s={
+                    other: self.world.true_s - since_s for other, since_s in gateway.members_lost_since_s.items()
+                },
             ),
             promise=promise,
             checkpoint=attempt.checkpoint,
@@ -234,7 +239,7 @@ class SimulatedSite:
         assert order.attempt is not None
         attempt = Attempt(
             order=order,
-            gateway=SimulatedGateway(self.world.history),
+            gateway=SimulatedGateway(self.site_id, self.world.history),
             started_s=self.world.true_s,
             deadline_s=deadline_s,
             metered_s=self.world.true_s,
@@ -281,6 +286,15 @@ class SimulatedSite:
         self.agent_up = False
         for attempt in self.attempts.values():
             self.stop(attempt, ExitCause.SITE)
+
+    def isolate(self, until_s: float) -> None:
+        """Cut the site off from everyone, market and peers; nothing dies of it by itself."""
+        self.isolated_until_s = until_s
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether the site is cut off now."""
+        return self.world.true_s < self.isolated_until_s
 
     def kill_agent(self) -> None:
         """Kill the agent alone."""

@@ -49,7 +49,7 @@ def test_a_seed_replays_exactly(template: Path) -> None:
 
 @pytest.mark.timeout(240)
 def test_without_faults_every_job_ends_without_a_lost_attempt(template: Path, tmp_path: Path) -> None:
-    world = World(3, tmp_path, template, Faults(0, 0, 0, 0, 0, 0, 0, 0, 0.0001), tell=True)
+    world = World(3, tmp_path, template, Faults(0, 0, 0, 0, 0, 0, 0, 0, 0.0001, 0), tell=True)
     world.run(400)
     world.close()
     assert not [line for line in world.story.lines if "crashed" in line]

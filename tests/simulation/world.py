@@ -64,11 +64,12 @@ class Faults:
     break_script: float = 0.002
     step_utc: float = 0.01
     meddle: float = 0.05
+    isolate: float = 0.02
 
     @classmethod
     def none(cls) -> Faults:
         """Return a world without faults."""
-        return cls(0, 0, 0, 0, 0, 0, 0, 0, 0)
+        return cls(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -117,6 +118,7 @@ class World:
         self._order = 0
         self.jobs = 0
         self._sequences: dict[str, int] = {}
+        self._parted_until_s: dict[frozenset[str], float] = {}
         shutil.copy(template / "market.sqlite3", folder / "market.sqlite3")
         settings = Settings(
             home=template,
@@ -129,6 +131,7 @@ class World:
             reconcile_s=1,
             settle_s=20,
             hub_lost_s=3,
+            absent_s=1,
             attempts_max=8,
         )
         self.market = Market(
@@ -192,8 +195,10 @@ class World:
         """Switch the faults off and wait for the end of every job, then check that all is settled."""
         self.faults = Faults.none()
         self.story.add(self.true_s, "--- faults off ---")
+        self._parted_until_s = {}
         for site in self.sites.values():
             site.draining = site.vetoing = False
+            site.isolate(0.0)
             site.start_agent()
         until_s = self.true_s + seconds
         while self.true_s < until_s and not self._all_settled():
@@ -285,7 +290,7 @@ class World:
         sent_s, boot = self.true_s, site.boots
         copies = 2 if self.rng.random() < self.faults.double else 1
         for _ in range(copies):
-            if self.rng.random() < self.faults.lose:
+            if self.rng.random() < self.faults.lose or site.is_isolated:
                 continue
             delay_s = self.rng.random() * ROUND_TRIP_S_MAX / 2
             if self.rng.random() < self.faults.late:
@@ -306,7 +311,7 @@ class World:
     def _answered(self, site_id: str, answer: HeartbeatAnswer, sequence: int, sent_s: float, boot: int) -> None:
         site = self.sites[site_id]
         # An agent takes the answer to its newest request only, and none after its time-out.
-        if not site.agent_up or site.boots != boot or sequence != self._sequences[site_id]:
+        if not site.agent_up or site.is_isolated or site.boots != boot or sequence != self._sequences[site_id]:
             return
         if self.true_s - sent_s > REQUEST_TIMEOUT_S:
             return
@@ -347,37 +352,83 @@ class World:
 
     def _train(self, job_id: str, group: list[tuple[SimulatedSite, Attempt]]) -> None:
         for site, attempt in group:
+            self._feel(site, attempt, group)
+        for site, attempt in group:
             view = attempt.gateway.view
-            if view is None or view.hub != site.site_id or not attempt.gateway.may_seal():
+            if view is None or view.hub != site.site_id:
                 continue
             seats = {(member.site_id, member.epoch) for member in view.members}
             members = [(other, theirs) for other, theirs in group if (other.site_id, theirs.order.epoch) in seats]
-            ready = [
-                theirs.gateway.view is not None
-                and theirs.gateway.view.number == view.number
-                and theirs.gateway.may_seal()
-                and theirs.gateway.chain_hash == attempt.gateway.chain_hash
-                and theirs.cause is None
-                for _, theirs in members
-            ]
-            if len(members) == len(seats) and all(ready):
-                self._seal(job_id, attempt, members)
-            elif self.rng.random() >= self.faults.lose:
-                for _, theirs in members:
+            near = [theirs for other, theirs in members if self.reach(site.site_id, other.site_id)]
+            for theirs in near:
+                if theirs.cause is None and theirs.gateway.chain_hash == attempt.gateway.chain_hash:
+                    theirs.gateway.deliver()
+            if attempt.gateway.may_seal() and self._is_complete(attempt, members, seats):
+                self._seal(job_id, attempt, near)
+            for theirs in near:
+                if self.rng.random() >= self.faults.lose:
                     theirs.gateway.learn(attempt.gateway.chain_hash, view.number)
         for site, attempt in group:
             self._advance(site, attempt)
 
-    def _seal(self, job_id: str, hub: Attempt, members: list[tuple[SimulatedSite, Attempt]]) -> None:
+    @staticmethod
+    def _is_complete(hub: Attempt, members: list[tuple[SimulatedSite, Attempt]], seats: set[tuple[str, int]]) -> bool:
+        """Say whether the hub holds everyone's contribution: what was delivered stays with it, whatever comes after."""
+        view = hub.gateway.view
+        assert view is not None, "a hub has a view"
+        delivered = {
+            (other.site_id, theirs.order.epoch)
+            for other, theirs in members
+            if theirs.gateway.has_delivered(view.number, hub.gateway.chain_hash)
+        }
+        return seats <= delivered
+
+    def _seal(self, job_id: str, hub: Attempt, near: list[Attempt]) -> None:
         assert hub.gateway.view is not None
         if hub.gateway.sealed_round * SAMPLES_PER_ROUND >= self._samples(hub):
             return
         number = hub.gateway.view.number
-        hub.gateway.chain_hash = self.history.seal(job_id, hub.gateway.chain_hash, number)
-        for _, theirs in members:
-            theirs.own_samples += SAMPLES_PER_ROUND // len(members)
-            if self.rng.random() >= self.faults.lose:
-                theirs.gateway.learn(hub.gateway.chain_hash, number)
+        hub.gateway.sealed(self.history.seal(job_id, hub.gateway.chain_hash, number))
+        for theirs in near:
+            theirs.own_samples += SAMPLES_PER_ROUND // len(hub.gateway.view.members)
+
+    def _feel(self, site: SimulatedSite, attempt: Attempt, group: list[tuple[SimulatedSite, Attempt]]) -> None:
+        """Let a gateway notice which of its peers it does not reach."""
+        gateway = attempt.gateway
+        if gateway.view is None:
+            return
+        seats = {(member.site_id, member.epoch) for member in gateway.view.members}
+        heard = {
+            other.site_id
+            for other, theirs in group
+            if (other.site_id, theirs.order.epoch) in seats and self.reach(site.site_id, other.site_id)
+        }
+        others = {member.site_id for member in gateway.view.members} - {site.site_id}
+        if gateway.view.hub == site.site_id:
+            since = gateway.members_lost_since_s
+            gateway.members_lost_since_s = {other: since.get(other, self.true_s) for other in sorted(others - heard)}
+        elif gateway.view.hub in heard:
+            gateway.hub_lost_since_s = None
+        elif gateway.hub_lost_since_s is None:
+            gateway.hub_lost_since_s = self.true_s
+
+    def reach(self, one: str, other: str) -> bool:
+        """Say whether two sites' gateways reach each other now."""
+        if one == other:
+            return True
+        if self.sites[one].is_isolated or self.sites[other].is_isolated:
+            return False
+        return self._parted_until_s.get(frozenset((one, other)), 0.0) <= self.true_s
+
+    def part_two(self, seconds: float) -> None:
+        """Part two sites from each other for a while; the market still hears both."""
+        pair = self.rng.sample(self.site_ids, 2)
+        self._parted_until_s[frozenset(pair)] = self.true_s + seconds
+        self.story.add(self.true_s, f"{pair[0]} and {pair[1]} do not reach each other for {seconds:.1f} s")
+
+    def since_s(self, at_s: float | None) -> float | None:
+        """Return how long ago `at_s` was."""
+        return None if at_s is None else self.true_s - at_s
 
     def _advance(self, site: SimulatedSite, attempt: Attempt) -> None:
         sealed = attempt.gateway.sealed_round
@@ -413,16 +464,3 @@ class World:
     def _samples(attempt: Attempt) -> int:
         assert attempt.order.attempt is not None
         return attempt.order.attempt.spec.market.workload.samples
-
-    def hub_lost_s(self, site_id: str, attempt: Attempt) -> float | None:
-        """Return for how long an attempt has not reached its hub: the hub's gateway is not running."""
-        view = attempt.gateway.view
-        if view is None or view.hub == site_id or not attempt.running:
-            return None
-        hub = self.sites[view.hub]
-        epochs = {member.site_id: member.epoch for member in view.members}
-        alive = any(
-            other.order.job_id == attempt.order.job_id and other.order.epoch == epochs[view.hub]
-            for other in hub.attempts.values()
-        )
-        return None if alive else 100.0
