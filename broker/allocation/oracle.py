@@ -55,6 +55,11 @@ from training import throughput
 
 Prices = NDArray[np.float64] | NDArray[np.int64]
 
+# A fourth form, of the LP only: a single at any pool of a tier. `place` is the tier.
+SCOPE: Final = 3
+# Pools of one tier at which a job with a site list of its own gets a column in one search.
+PLACES_MAX: Final = 6
+
 # Patterns of a family in one group of like links; more groups prune better and cost a comparison each.
 _GROUP_PATTERNS: Final = 96
 _GROUPS_MAX: Final = 24
@@ -111,6 +116,17 @@ class Order(NamedTuple):
 class Best(NamedTuple):
     """The best column of each job; form -1 and surplus 0 where staying out is best."""
 
+    form: NDArray[np.int8]
+    item: Index
+    place: Index
+    surplus: NDArray[np.float64] | NDArray[np.int64]
+
+
+class Near(NamedTuple):
+    """Columns close to their job's best: `room` [jobs] is how close; the rest is filled, row by row."""
+
+    room: NDArray[np.float64] | NDArray[np.int64]
+    job: Index
     form: NDArray[np.int8]
     item: Index
     place: Index
@@ -214,13 +230,29 @@ def best(instance: Instance, y: Prices, *, layout: Layout | None = None, hint: B
         np.full(count, NONE, np.int32),
         np.zeros(count, y.dtype),
     )
+    search(instance, layout, y, found, hint, no_room(instance, y))
+    return found
+
+
+def search(instance: Instance, layout: Layout, y: Prices, found: Best, hint: Best | None, near: Near) -> int:
+    """Fill `found` with each job's best column and `near` with others close to it; return how many those are.
+
+    Of unrestricted jobs' singles, `near` holds one column for all pools of a tier: form SCOPE, place
+    the tier. Of other singles it holds the PLACES_MAX best places in each tier. What was kept before
+    a job's best was known may be further from it than `room`: the caller sifts.
+    """
     ranked = order(instance, layout, y)
     out, counts = np.zeros(SPAN_OUT, np.int64), np.zeros(SPAN_SITES_MAX, np.int64)
     if hint is not None:
         found.form[:], found.item[:], found.place[:] = hint.form, hint.item, hint.place
         _reprice(instance, y, ranked.pool_price, found, out)
-    _best_of_all(instance, layout, ranked, y, found, out, counts)
-    return found
+    return int(_best_of_all(instance, layout, ranked, y, found, near, out, counts))
+
+
+def no_room(instance: Instance, y: Prices) -> Near:
+    """Return a `Near` that keeps nothing."""
+    none = np.zeros(0, np.int32)
+    return Near(np.zeros(instance.job_count, y.dtype), none, np.zeros(0, np.int8), none, none, np.zeros(0, y.dtype))
 
 
 def supply_rent(instance: Instance, y: Real) -> float:
@@ -439,9 +471,20 @@ def _reprice(instance: Instance, y: np.ndarray, pool_price: np.ndarray, found: B
 
 @compiled_loop
 def _best_of_all(
-    instance: Instance, layout: Layout, ranked: Order, y: np.ndarray, found: Best, out: np.ndarray, counts: np.ndarray
-) -> None:
-    """Improve `found`, which holds hints with their surplus at y, to the best column of each job."""
+    instance: Instance,
+    layout: Layout,
+    ranked: Order,
+    y: np.ndarray,
+    found: Best,
+    near: Near,
+    out: np.ndarray,
+    counts: np.ndarray,
+) -> int:
+    """Improve `found`, which holds hints with their surplus at y, to the best column of each job.
+
+    Fill `near` with columns met on the way that are within `room` of the best so far; return how many.
+    """
+    kept, kept_max = 0, len(near.job)
     jobs, goods, singles, spans, patterns = (
         instance.jobs,
         instance.goods,
@@ -454,6 +497,8 @@ def _best_of_all(
         top, top_key = zero, np.int64(-1)
         top_form, top_item, top_place = -1, -1, -1
         any_found = not jobs.must[job]
+        room = near.room[job]
+        together = jobs.site_set[job] < 0 and jobs.barred_start[job] == jobs.barred_start[job + 1]
         # The hint only raises what must be beaten; the search below meets the column again.
         if found.form[job] >= 0 and (found.surplus[job] > zero or not any_found):
             top_form, top_item, top_place = int(found.form[job]), int(found.item[job]), int(found.place[job])
@@ -461,6 +506,10 @@ def _best_of_all(
         for bundle in range(instance.bundles.start[job], instance.bundles.start[job + 1]):
             surplus = bundle_surplus(instance, y, bundle)
             key = column_key(2, bundle, 0)
+            if kept < kept_max and (not any_found or surplus >= top - room):
+                near.job[kept], near.form[kept], near.item[kept], near.place[kept] = job, 2, bundle, 0
+                near.surplus[kept] = surplus
+                kept += 1
             if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
                 top, top_key, any_found = surplus, key, True
                 top_form, top_item, top_place = 2, bundle, 0
@@ -483,15 +532,16 @@ def _best_of_all(
                 first, end = layout.start[cell], layout.start[cell + 1]
                 # No pool of the tier is cheaper than the scope's first: often that says enough.
                 worth = singles.value[single] + gpus * credit
-                if any_found and worth - gpus * ranked.price[ranked.offer[first]] < top:
+                if any_found and worth - gpus * ranked.price[ranked.offer[first]] < top - room:
                     continue
                 if singles.data_bytes_per_s[single] > 0 and jobs.tier_price[job, tier] > 0:
                     egress = float(singles.data_bytes_per_s[single]) * 3600.0 * float(jobs.tier_price[job, tier]) / 1e9
                     worth -= np.int64(math.ceil(min(egress, 2.0**45))) * slots
+                here, met = zero, 0
                 for at in range(first, end):
                     offer = ranked.offer[at]
                     price = ranked.price[offer]
-                    if any_found and worth - gpus * price < top:
+                    if any_found and worth - gpus * price < top - room:
                         break
                     if goods.offer_limit[offer] < gpus:
                         continue
@@ -502,6 +552,17 @@ def _best_of_all(
                         continue
                     surplus = single_surplus(instance, y, job, single, price, out)
                     key = column_key(0, single, pool)
+                    # Inside a tier prices rise: what follows is at best a tie of the first met.
+                    if met == 0:
+                        here = surplus
+                    elif surplus < here and (together or met >= PLACES_MAX or kept_max == 0):
+                        break
+                    grouped = together and (tier > 0 or home < 0)
+                    if kept < kept_max and (met == 0 or (met < PLACES_MAX and not grouped)):
+                        near.job[kept], near.item[kept], near.surplus[kept] = job, single, surplus
+                        near.form[kept], near.place[kept] = (SCOPE, tier) if grouped else (0, pool)
+                        kept += 1
+                    met += 1
                     if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
                         top, top_key, any_found = surplus, key, True
                         top_form, top_item, top_place = 0, single, pool
@@ -528,7 +589,10 @@ def _best_of_all(
                     worth += 1 + abs(worth) * _MARGIN
                     for at in range(layout.group_end[group], layout.group_end[group + 1]):
                         pattern = ranked.pattern[slots - 1, at]
-                        if any_found and worth - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                        if (
+                            any_found
+                            and worth - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top - room
+                        ):
                             break
                         if patterns.parts[pattern] > spans.sites_max[span]:
                             continue
@@ -536,7 +600,10 @@ def _best_of_all(
                         speed = jobs.batch_per_gpu[job] * gpus / step_s
                         closer = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
                         closer += 1 + abs(closer) * _MARGIN
-                        if any_found and closer - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top:
+                        if (
+                            any_found
+                            and closer - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top - room
+                        ):
                             continue
                         allowed = True
                         for part in range(patterns.parts[pattern]):
@@ -554,7 +621,12 @@ def _best_of_all(
                             continue
                         surplus = span_surplus(instance, y, job, span, pattern, prices, out)
                         key = column_key(1, span, pattern)
+                        if kept < kept_max and (not any_found or surplus >= top - room):
+                            near.job[kept], near.form[kept], near.item[kept], near.place[kept] = job, 1, span, pattern
+                            near.surplus[kept] = surplus
+                            kept += 1
                         if not any_found or surplus > top or (surplus == top and top_form >= 0 and key < top_key):
                             top, top_key, any_found = surplus, key, True
                             top_form, top_item, top_place = 1, span, pattern
         found.form[job], found.item[job], found.place[job], found.surplus[job] = top_form, top_item, top_place, top
+    return kept
