@@ -5,6 +5,7 @@ Both take an `Instance` of singles and bundles and return which column each job 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.instance import BUNDLE, NONE, SINGLE, Choice, Instance
-from broker.backtest.linear import maximise
+from broker.backtest.linear import Matrix, maximise
 
 Int = NDArray[np.int64]
 Real = NDArray[np.float64]
@@ -38,7 +39,7 @@ class Relaxed(NamedTuple):
 
 
 def relax(
-    owner: Int, kind: Int, gpus: Int, value: Real, jobs: int, kind_of_pool: Int, units: Int, ask: Int
+    owner: Int, kind: Int, gpus: Int, value: Real, *, jobs: int, kind_of_pool: Int, units: Int, ask: Int
 ) -> Relaxed:
     """Return the optimum of a market of singles, [column] arrays, whatever its bundles.
 
@@ -53,7 +54,7 @@ def relax(
     worth = np.concatenate([value.astype(float), -ask.astype(float)])
     upper = np.concatenate([np.ones(count), units.astype(float)])
     limit = np.concatenate([np.ones(jobs), np.zeros(kinds)])
-    solution = maximise(worth, upper, start, row, use, limit)
+    solution = maximise(worth, upper, Matrix(start, row, use), limit)
     return Relaxed(solution.objective, solution.duals[jobs:])
 
 
@@ -70,33 +71,37 @@ def plain(instance: Instance, last_prices: Int | None) -> Cleared:  # noqa: ARG0
     kind = np.concatenate([singles.good, bundle_kind]).astype(np.int64)
     gpus = np.concatenate([singles.gpus, bundles.entry_use])
     value = np.concatenate([singles.value, bundles.value]).astype(float)
-    relaxed = relax(owner, kind, gpus, value, jobs, pools.kind.astype(np.int64), free, ask)
+    relaxed = relax(owner, kind, gpus, value, jobs=jobs, kind_of_pool=pools.kind.astype(np.int64), units=free, ask=ask)
     prices = np.maximum(ask, np.floor(relaxed.kind_price[pools.kind]).astype(np.int64))
     choice = Choice(np.full(jobs, NONE, dtype=np.int8), np.zeros(jobs, dtype=np.int32), np.zeros(jobs, dtype=np.int32))
-    welfare = _respond(instance, owner, kind, gpus, value, prices, free, choice)
+    welfare = _respond(instance, _Columns(owner, kind, gpus, value), prices, free, choice)
     return Cleared(choice, prices, int(welfare), int(np.ceil(relaxed.objective)))
 
 
-def _respond(
-    instance: Instance, owner: Int, kind: Int, gpus: Int, value: Real, prices: Int, free: Int, choice: Choice
-) -> float:
-    """Fill `choice` with best responses, dearest surplus per GPU first; return the welfare."""
+class _Columns(NamedTuple):
+    owner: Int
+    kind: Int
+    gpus: Int
+    value: Real
+
+
+def _respond(instance: Instance, columns: _Columns, prices: Int, free: Int, choice: Choice) -> float:
+    """Fill `choice` with the column of most surplus that has room, job by job; return the welfare."""
+    owner, kind, gpus, value = columns
     singles, pools, ask = instance.singles, instance.pools, instance.rows.step_cost
     count = len(singles.gpus)
     cheapest = np.full(int(pools.kind.max()) + 1, np.iinfo(np.int64).max)
     np.minimum.at(cheapest, pools.kind, prices)
-    per_gpu = (value - cheapest[kind] * gpus) / gpus
+    surplus = value - cheapest[kind] * gpus
+    turn = _turns(owner, surplus, gpus, instance.job_count)
     by_kind: dict[int, list[int]] = {}
     for pool in np.lexsort((np.arange(len(pools.kind)), prices)).tolist():
         by_kind.setdefault(int(pools.kind[pool]), []).append(pool)
     home = instance.jobs.home.tolist()
     places, left, welfare = pools.site.tolist(), free.tolist(), 0.0
-    # Holders first at equal worth: a bundle stands after the singles and wins by its lack of a restart.
-    for at in np.lexsort((np.arange(len(owner)), -per_gpu)).tolist():
+    for at in np.lexsort((np.arange(len(owner)), -surplus, turn[owner])).tolist():
         job = int(owner[at])
-        if per_gpu[at] < 0:
-            break
-        if choice.form[job] != NONE:
+        if surplus[at] < 0 or choice.form[job] != NONE:
             continue
         need = int(gpus[at])
         if at >= count:
@@ -117,15 +122,25 @@ def _respond(
     return welfare
 
 
+def _turns(owner: Int, surplus: Real, gpus: Int, jobs: int) -> Int:
+    """Return each job's turn: first who gains most per GPU in its best column."""
+    best = np.full(jobs, -np.inf)
+    np.maximum.at(best, owner, surplus)
+    density = np.full(jobs, -np.inf)
+    at_best = surplus >= best[owner]
+    np.maximum.at(density, owner[at_best], (surplus / gpus)[at_best])
+    turn = np.empty(jobs, dtype=np.int64)
+    turn[np.lexsort((np.arange(jobs), -density))] = np.arange(jobs)
+    return turn
+
+
 def _owners(start: Int) -> Int:
     return np.repeat(np.arange(len(start) - 1), np.diff(start))
 
 
 def product() -> Allocator:
     """Return the product's own solver as an allocator. Raises ImportError where it is not there."""
-    from broker.allocation import solver  # noqa: PLC0415  compiles on first use
-
-    solve: Any = solver.solve
+    solve: Any = importlib.import_module("broker.allocation.solver").solve
 
     def allocate(instance: Instance, last_prices: Int | None) -> Cleared:
         outcome = solve(instance, last_prices=last_prices)

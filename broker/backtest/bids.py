@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from broker.backtest.trace import Trace
 
 Int = NDArray[np.int64]
+Real = NDArray[np.float64]
 
 # The median of a bid over the home site's ask. An assumption: at 1 half of all work would not be worth its ask.
 MARKUP: Final = 2.0
@@ -45,16 +46,21 @@ ASSUMPTIONS: Final = {
 
 def draw_bids(trace: Trace, home_ask_micros: Int, rule: BidRule, seed: int) -> Int:
     """Return each job's bid in micro-credits per GPU-hour at home, at least 1."""
-    base = MARKUP * home_ask_micros
+    base = home_ask_micros.astype(np.float64) * MARKUP
     if rule is BidRule.FLAT:
-        return np.maximum(1, np.floor(base)).astype(np.int64)
+        return _whole(base)
     generator = np.random.Generator(np.random.PCG64([seed, 1]))
     if rule is BidRule.LOGNORMAL:
         spread = generator.standard_normal(len(trace))
     else:
         users = _users(trace)
         spread = generator.standard_normal(int(users.max()) + 1)[users]
-    return np.maximum(1, np.floor(base * np.exp(SIGMA * spread))).astype(np.int64)
+    return _whole(base * np.exp(SIGMA * spread))
+
+
+def _whole(amount: Real) -> Int:
+    whole: Int = np.maximum(1, np.floor(amount)).astype(np.int64)
+    return whole
 
 
 def _users(trace: Trace) -> Int:
@@ -62,7 +68,9 @@ def _users(trace: Trace) -> Int:
     numbers: dict[tuple[str, str], int] = {}
     last: dict[str, tuple[float, int]] = {}
     users = np.empty(len(trace), dtype=np.int64)
-    for job, (arrival, cluster, user) in enumerate(zip(trace.arrival_s.tolist(), trace.cluster, trace.user, strict=True)):
+    for job, (arrival, cluster, user) in enumerate(
+        zip(trace.arrival_s.tolist(), trace.cluster, trace.user, strict=True)
+    ):
         if user:
             users[job] = numbers.setdefault((cluster, user), len(numbers))
             continue

@@ -58,7 +58,9 @@ class Game:
     def worse_off(self) -> list[int]:
         """Return the sites that Owen pays less than they would have alone."""
         floor = TOLERANCE * max(1.0, self.grand)
-        return [site for site, (owen, alone) in enumerate(zip(self.owen, self.alone, strict=True)) if owen < alone - floor]
+        return [
+            site for site, (owen, alone) in enumerate(zip(self.owen, self.alone, strict=True)) if owen < alone - floor
+        ]
 
 
 class Coalitions:
@@ -99,10 +101,10 @@ class Coalitions:
             good,
             singles.gpus[keep],
             singles.value[keep].astype(float),
-            int(jobs.sum()),
-            kind,
-            np.where(inside, rows.step_units, 0),
-            rows.step_cost,
+            jobs=int(jobs.sum()),
+            kind_of_pool=kind,
+            units=np.where(inside, rows.step_units, 0),
+            ask=rows.step_cost,
         )
         np.maximum.at(surplus, owner, singles.value[keep] - relaxed.kind_price[good] * singles.gpus[keep])
         return relaxed.objective, relaxed.kind_price, surplus

@@ -67,9 +67,11 @@ class Policy(ABC):
         """Start a run."""
         self.simulation = simulation
 
+    @abstractmethod
     def arrived(self, job: int) -> None:
         """Learn of an arrival."""
 
+    @abstractmethod
     def ended(self, job: int, pool: int) -> None:
         """Learn that a job finished or withdrew; `pool` is where it ran, -1 if it waited."""
 
@@ -418,7 +420,7 @@ def summary(simulation: Simulation) -> Run:
     totals, workload, sites = simulation.totals, simulation.workload, simulation.sites
     micros = 1e6
     value, cost, charge = (np.array(row) / micros for row in (totals.value, totals.cost, totals.charge))
-    end, first = np.array(totals.end_s), np.array(totals.first_start_s)
+    end = np.array(totals.end_s)
     finished = (np.array(simulation.state) == State.FINISHED).astype(np.int64)
     used = np.array(totals.site_gpu_s)
     # Utilisation over the time in which jobs arrive: the tail that drains afterwards says nothing.
@@ -435,7 +437,7 @@ def summary(simulation: Simulation) -> Run:
         waiting_s=np.where(finished == 1, end - workload.arrival_s - np.array(totals.busy_s), np.nan),
         finished=finished,
         site_rent=revenue - np.array(totals.site_cost) / micros,
-        site_surplus=np.bincount(workload.home, weights=value - charge, minlength=len(sites)),
+        site_surplus=np.bincount(workload.home, weights=value - charge, minlength=len(sites)).astype(np.float64),
         utilisation=arriving / (sites.capacity * window),
         away_share=totals.away_gpu_s / max(1.0, float(used.sum())),
         restart_share=totals.restart_gpu_s / max(1.0, float(used.sum())),

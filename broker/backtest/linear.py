@@ -17,6 +17,14 @@ Int = NDArray[np.int64]
 THREADS: Final = 1
 
 
+class Matrix(NamedTuple):
+    """Columns one after the other: entries of column c are start[c] up to start[c + 1]."""
+
+    start: Int
+    row: Int
+    use: Real
+
+
 class Solution(NamedTuple):
     """An optimal point: columns' values and rows' duals (what one more unit of a row is worth)."""
 
@@ -25,8 +33,8 @@ class Solution(NamedTuple):
     duals: Real
 
 
-def maximise(worth: Real, upper: Real, start: Int, row: Int, use: Real, limit: Real) -> Solution:
-    """Maximise worth x with 0 <= x <= upper and rows at most `limit`; the columns of the matrix are CSC.
+def maximise(worth: Real, upper: Real, matrix: Matrix, limit: Real) -> Solution:
+    """Maximise worth x with 0 <= x <= upper and rows at most `limit`.
 
     Raises BacktestError where HiGHS reports no optimum.
     """
@@ -39,7 +47,7 @@ def maximise(worth: Real, upper: Real, start: Int, row: Int, use: Real, limit: R
     lp.col_lower_, lp.col_upper_ = np.zeros(len(worth)), upper
     lp.row_lower_, lp.row_upper_ = np.full(len(limit), -highspy.kHighsInf), limit
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = start, row, use
+    lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = matrix
     solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]  # highspy's own signature lacks types
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", THREADS)

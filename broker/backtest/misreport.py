@@ -59,9 +59,7 @@ def buyers(instance: Instance, truth: Cleared, allocate: Allocator, jobs: Sequen
             payoff = _buyer_payoff(instance, allocate(other, truth.prices), job)
             if payoff > best:
                 best, best_factor = payoff, factor
-        yield Temptation(
-            "bid", job, (best - honest) / 1e6, honest / 1e6, float(value[mine].max()) / 1e6, best_factor
-        )
+        yield Temptation("bid", job, (best - honest) / 1e6, honest / 1e6, float(value[mine].max()) / 1e6, best_factor)
 
 
 def sites(instance: Instance, truth: Cleared, allocate: Allocator, *, tenants: bool) -> Iterator[Temptation]:
@@ -94,10 +92,7 @@ def _buyer_payoff(instance: Instance, cleared: Cleared, job: int) -> float:
 
 def _site_payoff(instance: Instance, cleared: Cleared, site: int, *, tenants: bool) -> tuple[float, float]:
     """Return a site's true payoff and its stake. Rent is over the true ask: `instance` is the truthful one."""
-    if tenants:
-        payoff = float(published_payoffs(instance, cleared)[site])
-    else:
-        payoff = 0.0
+    payoff = float(published_payoffs(instance, cleared)[site]) if tenants else 0.0
     stake = 0.0
     held, _ = outcome_of(instance, cleared)
     for job, pool, gpus, value in held:

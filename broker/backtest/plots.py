@@ -24,6 +24,9 @@ TOP: Final = 14
 BOTTOM: Final = 52
 TICKS: Final = 5
 POINTS_MAX: Final = 600
+# Numbers from here are written with separators, and from here without decimals.
+THOUSANDS_FROM: Final = 10_000
+WHOLE_FROM: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,12 @@ def lines(series: Sequence[Line], x: Axis, y: Axis, *, title: str, steps: bool =
 
 
 def bars(
-    rows: Sequence[tuple[str, Sequence[float]]], groups: Sequence[str], axis: Axis, *, title: str, marker: float | None = None
+    rows: Sequence[tuple[str, Sequence[float]]],
+    groups: Sequence[str],
+    axis: Axis,
+    *,
+    title: str,
+    marker: float | None = None,
 ) -> str:
     """Return horizontal bars, for each row one of each group; `marker` draws a line to compare with."""
     thick = 15 if len(groups) == 1 else 10
@@ -115,7 +123,9 @@ def bars(
     zero = at(min(max(0.0, axis.low), axis.high))
     for row, (name, values) in enumerate(rows):
         top = TOP + pitch * row + 5
-        body.append(f'<text x="{left - 8}" y="{top + len(groups) * thick / 2 + 4}" text-anchor="end">{escape(name)}</text>')
+        body.append(
+            f'<text x="{left - 8}" y="{top + len(groups) * thick / 2 + 4}" text-anchor="end">{escape(name)}</text>'
+        )
         for group, value in enumerate(values):
             if not math.isfinite(value):
                 continue
@@ -209,8 +219,8 @@ def _number(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    if size >= 10_000:
+    if size >= THOUSANDS_FROM:
         return f"{value:,.0f}"
-    if size >= 100:
+    if size >= WHOLE_FROM:
         return f"{value:.0f}"
     return f"{value:.3g}"

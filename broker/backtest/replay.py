@@ -16,7 +16,8 @@ from broker.backtest.bids import BidRule, draw_bids
 from broker.backtest.book import instance_of
 from broker.backtest.coalition import Game, play
 from broker.backtest.engine import Costs, Policy, Run, Simulation, summary
-from broker.backtest.misreport import Temptation, buyers, sites as selling_sites
+from broker.backtest.misreport import Temptation, buyers
+from broker.backtest.misreport import sites as sellers
 from broker.backtest.policies import POLICIES
 from broker.backtest.policies.market import TERM_S, Market
 from broker.backtest.sites import Federation
@@ -112,9 +113,7 @@ def replay(
     """Run a backtest. Capacities in `sites` come from the whole trace, arrivals from `start` up to `end`."""
     allocate, solver = _solver()
     chosen = trace.between(start, end)
-    workload, listed = build(
-        chosen, sites, table, bids=settings.bids, seed=settings.seed, patience=settings.patience
-    )
+    workload, listed = build(chosen, sites, table, bids=settings.bids, seed=settings.seed, patience=settings.patience)
     moments = np.linspace(0, 1, settings.moments + 2)[1:-1] * float(workload.arrival_s[-1] - workload.arrival_s[0])
     runs, weekly = [], {}
     books = []
@@ -122,12 +121,21 @@ def replay(
         policy = _policy(name, allocate, settings)
         if name == FEDERATED and isinstance(policy, Market):
             policy.keep_at_s = (moments + float(workload.arrival_s[0])).tolist()
-        runs.append(_run(name, policy, workload, sites, settings, progress, stopwatch))
+        runs.append(_run(name, policy, workload, sites, settings, progress=progress, stopwatch=stopwatch))
         weekly[name] = weekly_welfare(runs[-1].run, workload)
         if name == FEDERATED and isinstance(policy, Market):
             books = policy.books
             open_to = policy.open_to
-    ratios = _ratios(listed, workload, sites, settings, allocate, weekly, progress, stopwatch)
+    ratios = _ratios(
+        listed,
+        workload,
+        sites,
+        settings,
+        allocate=allocate,
+        weekly=weekly,
+        progress=progress,
+        stopwatch=stopwatch,
+    )
     gains = {
         reference: site_gains(ours.run, theirs.run, workload, sites.names)
         for reference in ALONE
@@ -147,7 +155,7 @@ def replay(
             generator = np.random.Generator(np.random.PCG64([settings.seed, 4, number]))
             some = generator.permutation(instance.job_count)[: settings.agents].tolist()
             temptations += buyers(instance, cleared, allocate, sorted(some))
-            temptations += selling_sites(instance, cleared, allocate, tenants=True)
+            temptations += sellers(instance, cleared, allocate, tenants=True)
     if books:
         progress("coalitions and misreports", 1.0)
     return Results(
@@ -176,7 +184,7 @@ def _solver() -> tuple[Allocator, str]:
 
 def _policy(name: str, allocate: Allocator, settings: Settings) -> Policy:
     kind = POLICIES[name]
-    if isinstance(kind, type) and issubclass(kind, Market):
+    if issubclass(kind, Market):
         return kind(allocate, interval_s=settings.round_s)
     return kind()
 
@@ -187,6 +195,7 @@ def _run(
     workload: Workload,
     sites: Federation,
     settings: Settings,
+    *,
     progress: Progress,
     stopwatch: Stopwatch,
 ) -> PolicyRun:
@@ -213,6 +222,7 @@ def _ratios(
     workload: Workload,
     sites: Federation,
     settings: Settings,
+    *,
     allocate: Allocator,
     weekly: dict[str, Real],
     progress: Progress,
@@ -224,17 +234,17 @@ def _ratios(
     for draw in range(1, settings.bid_draws if pairs else 1):
         bids = draw_bids(listed, sites.ask_micros[workload.home], settings.bids, settings.seed + draw)
         other = workload.with_bids(bids)
-        for name in series:
+        for name, found in series.items():
             run = _run(
                 name,
                 _policy(name, allocate, settings),
                 other,
                 sites,
                 settings,
-                lambda stage, done, draw=draw: progress(f"{stage}, bids {draw + 1}", done),  # type: ignore[misc]  # the default binds the loop's value
-                stopwatch,
+                progress=lambda stage, done, draw=draw: progress(f"{stage}, bids {draw + 1}", done),  # type: ignore[misc]  # the default binds the loop's value
+                stopwatch=stopwatch,
             )
-            series[name].append(weekly_welfare(run.run, other))
+            found.append(weekly_welfare(run.run, other))
     return {
         reference: ratio_interval(
             series[FEDERATED], series[reference], block_weeks=settings.block_weeks, seed=settings.seed

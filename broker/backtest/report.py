@@ -25,6 +25,7 @@ Real = NDArray[np.float64]
 HOUR_S: Final = 3600.0
 DAY_S: Final = 86_400.0
 PRICE_POINTS: Final = 400
+PRICES_SHOWN: Final = 9
 
 _STYLE: Final = """
 :root{color-scheme:light}
@@ -87,7 +88,12 @@ def document(results: Results) -> dict[str, Any]:
             "capacity_rule": results.sites.capacity_rule,
         },
         "sites": [
-            {"name": name, "gpu_type": results.sites.gpu_types[kind], "capacity_gpus": int(capacity), "ask_micros": int(ask)}
+            {
+                "name": name,
+                "gpu_type": results.sites.gpu_types[kind],
+                "capacity_gpus": int(capacity),
+                "ask_micros": int(ask),
+            }
             for name, kind, capacity, ask in zip(
                 results.sites.names,
                 results.sites.kind.tolist(),
@@ -133,9 +139,7 @@ def document(results: Results) -> dict[str, Any]:
             for game in results.games
         ],
         "misreports": {
-            kind: dict(
-                zip(("median", "p95", "agents"), (*map(_finite, quantiles(found)), len(found)), strict=True)
-            )
+            kind: dict(zip(("median", "p95", "agents"), (*map(_finite, quantiles(found)), len(found)), strict=True))
             for kind, found in _by_kind(results.temptations).items()
         },
         "timing": {
@@ -185,13 +189,17 @@ def _head(results: Results) -> str:
     market, alone = results.run(FEDERATED), results.run("alone")
     figures = []
     for reference, interval in results.ratios.items():
-        figures.append((f"{interval.estimate:.3f}", f"welfare, market over {reference} [{interval.low:.3f}, {interval.high:.3f}]"))
+        figures.append(
+            (f"{interval.estimate:.3f}", f"welfare, market over {reference} [{interval.low:.3f}, {interval.high:.3f}]")
+        )
     for gains_of, gains in results.gains.items():
         figures.append((f"{sum(gain.worse_off for gain in gains)} of {len(gains)}", f"sites worse off than {gains_of}"))
     if market and alone:
         shared = common(results)
         ours, theirs = _mean(market.run.completion_s[shared]), _mean(alone.run.completion_s[shared])
-        figures.append((f"{ours / HOUR_S:.2f} h", f"mean completion; alone {theirs / HOUR_S:.2f} h (jobs that all finished)"))
+        figures.append(
+            (f"{ours / HOUR_S:.2f} h", f"mean completion; alone {theirs / HOUR_S:.2f} h (jobs that all finished)")
+        )
     if market:
         figures.append((f"{market.run.away_share:.0%}", "of GPU time away from home"))
         figures.append((f"{market.events_per_minute:,.0f}", "job events per minute, market"))
@@ -212,24 +220,38 @@ def _assumptions(results: Results) -> str:
         "what it has done until then counts, what is left does not."
     )
     points = [
-        "<b>The trace has arrivals, durations, GPU counts and clusters. It has no bids, no GPU types, no asks and no "
-        "models</b> (columns that it does have are used): all of these are assumed, as follows.",
+        (
+            "<b>The trace has arrivals, durations, GPU counts and clusters. It has no bids, no GPU types, no asks and no "
+            "models</b> (columns that it does have are used): all of these are assumed, as follows."
+        ),
         f"Capacity of a site: {escape(results.sites.capacity_rule)}.",
         "GPU types and asks: from the sites file, listed at the end.",
-        f"Bids, seed {settings.seed}: {escape(ASSUMPTIONS[settings.bids])}. Value grows with progress; the same step is "
-        "worth the same at every site.",
-        f"Speeds: {escape(results.table)}. A job's model is drawn from the families that run on its GPU count at home; its "
-        "work is its traced duration at that speed, so at home on the traced GPUs it takes what it took.",
-        f"Elastic policies (sia, market) may use half or twice the traced GPUs, up to {ELASTIC_GPUS_MAX}; the others use "
-        "the traced number.",
+        (
+            f"Bids, seed {settings.seed}: {escape(ASSUMPTIONS[settings.bids])}. Value grows with progress; the same step is "
+            "worth the same at every site."
+        ),
+        (
+            f"Speeds: {escape(results.table)}. A job's model is drawn from the families that run on its GPU count at home; its "
+            "work is its traced duration at that speed, so at home on the traced GPUs it takes what it took."
+        ),
+        (
+            f"Elastic policies (sia, market) may use half or twice the traced GPUs, up to {ELASTIC_GPUS_MAX}; the others use "
+            "the traced number."
+        ),
         "No policy runs a job where its bid is below the site's ask.",
-        f"A restart costs {settings.costs.restart_s:g} s and staging away from home {settings.costs.staging_s:g} s, with the "
-        "GPUs held and paid.",
+        (
+            f"A restart costs {settings.costs.restart_s:g} s and staging away from home {settings.costs.staging_s:g} s, with the "
+            "GPUs held and paid."
+        ),
         patience,
-        f"The market holds a round at most every {settings.round_s / 60:g} minutes and only after a change; between rounds the "
-        f"last prices stand. A price is locked for {TERM_S / HOUR_S:g} h. Cleared by {escape(results.solver)}.",
-        "Welfare is the value of progress less the asks of the GPU time used. Nothing fails, and a site is one pool: "
-        "nodes, and links between sites, are not simulated.",
+        (
+            f"The market holds a round at most every {settings.round_s / 60:g} minutes and only after a change; between rounds the "
+            f"last prices stand. A price is locked for {TERM_S / HOUR_S:g} h. Cleared by {escape(results.solver)}."
+        ),
+        (
+            "Welfare is the value of progress less the asks of the GPU time used. Nothing fails, and a site is one pool: "
+            "nodes, and links between sites, are not simulated."
+        ),
     ]
     if results.omitted_jobs:
         points.append(f"{results.omitted_jobs:,} jobs of clusters that the sites file does not list were left out.")
@@ -250,7 +272,7 @@ def _policies(results: Results) -> str:
             (
                 run.policy,
                 f"{welfare:,.0f}",
-                f"{welfare / base:.3f}" if base > 0 else "–",
+                f"{welfare / base:.3f}" if base > 0 else "n/a",
                 f"{run.finished.sum():,}",
                 _hours(figures["mean"]),
                 _hours(figures["p50"]),
@@ -267,7 +289,10 @@ def _policies(results: Results) -> str:
     chart = bars(
         [(each.run.policy, [float(each.run.welfare.sum()) / base]) for each in results.runs],
         [""],
-        spanning(f"welfare over that of {reference.run.policy}", [float(each.run.welfare.sum()) / base for each in results.runs] + [1.0]),
+        spanning(
+            f"welfare over that of {reference.run.policy}",
+            [float(each.run.welfare.sum()) / base for each in results.runs] + [1.0],
+        ),
         title="Welfare by policy",
         marker=1.0,
     )
@@ -307,9 +332,7 @@ def _completion(results: Results) -> str:
         x, y = cumulative((each.run.completion_s[shared] / HOUR_S).tolist())
         series.append(Line(each.run.policy, x, y))
         low, high = min(low, *x), max(high, *x)
-    axis = Axis(
-        "time from arrival to finish (hours, logarithmic)", max(low, 1e-2), max(high, 0.1) * 1.05, log=True
-    )
+    axis = Axis("time from arrival to finish (hours, logarithmic)", max(low, 1e-2), max(high, 0.1) * 1.05, log=True)
     return "<h2>Completion times</h2>" + lines(
         series, axis, Axis("share of jobs", 0.0, 1.0), title="Completion times by policy", steps=True
     )
@@ -330,9 +353,11 @@ def _federation(results: Results) -> str:
     parts = [
         "<h2>What the federation is worth</h2>",
         _table(("welfare", "ratio", f"{CONFIDENCE:.0%} interval"), rows),
-        f'<p class="note">Block bootstrap, {RESAMPLES:,} resamples of {settings.block_weeks}-week blocks of arrivals'
-        f"{f' and {settings.bid_draws} draws of bids' if settings.bid_draws > 1 else ', one draw of bids'}. "
-        "Against market-alone it is the federation's gain alone, against alone also the market's.</p>",
+        (
+            f'<p class="note">Block bootstrap, {RESAMPLES:,} resamples of {settings.block_weeks}-week blocks of arrivals'
+            f"{f' and {settings.bid_draws} draws of bids' if settings.bid_draws > 1 else ', one draw of bids'}. "
+            "Against market-alone it is the federation's gain alone, against alone also the market's.</p>"
+        ),
     ]
     names = [name for name in (*ALONE, FEDERATED) if name in results.weekly]
     weeks = len(results.weekly[FEDERATED])
@@ -341,7 +366,9 @@ def _federation(results: Results) -> str:
         parts.append(
             lines(
                 [Line(name, list(range(1, weeks + 1)), results.weekly[name].tolist()) for name in names],
-                Axis("week of arrival", 1, weeks, ticks=tuple((float(week), str(week)) for week in range(1, weeks + 1))),
+                Axis(
+                    "week of arrival", 1, weeks, ticks=tuple((float(week), str(week)) for week in range(1, weeks + 1))
+                ),
                 spanning("welfare (credits per week)", values),
                 title="Welfare by week",
             )
@@ -367,7 +394,7 @@ def _federation(results: Results) -> str:
                         f"{gain.rent:,.0f}",
                         f"{gain.federated:,.0f}",
                         f"{gain.alone:,.0f}",
-                        f"{gain.federated / gain.alone:.3f}" if gain.alone > 0 else "–",
+                        f"{gain.federated / gain.alone:.3f}" if gain.alone > 0 else "n/a",
                     )
                     for gain in gains
                 ],
@@ -375,7 +402,7 @@ def _federation(results: Results) -> str:
         )
         parts.append(
             f"<p>{len(worse)} of {len(gains)} sites worse off over the run{': ' + escape(', '.join(worse)) if worse else ''}. "
-            "Rent is (price − ask) × GPU-hours sold, the realised Owen transfer at the published prices.</p>"
+            "Rent is price above ask times GPU-hours sold, the realised Owen transfer at the published prices.</p>"
         )
     return "".join(parts)
 
@@ -386,7 +413,10 @@ def _games(results: Results) -> str:
         return ""
     names = results.sites.names
     exact = len(names) <= SITES_EXACT_MAX
-    total = {key: np.array([getattr(game, key) for game in games]).mean(axis=0) for key in ("alone", "owen", "published", "shapley")}
+    total = {
+        key: np.array([getattr(game, key) for game in games]).mean(axis=0)
+        for key in ("alone", "owen", "published", "shapley")
+    }
     failures = sum(len(game.worse_off()) for game in games)
     ratio = sum(game.grand for game in games) / max(1e-9, sum(sum(game.alone) for game in games))
     slack = min(game.core_slack for game in games)
@@ -436,12 +466,12 @@ def _misreports(results: Results) -> str:
                 f"{median:.2%}",
                 f"{p95:.2%}",
                 f"{tempted}",
-                f"{largest.gain:.3f} at × {largest.factor:g}",
+                f"{largest.gain:.3f} at a factor of {largest.factor:g}",
             )
         )
     return (
         "<h2>Does it pay to misreport?</h2>"
-        + _table(("who", "agents × moments", "median gain", "p95", "gain at all", "largest, credits/h"), rows)
+        + _table(("who", "agents and moments", "median gain", "p95", "gain at all", "largest, credits/h"), rows)
         + '<p class="note">Best of a grid of misreports against the truth, one agent at a time, the round cleared again: a '
         "lower bound of a best response. Gains as shares of the truthful payoff (or of a hundredth of the stake, where the "
         "payoff is less); a site's payoff includes its own tenants'.</p>"
@@ -460,13 +490,19 @@ def _prices(results: Results) -> str:
     # Means over equal stretches of time, each price weighted by how long it stood.
     held = np.minimum(np.diff(times, append=times[-1:] + results.settings.round_s), DAY_S)
     weight = np.bincount(buckets, weights=held, minlength=PRICE_POINTS)
-    days = (times[0] + (np.arange(PRICE_POINTS) + 0.5) * (times[-1] - times[0]) / PRICE_POINTS - results.trace.arrival_s[0]) / DAY_S
+    days = (
+        times[0] + (np.arange(PRICE_POINTS) + 0.5) * (times[-1] - times[0]) / PRICE_POINTS - results.trace.arrival_s[0]
+    ) / DAY_S
     series = []
     for site, name in enumerate(results.sites.names):
         mean = np.bincount(buckets, weights=held * prices[:, site], minlength=PRICE_POINTS)
         with np.errstate(invalid="ignore", divide="ignore"):
             series.append(
-                Line(f"{name} ({results.sites.gpu_types[results.sites.kind[site]]})", days.tolist(), (mean / weight).tolist())
+                Line(
+                    f"{name} ({results.sites.gpu_types[results.sites.kind[site]]})",
+                    days.tolist(),
+                    (mean / weight).tolist(),
+                )
             )
     series = [
         Line(line.name, [x for x, y in zip(line.x, line.y, strict=True) if y == y], [y for y in line.y if y == y])  # noqa: PLR0124  leaves out nan
@@ -476,14 +512,14 @@ def _prices(results: Results) -> str:
     return (
         "<h2>Prices</h2>"
         + lines(
-            series[:9],
+            series[:PRICES_SHOWN],
             spanning("days since the first arrival", [0.0, *days.tolist()]),
             spanning("price (credits per GPU-hour)", top),
             title="Prices of the pools",
             steps=True,
         )
         + f'<p class="note">{market.rounds:,} rounds; means over {days[1] - days[0]:.2f} days'
-        f"{'' if len(series) <= 9 else '; the first nine sites'}. Welfare below the rounds' bound: {market.bound_gap:.3%}; "
+        f"{'' if len(series) <= PRICES_SHOWN else '; the first nine sites'}. Welfare below the rounds' bound: {market.bound_gap:.3%}; "
         f"uplift {market.run.uplift_share:.3%} of turnover.</p>"
     )
 
@@ -492,7 +528,14 @@ def _sites(results: Results) -> str:
     sites = results.sites
     jobs = np.bincount(results.workload.home, minlength=len(sites))
     used = [each for each in results.runs if each.run.policy in {"alone", FEDERATED}]
-    header = ("site", "GPU type", "GPUs", "ask, credits/GPU-h", "own jobs", *(f"used, {each.run.policy}" for each in used))
+    header = (
+        "site",
+        "GPU type",
+        "GPUs",
+        "ask, credits/GPU-h",
+        "own jobs",
+        *(f"used, {each.run.policy}" for each in used),
+    )
     rows = [
         (
             name,
@@ -521,7 +564,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _hours(seconds: float) -> str:
-    return "–" if seconds != seconds else f"{seconds / HOUR_S:.2f}"  # noqa: PLR0124  nan
+    return "n/a" if seconds != seconds else f"{seconds / HOUR_S:.2f}"  # noqa: PLR0124  nan
 
 
 def _mean(values: Real) -> float:

@@ -80,7 +80,9 @@ UNIFORM_MODEL: Final = "uniform"
 
 def uniform(gpu_types: tuple[str, ...]) -> Throughput:
     """Return the table that stands in where none is given: all GPUs equal, speed linear in their number."""
-    in_node = {(UNIFORM_MODEL, gpu_type, gpus): float(gpus) for gpu_type in gpu_types for gpus in range(1, NODE_GPUS + 1)}
+    in_node = {
+        (UNIFORM_MODEL, gpu_type, gpus): float(gpus) for gpu_type in gpu_types for gpus in range(1, NODE_GPUS + 1)
+    }
     over = {(UNIFORM_MODEL, gpu_type, NODE_GPUS): float(NODE_GPUS) for gpu_type in gpu_types}
     return Throughput("no table", gpu_types, (UNIFORM_MODEL,), in_node, over)
 

@@ -23,7 +23,9 @@ REQUIRED: Final = ("timestamp", "duration", "num_gpus", "cluster")
 OPTIONAL: Final = ("gpu_time", "user", "model", "gpu_types")
 DURATION_S_MAX: Final = 10 * 365 * 86_400.0
 GPUS_MAX: Final = 100_000
-WEEK_S: Final = 7 * 86_400
+# Some centuries around 1970: beyond is taken for a mistake.
+SECONDS_MIN: Final = -1e10
+SECONDS_MAX: Final = 1e11
 
 Real = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -160,7 +162,7 @@ def _timestamp(text: str, where: str) -> float:
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=dt.UTC)
         seconds = moment.timestamp()
-    if not math.isfinite(seconds) or not -1e10 < seconds < 1e11:
+    if not math.isfinite(seconds) or not SECONDS_MIN < seconds < SECONDS_MAX:
         raise TraceError(f"{where}: timestamp {text[:60]!r} is out of range")
     return seconds
 

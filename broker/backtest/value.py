@@ -54,7 +54,7 @@ class SiteGain:
 def weekly_welfare(run: Run, workload: Workload) -> Real:
     """Return the welfare of the jobs that arrive in each week, in credits; the last week may be short."""
     week = ((workload.arrival_s - workload.arrival_s[0]) // WEEK_S).astype(np.int64)
-    return np.bincount(week, weights=run.welfare)
+    return np.bincount(week, weights=run.welfare).astype(np.float64)
 
 
 def ratio_interval(federated: Sequence[Real], alone: Sequence[Real], *, block_weeks: int, seed: int) -> Interval:
@@ -63,13 +63,14 @@ def ratio_interval(federated: Sequence[Real], alone: Sequence[Real], *, block_we
     `federated` and `alone` hold one series of weeks for each draw of bids, paired. A resample takes
     draws with replacement and, in each, blocks of `block_weeks` consecutive weeks, wrapping around.
     """
-    ours, theirs = np.array(federated), np.array(alone)
+    ours: Real = np.array(federated)
+    theirs: Real = np.array(alone)
     draws, weeks = ours.shape
     generator = np.random.Generator(np.random.PCG64([seed, 2]))
     blocks = -(-weeks // block_weeks)
     ratios = np.empty(RESAMPLES)
     for sample in range(RESAMPLES):
-        draw = generator.integers(0, draws, draws)
+        draw = generator.integers(0, draws, size=(draws,))
         starts = generator.integers(0, weeks, (draws, blocks))
         week = (starts[:, :, None] + np.arange(block_weeks)).reshape(draws, -1)[:, :weeks] % weeks
         ratios[sample] = _ratio(ours[draw[:, None], week].sum(), theirs[draw[:, None], week].sum())

@@ -94,7 +94,7 @@ def build(
     counts = _counts(trace.gpus)
     sizes = np.unique(counts[counts > 0])
     speeds = table.speeds(sites.gpu_types, sizes)
-    model = _models(trace, table, speeds, sizes, sites.kind[home], seed)
+    model = _models(trace, table, speeds, sizes, home_kind=sites.kind[home], seed=seed)
     place = np.searchsorted(sizes, np.where(counts > 0, counts, sizes[0]))
     speed = speeds[model[:, None, None], np.arange(len(sites.gpu_types))[None, None, :], place[:, :, None]]
     speed = np.where(counts[:, :, None] > 0, speed, 0.0)
@@ -122,7 +122,7 @@ def _counts(gpus: Int) -> Int:
     return counts
 
 
-def _models(trace: Trace, table: Throughput, speeds: Real, sizes: Int, home_kind: Index, seed: int) -> Index:
+def _models(trace: Trace, table: Throughput, speeds: Real, sizes: Int, *, home_kind: Index, seed: int) -> Index:
     generator = np.random.Generator(np.random.PCG64([seed, 0]))
     draw = generator.random(len(trace))
     place = np.searchsorted(sizes, trace.gpus)

@@ -6,7 +6,7 @@ import datetime as dt
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 import typer
 
@@ -20,12 +20,14 @@ app = typer.Typer(rich_markup_mode=None)
 
 @app.command()
 def backtest(
+    *,
     trace: Annotated[Path, typer.Option(help="jobs: timestamp,duration,num_gpus,cluster (CSV, may be gzipped)")],
     sites: Annotated[Path, typer.Option(help="which clusters are sites: GPU type, ask, capacity (YAML)")],
     report: Annotated[Path, typer.Option(help="where to write the page (HTML)")],
     policy: Annotated[str, typer.Option(help="policies to compare, joined by commas")] = DEFAULT_POLICIES,
     throughput: Annotated[
-        Path | None, typer.Option(help="measured steps/s by model, GPU type and count (CSV); without it all GPUs are equal")
+        Path | None,
+        typer.Option(help="measured steps/s by model, GPU type and count (CSV); without it all GPUs are equal"),
     ] = None,
     bids: Annotated[str, typer.Option(help="how bids are drawn: lognormal, per-user or flat")] = "lognormal",
     seed: Annotated[int, typer.Option(min=0, help="of bids, models and samples")] = 0,
@@ -33,8 +35,12 @@ def backtest(
     patience: Annotated[
         str, typer.Option(help="a job withdraws an hour plus so many of its durations after arrival; `none`: never")
     ] = "2",
-    round_minutes: Annotated[float, typer.Option(min=0.1, max=1440, help="least time between the market's rounds")] = 10.0,
-    moments: Annotated[int, typer.Option(min=0, max=1000, help="rounds at which coalitions and misreports are tried")] = 12,
+    round_minutes: Annotated[
+        float, typer.Option(min=0.1, max=1440, help="least time between the market's rounds")
+    ] = 10.0,
+    moments: Annotated[
+        int, typer.Option(min=0, max=1000, help="rounds at which coalitions and misreports are tried")
+    ] = 12,
     agents: Annotated[int, typer.Option(min=0, max=1000, help="buyers tried at each of them; 0: no misreports")] = 12,
     start: Annotated[str | None, typer.Option("--from", help="first day of arrivals, such as 2017-10-02")] = None,
     end: Annotated[str | None, typer.Option("--to", help="day before which arrivals end")] = None,
@@ -118,7 +124,7 @@ class _Bars:
         self._display = display
         self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> Self:
         self._display.__enter__()
         return self
 

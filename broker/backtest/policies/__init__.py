@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from broker.backtest.engine import Policy
@@ -13,7 +12,7 @@ from broker.backtest.policies.greedy import Cheapest, Race
 from broker.backtest.policies.market import Market, MarketAlone, MarketRigid
 from broker.backtest.policies.sia import Sia
 
-POLICIES: Final[dict[str, Callable[[], Policy]]] = {
+POLICIES: Final[dict[str, type[Policy]]] = {
     policy.name: policy for policy in (Alone, FirstCome, Cheapest, Race, Gavel, Sia, MarketAlone, MarketRigid, Market)
 }
 

@@ -122,13 +122,13 @@ class Alone(Policy):
             self._queues[home].arrived(job, (home,))
             self._touched.add(home)
 
-    def ended(self, job: int, pool: int) -> None:
+    def ended(self, job: int, _pool: int) -> None:
         """Let the site look again."""
         home = self.simulation.home[job]
         self._queues[home].ended(job)
         self._touched.add(home)
 
-    def decide(self, now_s: float) -> None:
+    def decide(self, _now_s: float) -> None:
         """Serve the queues in which something happened."""
         for home in sorted(self._touched):
             self._queues[home].serve()
@@ -158,10 +158,10 @@ class FirstCome(Policy):
         if pools:
             self._queue.arrived(job, tuple(pools))
 
-    def ended(self, job: int, pool: int) -> None:
+    def ended(self, job: int, _pool: int) -> None:
         """Let the queue look again."""
         self._queue.ended(job)
 
-    def decide(self, now_s: float) -> None:
+    def decide(self, _now_s: float) -> None:
         """Serve the queue."""
         self._queue.serve()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.backtest.engine import Simulation, State
-from broker.backtest.linear import maximise
+from broker.backtest.linear import Matrix, maximise
 from broker.backtest.policies.rounds import RoundPolicy
 from broker.backtest.workload import HALF, SAME, TWICE
 
@@ -16,6 +16,8 @@ Real = NDArray[np.float64]
 
 # Beside the smallest share, so that GPUs which the poorest cannot use serve others.
 _CONSERVING: Final = 1e-3
+# A share of time below this is a solver's noise.
+_SHARE_MIN: Final = 1e-9
 
 
 class Gavel(RoundPolicy):
@@ -60,7 +62,7 @@ class Gavel(RoundPolicy):
         super().ended(job, pool)
         self._received.pop(job, None)
 
-    def round(self, now_s: float) -> None:
+    def round(self, _now_s: float) -> None:
         """Give the GPUs of each type to the jobs furthest behind their share."""
         simulation = self.simulation
         jobs = np.fromiter(self.alive, dtype=np.int64)
@@ -68,7 +70,7 @@ class Gavel(RoundPolicy):
         share = self._shares(self._first[classes], members)[of_job.reshape(-1)]
         kinds = share.shape[1]
         received = np.array([self._received.setdefault(job, np.zeros(kinds)) for job in self.alive])
-        priority = np.where(share > 1e-9, share / (received + 1e-3), 0.0)
+        priority = np.where(share > _SHARE_MIN, share / (received + 1e-3), 0.0)
         job_place, kind = np.nonzero(priority > 0)
         order = np.lexsort((job_place, -priority[job_place, kind]))
         left = self._capacity.astype(np.int64).tolist()
@@ -92,25 +94,22 @@ class Gavel(RoundPolicy):
     def _shares(self, example: NDArray[np.int64], members: NDArray[np.int64]) -> Real:
         """Return X[class, type] of one member, from one example job of each class."""
         workload = self.simulation.workload
-        rate = workload.rate[example, SAME] * self._types[example]
-        equal = rate @ (self._capacity / self._capacity.sum())
+        rate: Real = workload.rate[example, SAME] * self._types[example]
+        equal: Real = rate @ (self._capacity / self._capacity.sum())
         normal = rate / equal[:, None]
         classes, kinds = rate.shape
         gpus = workload.gpus[example]
         # Columns: X by class and type, then the smallest share t. Rows: class's time, types' GPUs, t <= share.
-        usable = np.argwhere(rate > 0)
-        owner, kind = usable[:, 0], usable[:, 1]
-        count = len(usable)
+        owner, kind = np.nonzero(rate)
+        count = len(owner)
         row = np.stack([owner, classes + kind, classes + kinds + owner], axis=1).ravel()
-        use = np.stack(
-            [np.ones(count), (gpus * members)[owner].astype(float), -normal[owner, kind]], axis=1
-        ).ravel()
+        use = np.stack([np.ones(count), (gpus * members)[owner].astype(float), -normal[owner, kind]], axis=1).ravel()
         start = np.append(np.arange(0, 3 * count + 1, 3), 3 * count + classes)
         row = np.append(row, classes + kinds + np.arange(classes))
         use = np.append(use, np.ones(classes))
         worth = np.append(_CONSERVING * normal[owner, kind] * members[owner] / members.sum(), 1.0)
         limit = np.concatenate([np.ones(classes), self._capacity, np.zeros(classes)])
-        solution = maximise(worth, np.append(np.ones(count), np.inf), start, row, use, limit)
+        solution = maximise(worth, np.append(np.ones(count), np.inf), Matrix(start, row, use), limit)
         share = np.zeros((classes, kinds))
         share[owner, kind] = solution.x[:count]
         return share

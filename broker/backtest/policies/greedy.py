@@ -42,7 +42,7 @@ class _Eager(Policy):
         if pool != NOWHERE:
             self._freed.add(pool)
 
-    def decide(self, now_s: float) -> None:
+    def decide(self, _now_s: float) -> None:
         """Start every waiting job for which a pool has room."""
         simulation = self.simulation
         free = simulation.free

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from broker.allocation.instance import BUNDLE, SINGLE
+from broker.allocation.instance import BUNDLE, SINGLE, Choice
 from broker.backtest.allocate import Allocator, plain
 from broker.backtest.book import Book, Singled, instance_of
 from broker.backtest.engine import NOWHERE, Place, Simulation, State
@@ -124,7 +124,7 @@ class Market(RoundPolicy):
         self.prices = cleared.prices[: len(simulation.sites)]
         self._prices = self.prices.tolist()
         self.price_series.append((now_s, self._prices))
-        self._apply(book, singled, cleared.choice.form, cleared.choice.item, cleared.choice.place)
+        self._apply(book, singled, cleared.choice)
 
     def _book(self, now_s: float) -> Book:
         """Return who takes part, and what is free for them."""
@@ -161,18 +161,23 @@ class Market(RoundPolicy):
             job=np.array(jobs, dtype=np.int64),
             pool=np.array([simulation.pool[job] for job in jobs], dtype=np.int32),
             option=np.array(
-                [simulation.option[job] if on else NOWHERE for job, on in zip(jobs, running, strict=True)], dtype=np.int32
+                [simulation.option[job] if on else NOWHERE for job, on in zip(jobs, running, strict=True)],
+                dtype=np.int32,
             ),
             left_s=np.array([simulation.progress_left_s(job) for job in jobs]),
             paused=np.array(
-                [not on and not math.isnan(simulation.totals.first_start_s[job]) for job, on in zip(jobs, running, strict=True)],
+                [
+                    not on and not math.isnan(simulation.totals.first_start_s[job])
+                    for job, on in zip(jobs, running, strict=True)
+                ],
                 dtype=bool,
             ),
             free=np.array(free, dtype=np.int64),
         )
 
-    def _apply(self, book: Book, singled: Singled, form: Int, item: Int, place: Int) -> None:
+    def _apply(self, book: Book, singled: Singled, choice: Choice) -> None:
         simulation, prices = self.simulation, self._prices
+        form, item, place = choice
         places: dict[int, Place | None] = {}
         for at, job in enumerate(book.job.tolist()):
             if form[at] == BUNDLE:
@@ -220,7 +225,7 @@ class Market(RoundPolicy):
             self._lease(job)
 
     def _refill(self, pool: int) -> None:
-        """Give GPUs that came free to who gains most per GPU at the standing price."""
+        """Give GPUs that came free to who gains most per GPU in its best size at the standing price."""
         simulation, price = self.simulation, self._prices[pool]
         free = simulation.free[pool]
         if free <= 0:
@@ -229,17 +234,18 @@ class Market(RoundPolicy):
         jobs = np.fromiter(self._waiting, dtype=np.int64)
         counts = workload.counts[jobs]
         surplus = workload.value[jobs, :, kind] - price * counts
-        wants = self.open_to[jobs, :, pool] & (surplus >= 0)
-        per_gpu = surplus / np.maximum(1, counts)
-        at, option = np.nonzero(wants & (counts <= free))
-        for place in np.lexsort((option, jobs[at], -per_gpu[at, option])).tolist():
-            job, chosen = int(jobs[at[place]]), int(option[place])
-            if job not in self._waiting or counts[at[place], chosen] > simulation.free[pool]:
-                continue
-            simulation.start(job, pool, chosen, float(price))
-            self._lease(job)
-            if simulation.free[pool] <= 0:
+        possible = self.open_to[jobs, :, pool] & (surplus >= 0) & (counts <= free)
+        surplus = np.where(possible, surplus, -1)
+        option = surplus.argmax(axis=1)
+        everyone = np.arange(len(jobs))
+        per_gpu = surplus[everyone, option] / np.maximum(1, counts[everyone, option])
+        for place in np.lexsort((jobs, -per_gpu)).tolist():
+            if per_gpu[place] < 0 or simulation.free[pool] <= 0:
                 return
+            job, chosen = int(jobs[place]), int(option[place])
+            if counts[place, chosen] <= simulation.free[pool]:
+                simulation.start(job, pool, chosen, float(price))
+                self._lease(job)
 
 
 class MarketRigid(Market):

@@ -49,7 +49,7 @@ class RoundPolicy(Policy):
             self.alive[job] = None
             self._changed = True
 
-    def ended(self, job: int, pool: int) -> None:
+    def ended(self, job: int, _pool: int) -> None:
         """Count a job out."""
         self._changed = self._changed or job in self.alive
         self.alive.pop(job, None)
@@ -101,5 +101,3 @@ class RoundPolicy(Policy):
                 free[best] += negative
                 places[job] = Place(best, option)
         simulation.rearrange(places)
-
-

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.backtest.engine import Simulation, State
-from broker.backtest.linear import maximise
+from broker.backtest.linear import Matrix, maximise
 from broker.backtest.policies.rounds import RoundPolicy
 from broker.backtest.workload import HALF, TWICE
 
@@ -20,6 +20,15 @@ POWER: Final = -0.5
 LEFT_OUT: Final = 1.1
 # Of a new configuration's utility: never worth less, however young the job is.
 DISCOUNT_MIN: Final = 0.05
+
+
+class _Columns(NamedTuple):
+    owner: Int
+    option: Int
+    kind: Int
+    gpus: Real
+    x: Real
+    gain: Real
 
 
 class Sia(RoundPolicy):
@@ -44,10 +53,11 @@ class Sia(RoundPolicy):
         workload, sites = simulation.workload, simulation.sites
         kinds = len(sites.gpu_types)
         by_kind = np.eye(kinds, dtype=bool)[sites.kind]
-        # [job, option, kind]
         self._possible = np.einsum("jcp,pk->jck", self.open_to, by_kind)
         speed = np.where(self._possible, workload.rate, np.inf)
-        self._utility = np.where(self._possible, workload.rate / speed.min(axis=(1, 2), initial=np.inf)[:, None, None], 0.0)
+        self._utility = np.where(
+            self._possible, workload.rate / speed.min(axis=(1, 2), initial=np.inf)[:, None, None], 0.0
+        )
         self._capacity = np.bincount(sites.kind, weights=sites.capacity, minlength=kinds)
         self._restarts: dict[int, int] = {}
 
@@ -67,9 +77,9 @@ class Sia(RoundPolicy):
         start = np.arange(0, 2 * count + 1, 2)
         row = np.stack([owner, len(jobs) + kind], axis=1).ravel()
         use = np.stack([np.ones(count), gpus], axis=1).ravel()
-        limit = np.append(np.ones(len(jobs)), self._capacity)
-        solution = maximise(gain[owner, option, kind], np.ones(count), start, row, use, limit)
-        wanted = self._whole(jobs, owner, option, kind, gpus, solution.x, gain[owner, option, kind])
+        limit: Real = np.append(np.ones(len(jobs)), self._capacity).astype(np.float64)
+        solution = maximise(gain[owner, option, kind], np.ones(count), Matrix(start, row, use), limit)
+        wanted = self._whole(jobs, _Columns(owner, option, kind, gpus, solution.x, gain[owner, option, kind]))
         for job, place in wanted.items():
             if simulation.state[job] == State.RUNNING:
                 here = (simulation.kind[simulation.pool[job]], simulation.option[job])
@@ -98,10 +108,9 @@ class Sia(RoundPolicy):
         with np.errstate(divide="ignore"):
             return np.where(utility > 0, LEFT_OUT - utility**POWER, 0.0)
 
-    def _whole(
-        self, jobs: Int, owner: Int, option: Int, kind: Int, gpus: Real, x: Real, gain: Real
-    ) -> dict[int, tuple[int, int]]:
+    def _whole(self, jobs: Int, columns: _Columns) -> dict[int, tuple[int, int]]:
         """Return the configurations that the LP gives whole, then fill up by what each adds per GPU."""
+        owner, option, kind, gpus, x, gain = columns
         left = self._capacity.copy()
         wanted: dict[int, tuple[int, int]] = {}
         names = jobs.tolist()
@@ -116,5 +125,3 @@ class Sia(RoundPolicy):
                 wanted[job] = (int(kind[at]), int(option[at]))
                 left[kind[at]] -= gpus[at]
         return wanted
-
-
