@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,57 @@ def test_others_seal_on_until_the_joiner_has_its_state(federation: Federation, t
     one.client.offer_snapshot(2, str(state))
     assert three.client.fetch_snapshot(str(tmp_path / "fetched")) == 2
     assert len(run_round(3, one, two, three)[0].entries) == 3
+
+
+def test_nobody_waits_for_a_joiner_that_the_hub_has_not_heard(federation: Federation) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz")
+    federation.open(one, two, three, hub=one)
+    run_round(1, one, two, three)
+    federation.reopen(one, two, hub=one)
+    # Cadiz is in the view again, but what the broker hears its peers may not.
+    report, _ = [site.control.promise(3) for site in (one, two)]
+    view = federation.view(one, two, three, hub=one, base=(one, report))
+    federation.install(view.model_copy(update={"joining": ("cadiz",)}), one, two)
+    assert [entry.site_id for entry in run_round(2, one, two)[0].entries] == ["aachen", "bergen"]
+    federation.install(view.model_copy(update={"joining": ("cadiz",)}), three)
+    three.apply(2)
+    assert len(run_round(3, one, two, three)[0].entries) == 3
+
+
+def test_ranks_that_start_anew_are_sent_for_a_snapshot(federation: Federation, tmp_path: Path) -> None:
+    one, two = federation.start("aachen", "bergen")
+    federation.open(one, two, hub=one)
+    two.control.ranks_started_anew()
+    assert not two.client.position().needs_snapshot  # nothing was applied: they start where the first ones did
+    run_round(1, one, two)
+    state = tmp_path / "state"
+    state.write_bytes(b"outer state after round 1")
+    two.client.offer_snapshot(1, str(state))
+    two.control.ranks_started_anew()
+    position = two.client.position()
+    assert (position.needs_snapshot, position.base_round) == (True, 1)
+    run_round(2, one)
+    assert two.client.fetch_snapshot(str(tmp_path / "fetched")) == 1
+    two.apply(2)
+    wait_until(lambda: "bergen" in one.control.status().waiting_for, "the hub to hear that bergen has its state")
+    assert len(run_round(3, one, two)[0].entries) == 2
+
+
+def test_frozen_hub_is_lost_within_seconds_and_a_member_is_missed_by_its_hub(federation: Federation) -> None:
+    one, two, three = federation.start("aachen", "bergen", "cadiz", process=True)
+    federation.open(one, two, three, hub=one)
+    run_round(1, one, two, three)
+    three.kill()
+    wait_until(lambda: "cadiz" in one.control.status().members_lost_s, "the hub to miss cadiz")
+    assert "bergen" not in one.control.status().members_lost_s
+    # Its host went without a word: no connection breaks, and only silence tells.
+    assert one.process is not None
+    one.process.send_signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: (two.control.status().hub_lost_s or 0.0) >= 1.0, "bergen to miss its silent hub")
+    finally:
+        one.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: two.control.status().hub_lost_s is None, "bergen to hear its hub again")
 
 
 def test_resumed_job_goes_on_from_its_checkpoint(federation: Federation) -> None:
