@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,10 @@ def _run_many(console: Console, arguments: argparse.Namespace, template: Path) -
     with multiprocessing.get_context("spawn").Pool() as pool, Progress(console=console) as progress:
         total = None if arguments.minutes else arguments.seeds
         bar = progress.add_task("seeds", total=total)
-        for outcome in pool.imap_unordered(run_in_pool, _work(arguments, template)):
+        # The pool takes work as fast as it is given: without a bound, minutes' worth of seeds would be days' worth.
+        ahead = threading.Semaphore(2 * multiprocessing.cpu_count())
+        for outcome in pool.imap_unordered(run_in_pool, _work(arguments, template, ahead)):
+            ahead.release()
             done, steps = done + 1, steps + outcome.steps
             elapsed_s = time.perf_counter() - started_s
             progress.update(
@@ -62,12 +66,13 @@ def _run_many(console: Console, arguments: argparse.Namespace, template: Path) -
     return 1 if failed else 0
 
 
-def _work(arguments: argparse.Namespace, template: Path) -> Iterator[tuple[int, int, Path]]:
+def _work(arguments: argparse.Namespace, template: Path, ahead: threading.Semaphore) -> Iterator[tuple[int, int, Path]]:
     ends_s = time.perf_counter() + arguments.minutes * 60 if arguments.minutes else None
     seed = arguments.first
     while (ends_s is None and seed < arguments.first + arguments.seeds) or (
         ends_s is not None and time.perf_counter() < ends_s
     ):
+        ahead.acquire()
         yield seed, arguments.steps, template
         seed += 1
 
