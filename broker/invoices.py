@@ -7,6 +7,7 @@ make its posted amount, a statement's lines what the site's account was paid.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -14,6 +15,8 @@ from sqlalchemy.orm import Session
 from broker.database.tables import Hold, Job, Lease, Site, UsageReport
 from broker.errors import NotFoundError
 from broker.ledger import balance_micros, site_account
+
+STATEMENT_LINES_MAX: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,16 @@ class StatementLine:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a site has earned, by job, and what its account holds."""
+    """What a site has earned in all, what its account holds, and a page of the jobs behind it.
+
+    `next_after` is the job after which the next page begins, None on the last.
+    """
 
     site_id: str
     lines: tuple[StatementLine, ...]
     earned_micros: int
     balance_micros: int
+    next_after: str | None
 
     def as_json(self) -> dict[str, object]:
         """Return the fields as plain JSON values."""
@@ -106,8 +113,9 @@ def invoice(session: Session, job_id: str) -> Invoice:
     )
 
 
-def statement(session: Session, site_id: str) -> Statement:
-    """Return a site's statement, jobs by id. Raises NotFoundError where there is no such site."""
+def statement(session: Session, site_id: str, *, after: str = "", limit: int = STATEMENT_LINES_MAX) -> Statement:
+    """Return a site's statement with the jobs after one, by id. Raises NotFoundError where there is no such site."""
+    assert 0 < limit <= STATEMENT_LINES_MAX, f"a page has 1 to {STATEMENT_LINES_MAX} lines, not {limit}"
     if session.get(Site, site_id) is None:
         message = f"there is no site {site_id!r}"
         raise NotFoundError(message)
@@ -120,9 +128,15 @@ def statement(session: Session, site_id: str) -> Statement:
             func.sum(UsageReport.uplift_micros),
         )
         .join(Lease, Lease.lease_id == UsageReport.lease_id)
-        .where(Lease.site_id == site_id)
+        .where(Lease.site_id == site_id, Lease.job_id > after)
         .group_by(Lease.job_id)
         .order_by(Lease.job_id)
+        .limit(limit + 1)
+    ).all()
+    earned = session.scalar(
+        select(func.coalesce(func.sum(UsageReport.payout_micros + UsageReport.link_revenue_micros), 0))
+        .join(Lease, Lease.lease_id == UsageReport.lease_id)
+        .where(Lease.site_id == site_id)
     )
     lines = tuple(
         StatementLine(
@@ -133,13 +147,14 @@ def statement(session: Session, site_id: str) -> Statement:
             uplift_micros=int(uplift),
             earned_micros=int(payout) + int(revenue),
         )
-        for job_id, gpu_ms, payout, revenue, uplift in rows
+        for job_id, gpu_ms, payout, revenue, uplift in rows[:limit]
     )
     return Statement(
         site_id=site_id,
         lines=lines,
-        earned_micros=sum(line.earned_micros for line in lines),
+        earned_micros=int(earned or 0),
         balance_micros=balance_micros(session, site_account(site_id)),
+        next_after=lines[-1].job_id if len(rows) > limit else None,
     )
 
 

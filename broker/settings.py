@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     attempts_max: int = Field(default=5, ge=1, description="lost or broken attempts before a job fails")
     fee_basis_points: int = Field(default=0, ge=0, le=1000)
 
+    requests_per_s: float = Field(
+        default=50.0, gt=0, description="of one token, person or address to one API process; ten seconds' worth at once"
+    )
+    site_requests_per_s: float = Field(default=200.0, gt=0, description="of one site, whose checkpoints come in chunks")
+
     workdir_bytes_max: int = 64 * 1024 * 1024
     artifact_bytes_max: int = 16 * 1024**3
     stream_bytes_max: int = Field(default=16 * 1024 * 1024, description="one log or metrics file of one lease")

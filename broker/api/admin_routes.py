@@ -260,9 +260,16 @@ def get_sites(query: PageQuery) -> Response:
 
 
 @api.get("/sites/<string:site_id>/statement", responses=answers())
-def get_statement(path: SitePath) -> Response:
+def get_statement(path: SitePath, query: PageQuery) -> Response:
     """Show what a site has earned, job by job, and what its account holds."""
-    return json_answer(the_market().database.read(lambda session: statement(session, path.site_id)).as_json())
+    market = the_market()
+    listing = f"statement {path.site_id}"
+    after = "" if query.cursor is None else str(decode_cursor(market, listing, query.cursor)[0])
+    page = market.database.read(lambda session: statement(session, path.site_id, after=after, limit=query.limit))
+    document = page.as_json()
+    del document["next_after"]
+    document["next_cursor"] = None if page.next_after is None else encode_cursor(market, listing, [page.next_after])
+    return json_answer(document)
 
 
 @api.post("/sites/<string:site_id>/remove", responses=answers())
@@ -312,12 +319,15 @@ def get_replay(path: RoundPath) -> Response:
 
 @api.get("/ledger", responses=answers())
 def get_ledger(query: PageQuery) -> Response:
-    """Show all balances, which sum to nought, and the newest transfers."""
+    """Show a page of balances, the sum of all, which is nought, and the newest transfers."""
     market = the_market()
+    after = "" if query.cursor is None else str(decode_cursor(market, "balances", query.cursor)[0])
     wanted = select(Transfer).order_by(Transfer.created_ms.desc(), Transfer.transfer_id.desc()).limit(query.limit)
 
     def work(session: Session) -> dict[str, object]:
-        balances = ledger.balances(session)
+        balances = ledger.balances(session, after=after, limit=query.limit)
+        shown = dict(list(balances.items())[: query.limit])
+        last = encode_cursor(market, "balances", [list(shown)[-1]]) if len(balances) > len(shown) else None
         transfers = [
             {
                 "transfer_id": row.transfer_id,
@@ -330,7 +340,12 @@ def get_ledger(query: PageQuery) -> Response:
             }
             for row in session.scalars(wanted)
         ]
-        return {"balances_micros": balances, "sum_micros": sum(balances.values()), "transfers": transfers}
+        return {
+            "balances_micros": shown,
+            "sum_micros": ledger.sum_micros(session),
+            "transfers": transfers,
+            "next_cursor": last,
+        }
 
     return json_answer(market.database.read(work))
 

@@ -19,7 +19,17 @@ from flask_openapi3.models.info import Info
 from flask_openapi3.models.security_scheme import SecurityScheme
 from flask_openapi3.openapi import OpenAPI
 
-from broker.api import admin_routes, auth, health, job_routes, market_routes, problems, site_routes, token_routes
+from broker.api import (
+    admin_routes,
+    auth,
+    health,
+    job_routes,
+    market_routes,
+    problems,
+    rate_limits,
+    site_routes,
+    token_routes,
+)
 from broker.api.context import EXTENSION
 from broker.market import Market
 from sites.protocol import HEARTBEAT_BYTES_MAX
@@ -55,6 +65,7 @@ def create_app(market: Market, pages: Sequence[Blueprint] = ()) -> OpenAPI:
     app.config["MAX_CONTENT_LENGTH"] = HEARTBEAT_BYTES_MAX
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.extensions[EXTENSION] = market
+    app.extensions[rate_limits.EXTENSION] = rate_limits.RateLimits(market.settings, market.clock)
     app.extensions[auth.GUARDED_EXTENSION] = frozenset(page.name for page in pages)
     app.before_request(_begin)
     auth.register(app)

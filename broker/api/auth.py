@@ -14,6 +14,7 @@ from flask import Flask, current_app, g, request
 
 from broker.api.context import the_market
 from broker.api.errors import TooLargeError
+from broker.api.rate_limits import the_rate_limits
 from broker.errors import ScopeError
 from broker.identity.errors import MalformedCredentialError, MissingCredentialError, WrongKindError
 from broker.identity.site_requests import verify_request
@@ -25,6 +26,7 @@ TOKEN_LENGTH_MAX: Final = 200
 SMALL_BODY_BYTES_MAX: Final = 16 * 1024
 SPEC_BYTES_MAX: Final = 256 * 1024
 OPEN_BLUEPRINTS: Final = frozenset({"openapi", "swagger"})
+UNLIMITED: Final = frozenset({"/healthz", "/metrics"})  # what watches the market must not be shut out with the rest
 GUARDED_EXTENSION: Final = "hansa.guarded_blueprints"
 
 
@@ -129,8 +131,13 @@ def _admit() -> None:
         # A GET behind gunicorn has an open-ended empty body, and reading that under a limit of 0 is refused as too large.
         body = request.get_data() if access.body_bytes_max else b""
         g.site_request = verify_request(the_market(), dict(request.headers), request.method, _path_with_query(), body)
-    else:
-        g.principal = _principal(access)
+        the_rate_limits().charge_site(g.site_request.site_id)
+        return
+    g.principal = _principal(access)
+    if g.principal is not None:
+        the_rate_limits().charge("token", g.principal.token_id)
+    elif rule.rule not in UNLIMITED:
+        the_rate_limits().charge("address", request.remote_addr or "")
 
 
 def _cap_body(bytes_max: int) -> None:

@@ -75,6 +75,18 @@ class HttpError(BrokerError):
     status = 400
 
 
+class TooManyRequestsError(BrokerError):
+    """A credential that sends more requests than its bucket holds; `retry_after_s` says when to come again."""
+
+    code = "request.rate"
+    status = 429
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        """Keep the wait beside the sentence."""
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
 class IdempotencyKeyMissingError(BrokerError):
     """A POST that creates or spends, without the key that makes a retry safe."""
 

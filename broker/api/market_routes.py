@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from broker.api.answers import answers
 from broker.api.context import the_market, the_principal, the_tenant_id
-from broker.api.pages import PageQuery, decode_cursor, encode_cursor
+from broker.api.pages import CURSOR_LENGTH_MAX, PAGE_ROWS_MAX, PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
 from broker.api.site_routes import OFFSET_MAX
 from broker.database.tables import Job, MarketState, Placement, Pool, Round, Site
@@ -29,8 +29,10 @@ api = APIBlueprint("market", __name__, url_prefix="/v1", abp_tags=[_tag])
 
 
 class PricesQuery(BaseModel):
-    """With a pool, its history over the last rounds."""
+    """Which page of pools; with a pool, its history over the last rounds."""
 
+    limit: int = Field(default=PAGE_ROWS_MAX, ge=1, le=PAGE_ROWS_MAX)
+    cursor: str | None = Field(default=None, max_length=CURSOR_LENGTH_MAX, description="`next_cursor` of the last page")
     pool: str | None = Field(default=None, max_length=100, pattern=r"^[A-Za-z0-9._/-]+$")
     rounds: int = Field(default=200, ge=1, le=HISTORY_ROUNDS_MAX)
 
@@ -65,6 +67,7 @@ class PricesDocument(BaseModel):
     round_number: int | None
     committed_ms: int | None
     items: list[PoolPrice]
+    next_cursor: str | None
     history: list[PricePoint]
 
 
@@ -123,7 +126,12 @@ class AccountDocument(BaseModel):
 @api.get("/prices", responses=answers(PricesDocument))
 def get_prices(query: PricesQuery) -> Response:
     """Show what a GPU costs in each pool, by the last round."""
-    return json_answer(the_market().database.read(lambda session: _prices(session, query)))
+    market = the_market()
+    after = "" if query.cursor is None else str(decode_cursor(market, "prices", query.cursor)[0])
+    document, more = market.database.read(lambda session: _prices(session, query, after))
+    if more:
+        document.next_cursor = encode_cursor(market, "prices", [document.items[-1].pool_id])
+    return json_answer(document)
 
 
 @api.get("/rounds", responses=answers(RoundPage))
@@ -161,7 +169,8 @@ def get_account() -> Response:
     return json_answer(the_market().database.read(work))
 
 
-def _prices(session: Session, query: PricesQuery) -> PricesDocument:
+def _prices(session: Session, query: PricesQuery, after: str) -> tuple[PricesDocument, bool]:
+    """Return a page of prices, and whether there is another after it."""
     rows = list(session.scalars(select(Round).order_by(Round.round_number.desc()).limit(query.rounds)))
     newest = rows[0] if rows else None
     prices = {} if newest is None else json.loads(newest.prices)
@@ -176,8 +185,9 @@ def _prices(session: Session, query: PricesQuery) -> PricesDocument:
                     )
                 )
     offered = select(Pool).join(Site, Site.site_id == Pool.site_id).where(Site.state != SiteState.REMOVED)
-    pools = session.scalars(offered.order_by(Pool.pool_id))
-    return PricesDocument(
+    page = offered.where(Pool.pool_id > after).order_by(Pool.pool_id).limit(query.limit + 1)
+    pools = session.scalars(page).all()
+    document = PricesDocument(
         round_number=None if newest is None else newest.round_number,
         committed_ms=None if newest is None else newest.committed_ms,
         items=[
@@ -188,10 +198,12 @@ def _prices(session: Session, query: PricesQuery) -> PricesDocument:
                 price_micros_per_gpu_hour=prices.get(pool.pool_id),
                 ask_micros_per_gpu_hour=pool.ask_micros_per_gpu_hour,
             )
-            for pool in pools
+            for pool in pools[: query.limit]
         ],
+        next_cursor=None,
         history=history,
     )
+    return document, len(pools) > query.limit
 
 
 def _round(session: Session, round_number: int) -> RoundDetail:

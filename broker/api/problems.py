@@ -29,6 +29,7 @@ from broker.api.errors import (
     RangeError,
     RouteError,
     TooLargeError,
+    TooManyRequestsError,
 )
 from broker.errors import BrokerError, BusyError, CredentialError
 from broker.process_logs import redacted
@@ -92,6 +93,8 @@ def problem(error: BrokerError) -> Response:
         response.headers["WWW-Authenticate"] = 'Bearer realm="hansa"'
     if isinstance(error, BusyError):
         response.headers["Retry-After"] = _RETRY_AFTER_S
+    if isinstance(error, TooManyRequestsError):
+        response.headers["Retry-After"] = str(error.retry_after_s)
     return response
 
 

@@ -40,6 +40,7 @@ Login = Annotated[str, typer.Argument(metavar="LOGIN")]
 PasswordFile = Annotated[
     Path | None, typer.Option(help="file with the password; left out, you are asked", exists=True, dir_okay=False)
 ]
+CursorOption = Annotated[str | None, typer.Option(help="where the page before ended, as it was told")]
 RoundNumber = Annotated[int, typer.Argument(metavar="ROUND", min=0)]
 
 
@@ -174,10 +175,12 @@ def audit(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def ledger(limit: Annotated[int, typer.Option(min=1, max=200)] = 20, as_json: JsonOption = False) -> None:
-    """Show all balances, their sum (nought), and the newest transfers."""
+def ledger(
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 20, cursor: CursorOption = None, as_json: JsonOption = False
+) -> None:
+    """Show a page of balances, the sum of all (nought), and the newest transfers."""
     with _client() as client:
-        document = client.admin_get("/ledger", limit=limit)
+        document = client.admin_get("/ledger", **_page(limit, cursor))
     if as_json:
         print_json(document)
         return
@@ -201,6 +204,7 @@ def ledger(limit: Annotated[int, typer.Option(min=1, max=200)] = 20, as_json: Js
         ],
         empty="no transfers yet",
     )
+    _say_that_there_is_more(document)
 
 
 @app.command()
@@ -404,10 +408,15 @@ def remove(
 
 
 @site_app.command("statement")
-def show_statement(site_id: SiteId, as_json: JsonOption = False) -> None:
+def show_statement(
+    site_id: SiteId,
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 200,
+    cursor: CursorOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a site has earned, by job."""
     with _client() as client:
-        document = client.admin_get(f"/sites/{site_id}/statement")
+        document = client.admin_get(f"/sites/{site_id}/statement", **_page(limit, cursor))
     if as_json:
         print_json(document)
         return
@@ -426,6 +435,16 @@ def show_statement(site_id: SiteId, as_json: JsonOption = False) -> None:
         empty="nothing earned yet",
     )
     typer.echo(f"earned {credits_text(document['earned_micros'])}, owed {credits_text(document['balance_micros'])}")
+    _say_that_there_is_more(document)
+
+
+def _page(limit: int, cursor: str | None) -> dict[str, str | int]:
+    return {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}
+
+
+def _say_that_there_is_more(document: dict[str, Any]) -> None:
+    if document["next_cursor"]:
+        typer.echo(f"there is more: --cursor {document['next_cursor']}")
 
 
 def _password(password_file: Path | None) -> str:

@@ -28,7 +28,8 @@ TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 5.0
 TRIES: Final = 3
 RETRY_S: Final = 0.4
-RETRIED_STATUSES: Final = frozenset({502, 503, 504})
+RETRIED_STATUSES: Final = frozenset({429, 502, 503, 504})
+RETRY_AFTER_S_MAX: Final = 10.0
 CHUNK_BYTES: Final = 1_000_000
 PAGES_MAX: Final = 1000
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -66,7 +67,13 @@ class BrokerClient:
 
     def prices(self) -> Json:
         """Return the prices of the last round, by pool."""
-        return self._get("/v1/prices")
+        document = self._get("/v1/prices")
+        for _ in range(PAGES_MAX):
+            if not document["next_cursor"]:
+                break
+            page = self._get("/v1/prices", cursor=document["next_cursor"])
+            document |= {"items": document["items"] + page["items"], "next_cursor": page["next_cursor"]}
+        return document
 
     def rounds(self, limit: int = 20) -> list[Json]:
         """Return the newest rounds, newest first."""
@@ -221,6 +228,7 @@ class BrokerClient:
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         for left in reversed(range(TRIES)):
+            wait_s = RETRY_S
             try:
                 with _reported(self._url):
                     answer = self._http.request(method, path, params=params, content=content, headers=headers)
@@ -232,8 +240,15 @@ class BrokerClient:
                     return answer
                 if answer.status_code not in RETRIED_STATUSES or not left:
                     raise _problem(answer)
-            time.sleep(RETRY_S)
+                wait_s = _wait_s(answer)
+            time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
+
+
+def _wait_s(answer: httpx.Response) -> float:
+    """Return how long the broker asks to wait, within bounds."""
+    asked = answer.headers.get("Retry-After", "")
+    return min(RETRY_AFTER_S_MAX, float(asked)) if asked.isascii() and asked.isdigit() else RETRY_S
 
 
 def _checked_url(url: str) -> str:

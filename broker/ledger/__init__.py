@@ -19,6 +19,7 @@ from broker.ledger.accounts import (
     open_site,
     open_tenant,
     site_account,
+    sum_micros,
     tenant_account,
 )
 from broker.ledger.holds import close_hold, draw_equity, place_hold, post
@@ -43,5 +44,6 @@ __all__ = [
     "place_hold",
     "post",
     "site_account",
+    "sum_micros",
     "tenant_account",
 ]

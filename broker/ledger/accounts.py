@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 from typing import Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.database.tables import Account
@@ -34,6 +34,7 @@ class AccountKind(enum.StrEnum):
 WORLD: Final = "world"
 FEES: Final = "fees"
 EQUITY: Final = "equity"
+BALANCES_PER_PAGE: Final = 200
 
 
 def tenant_account(tenant_id: str) -> str:
@@ -72,10 +73,20 @@ def open_site(session: Session, site_id: str, now_ms: int) -> None:
     session.flush()
 
 
-def balances(session: Session) -> dict[str, int]:
-    """Return every account's balance in micro-credits, by account id."""
-    rows = session.execute(select(Account.account_id, Account.balance_micros).order_by(Account.account_id))
+def balances(session: Session, *, after: str = "", limit: int = BALANCES_PER_PAGE) -> dict[str, int]:
+    """Return `limit` accounts' balances in micro-credits, by account id, and one more where there is a next page."""
+    rows = session.execute(
+        select(Account.account_id, Account.balance_micros)
+        .where(Account.account_id > after)
+        .order_by(Account.account_id)
+        .limit(limit + 1)
+    )
     return {row.account_id: row.balance_micros for row in rows}
+
+
+def sum_micros(session: Session) -> int:
+    """Return the sum of all balances: nought in a sound market."""
+    return int(session.scalar(select(func.coalesce(func.sum(Account.balance_micros), 0))) or 0)
 
 
 def balance_micros(session: Session, account_id: str) -> int:

@@ -23,6 +23,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from broker.api.context import the_market, the_request_id
+from broker.api.errors import TooManyRequestsError
+from broker.api.rate_limits import the_rate_limits
 from broker.database.tables import User
 from broker.errors import BrokerError, CredentialError
 from broker.identity.passwords import Role, form_token, read_session
@@ -127,6 +129,10 @@ def _admit() -> WerkzeugResponse | None:
             g.person = read_session(the_market(), cookie)
         except CredentialError:
             cookie = ""
+    if g.person is not None:
+        the_rate_limits().charge("person", g.person.user_id)
+    else:
+        the_rate_limits().charge("address", request.remote_addr or "")
     g.form_token = form_token(the_market(), cookie if g.person else g.visit)
     if access is not Access.PUBLIC and g.person is None:
         return _to_sign_in()
@@ -229,7 +235,7 @@ def _refused(error: BrokerError) -> WerkzeugResponse:
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error("portal.fault", request_id=the_request_id(), path=request.path, exc_info=error)
     response = _error_page(error.status, str(error), error.code)
-    if isinstance(error, SignInThrottledError):
+    if isinstance(error, SignInThrottledError | TooManyRequestsError):
         response.headers["Retry-After"] = str(error.retry_after_s)
     return response
 

@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
 
 from broker.database.tables import Account, Job, Tenant, Transfer
-from broker.ledger import AccountKind, balances, held_account, tenant_account
+from broker.ledger import AccountKind, held_account, sum_micros, tenant_account
 from broker.transitions import FINAL_JOB_STATES
 
 TENANTS_PER_PAGE: Final = 100
@@ -89,7 +89,7 @@ def read_ledger(session: Session) -> LedgerView:
     kinds = session.execute(select(Account.kind, func.sum(Account.balance_micros)).group_by(Account.kind))
     newest = select(Transfer).order_by(Transfer.created_ms.desc(), Transfer.transfer_id.desc()).limit(TRANSFERS_MAX)
     return LedgerView(
-        sum_micros=sum(balances(session).values()),
+        sum_micros=sum_micros(session),
         by_kind={kind: int(total) for kind, total in sorted(kinds.all())},
         transfers=tuple(session.scalars(newest)),
     )

@@ -48,6 +48,6 @@ def test_an_account_that_is_not_there_is_told_as_such(world: World) -> None:
 
 def test_a_sites_statement_is_the_admins_to_read(trading: World) -> None:
     statement = trading.call("GET", "/v1/admin/sites/lyon/statement", "admin").get_json()
-    assert statement == {"site_id": "lyon", "lines": [], "earned_micros": 0, "balance_micros": 0}
+    assert statement == {"site_id": "lyon", "lines": [], "earned_micros": 0, "balance_micros": 0, "next_cursor": None}
     missing = trading.call("GET", "/v1/admin/sites/oslo/statement", "admin")
     assert (missing.status_code, code_of(missing)) == (404, "request.not_found")

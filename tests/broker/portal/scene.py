@@ -137,10 +137,12 @@ class Scene:
     jobs: dict[str, str] = field(default_factory=dict)
 
 
-def make_scene(home: Path) -> Scene:
+def make_scene(home: Path, database_url: str = "") -> Scene:
     """Two tenants, an admin, three sites; a job on two sites, one on one, one that is left out."""
     clock = ManualClock()
-    market = open_market(Settings(home=home, public_url="http://127.0.0.1"), clock=clock)
+    # One clock that stands still for all tests: no bucket would ever be filled again.
+    settings = Settings(home=home, public_url="http://127.0.0.1", database_url=database_url, requests_per_s=100_000)
+    market = open_market(settings, clock=clock)
     for tenant_id, name in (("ada", f"Ada {HOSTILE}"), ("bob", "Bob & Sons")):
         create_tenant(market, tenant_id, name)
         market.database.write(
