@@ -1,7 +1,7 @@
 """`hansa demo`: the command, and what happens whichever way it ends.
 
-Ends of all kinds leave no process, no port and no folder behind; only a failure keeps the folder, because the logs in
-it say why.
+Ends of all kinds leave no process, no port and no folder behind (a demo killed with SIGKILL leaves its folder to the
+next one); only a failure keeps the folder, because the logs in it say why.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ def _run(console: Console, display: Display, *, keep: bool) -> int:
         with display:
             # Loading the broker's stack takes a second or two; something must be seen before that.
             display.stage("loading the broker")
+            from broker.demo.folders import held
             from broker.demo.processes import clear_environment, make_places
 
             clear_environment()
             places = make_places()
-            _hold_market(places, console, display, keep=keep)
+            with held(places.home):
+                _hold_market(places, console, display, keep=keep)
     except KeyboardInterrupt:
         return _ended(console, places, "interrupted", INTERRUPTED)
     except SystemExit as end:  # how the supervisor passes on SIGTERM and SIGHUP
@@ -143,6 +145,9 @@ def _ended(console: Console, places: Places | None, word: str, code: int) -> int
 def _failed(console: Console, places: Places | None, error: Exception) -> int:
     console.print(f"The demo failed: {error}", markup=False, soft_wrap=True)
     if places is not None:
+        from broker.demo.folders import keep
+
+        keep(places.home)
         places.logs.mkdir(exist_ok=True)
         (places.logs / "demo.log").write_text("".join(traceback.format_exception(error)))
         console.print(f"Everything has been stopped; the logs are in {places.logs}", markup=False, soft_wrap=True)

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Final
 import yaml
 
 from broker.demo.errors import DemoError
+from broker.demo.folders import make_folder
 from broker.demo.world import BROKER_SETTINGS, CREDIT_MICROS, GPU_TYPE, SITES, DemoSite
 from broker.supervise import valkey
 from broker.supervise.processes import ProcessSpec
@@ -34,8 +34,6 @@ LOG_TAIL: Final = 2000
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 4.0  # nothing of theirs is to be kept, and a person waits
 JOIN_TIMEOUT_S: Final = 60.0
-# An attempt's Unix sockets lie 65 bytes below the home (sites/NAME/attempts/LEASE-EPOCH/agent.sock); the kernel takes 107.
-HOME_PATH_BYTES_MAX: Final = 42
 # Each attempt at a listening site takes one port for its gateway.
 PORTS_PER_SITE: Final = 4
 LINK_BANDWIDTH: Final = "20 Mbit/s"
@@ -80,12 +78,9 @@ class Places:
 
 def make_places() -> Places:
     """Return a new private folder and ports that are free now."""
-    folder = tempfile.mkdtemp(prefix="hansa-demo-")
-    if len(folder.encode()) > HOME_PATH_BYTES_MAX:
-        Path(folder).rmdir()
-        folder = tempfile.mkdtemp(prefix="hansa-demo-", dir="/tmp")
+    folder = make_folder()
     api_port, wake_port = free_ports(2)
-    return Places(Path(folder), api_port, wake_port)
+    return Places(folder, api_port, wake_port)
 
 
 def free_ports(count: int) -> list[int]:
