@@ -43,7 +43,7 @@ class Gavel(RoundPolicy):
         self._received: dict[int, Real] = {}
         by_kind = np.eye(kinds, dtype=bool)[simulation.sites.kind]
         # [job, kind]: some pool of that kind takes it.
-        self._types = (self.open_to[:, SAME, :, None] & by_kind[None]).any(axis=1)
+        self._types = np.any(self.open_to[:, SAME, :, None] & by_kind[None], axis=1)
         self._capacity = np.bincount(simulation.sites.kind, weights=simulation.sites.capacity, minlength=kinds)
         self._waits = False
         workload = simulation.workload

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from broker.backtest.bids import BidRule
 from broker.backtest.sites import Federation, SiteRow, SitesFile, federation
 from broker.backtest.throughput import Throughput, read_throughput
@@ -47,7 +48,9 @@ def table(folder: Path) -> Throughput:
 
 def sites_of(trace: Trace, **rows: tuple[str, str, int]) -> Federation:
     """Return sites by name: (GPU type, ask, GPUs)."""
-    listed = [SiteRow(name=name, gpu_type=kind, ask=ask, capacity_gpus=gpus) for name, (kind, ask, gpus) in rows.items()]
+    listed = [
+        SiteRow(name=name, gpu_type=kind, ask=ask, capacity_gpus=gpus) for name, (kind, ask, gpus) in rows.items()
+    ]
     return federation(SitesFile(sites=listed), trace)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from broker.backtest.engine import Costs, Place, Policy, Simulation, State, summary
 from broker.backtest.policies import POLICIES
 from broker.backtest.policies.market import MarketAlone

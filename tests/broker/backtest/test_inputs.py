@@ -4,6 +4,7 @@ import gzip
 from pathlib import Path
 
 import pytest
+
 from broker.backtest.bids import BidRule, draw_bids
 from broker.backtest.errors import BacktestError, OptionError, SitesError, TableError, TraceError
 from broker.backtest.policies import policies
@@ -106,7 +107,7 @@ def test_a_sites_file_that_does_not_fit_is_refused(tmp_path: Path, text: str, wo
 
 def test_a_gpu_type_that_the_table_lacks_is_named(tmp_path: Path) -> None:
     trace = trace_of(tmp_path, "0,5,1,a")
-    with pytest.raises(TableError, match="'h900'.*slow, fast"):
+    with pytest.raises(TableError, match=r"'h900'.*slow, fast"):
         workload_of(trace, sites_of(trace, a=("h900", "1", 4)), table(tmp_path))
 
 
@@ -120,7 +121,11 @@ def test_a_row_with_an_unknown_type_or_model_is_named_by_its_line(tmp_path: Path
 
 def test_a_table_with_a_bad_row_is_refused_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    for row, words in (("slow,maybe,net,1,1", "maybe"), ("slow,yes,net,1,-1", "0 or more"), ("slow,yes,net,one,1", "whole")):
+    for row, words in (
+        ("slow,maybe,net,1,1", "maybe"),
+        ("slow,yes,net,1,-1", "0 or more"),
+        ("slow,yes,net,one,1", "whole"),
+    ):
         path.write_text(f"gpu_type,consolidated,job_type,gpus,steps_per_s\n{row}\n")
         with pytest.raises(TableError, match=f"line 2.*{words}"):
             read_throughput(path)
@@ -128,7 +133,7 @@ def test_a_table_with_a_bad_row_is_refused_by_its_line(tmp_path: Path) -> None:
 
 def test_policies_are_checked_by_name() -> None:
     assert policies("fcfs, market,fcfs") == ["fcfs", "market"]
-    with pytest.raises(OptionError, match="'magic'.*alone"):
+    with pytest.raises(OptionError, match=r"'magic'.*alone"):
         policies("alone,magic")
     with pytest.raises(BacktestError):
         policies(" , ")
