@@ -57,6 +57,16 @@ def test_row_holds_what_was_delivered_since_the_last() -> None:
     assert metering.cut(second[0], now, 19) is None
 
 
+def test_ranks_that_started_anew_are_metered_on_top_of_the_former_ones() -> None:
+    first = metering.cut(record(), metering.delivered(record(), 5.0, None, "hamburg"), 17)
+    assert first is not None
+    # What the lost run did after its last row is nobody's to charge.
+    anew = first[0].model_copy(update={"ranks_run": 2, "gpu_milliseconds_before": first[0].delivered.gpu_milliseconds})
+    second = metering.cut(anew, metering.delivered(anew, 1.0, None, "hamburg"), 18)
+    assert second is not None
+    assert second[1].gpu_milliseconds == 2000
+
+
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 10**9), st.booleans()), max_size=20))
 def test_rows_add_up_to_the_most_that_was_ever_seen(readings: list[tuple[float, int, bool]]) -> None:
     """Whatever is lost between (a gateway's state, a warden), nothing is counted twice or taken back."""
