@@ -25,7 +25,8 @@ def test_rings_to_a_lost_redis_are_dropped_at_once(tmp_path: Path) -> None:
     ring_everything(doorbell)  # loads what Celery loads late
     begun_s = time.monotonic()
     ring_everything(doorbell)
-    assert time.monotonic() - begun_s < 1.0
+    # Kombu's own retries would take six seconds; a busy machine takes some of the rest.
+    assert time.monotonic() - begun_s < 4.0
 
 
 @pytest.mark.xdist_group("serial")

@@ -1,8 +1,7 @@
-"""Seeds of the fault simulator for about a minute, and the proof that a seed replays exactly."""
+"""Some seeds of the fault simulator, and the proof that a seed replays exactly."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,9 @@ from tests.simulation.seeds import run_seed
 from tests.simulation.world import Faults, World
 from training.roundlog.view import GENESIS_HASH, ViewReport
 
-SEED_S = 60.0
+# As many as take about a minute of one core: the same on every machine, however busy. New ones are `make soak`'s.
+SEEDS = 16
+SEEDS_PER_TEST = 4
 STEPS = 250
 
 
@@ -26,17 +27,11 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-def test_no_seed_breaks_an_invariant(template: Path) -> None:
-    started_s = time.perf_counter()
-    seed, steps = 0, 0
-    while time.perf_counter() - started_s < SEED_S:
-        seed += 1
+@pytest.mark.parametrize("first", range(1, SEEDS + 1, SEEDS_PER_TEST))
+def test_no_seed_breaks_an_invariant(template: Path, first: int) -> None:
+    for seed in range(first, first + SEEDS_PER_TEST):
         outcome = run_seed(seed, STEPS, template)
-        steps += outcome.steps
         assert not outcome.failure, f"replay with: python -m tests.simulation --seed {seed} --trace\n{outcome.failure}"
-    rate = steps / (time.perf_counter() - started_s)
-    print(f"\nsimulator: {seed} seeds, {steps} steps, {rate:.0f} steps/s, 0 violations")  # noqa: T201  reported by -rP
-    assert seed >= 3, "the simulator is too slow to have looked at anything"
 
 
 @pytest.mark.timeout(240)
