@@ -65,14 +65,14 @@ SETTINGS: Final = {
     "HANSA_RESTART_S": "600",
 }
 # One slot each, so that every job of more slots spans; all listen, so that each may be the hub. The last has two slots,
-# at a price that nobody pays who needs no more than three.
+# at a price of which a common job's budget does not reserve one term: else every job of two would go there.
 SITES: Final = tuple(
     DemoSite(name, slots=slots, ask_micros_per_slot_hour=ask, listens=True)
     for name, slots, ask in (
         ("bergen", 1, 600_000),
         ("lubeck", 1, 900_000),
         ("visby", 1, 1_200_000),
-        ("danzig", 2, 3_000_000),
+        ("danzig", 2, 100_000_000),
     )
 )
 TENANT: Final = "fugger"
@@ -190,7 +190,10 @@ class RunningMarket(MarketRows):
     # --- jobs -------------------------------------------------------------------------------------
 
     def submit(self, *, slots: int, seconds: float, checkpoint_rounds: int = 5, sites: int | None = None) -> str:
-        """Submit a job that trains for about `seconds` on `slots` slots, of as many or `sites` sites; return its id."""
+        """Submit a job that trains for about `seconds` on `slots` slots, each at a site of its own, and return its id.
+
+        A job that may do with fewer `sites` pays for the dear one, too.
+        """
         self._jobs += 1
         folder = self.places.home / "jobs" / f"job-{self._jobs}"
         folder.mkdir(parents=True)
@@ -202,8 +205,8 @@ class RunningMarket(MarketRows):
             "envs": {"STEP_S": str(STEP_S)},
             "resources": {"accelerators": f"{GPU_TYPE}:{slots}"},
             "market": {
-                "budget": 3.0,
-                "bid": 50.0,
+                "budget": 3.0 if sites is None else 60.0,
+                "bid": 50.0 if sites is None else 5000.0,
                 "sites_max": sites or slots,
                 "workload": {
                     "samples": samples_in(seconds, slots),
