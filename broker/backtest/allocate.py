@@ -74,8 +74,12 @@ def plain(instance: Instance, last_prices: Int | None) -> Cleared:  # noqa: ARG0
     relaxed = relax(owner, kind, gpus, value, jobs=jobs, kind_of_pool=pools.kind.astype(np.int64), units=free, ask=ask)
     prices = np.maximum(ask, np.floor(relaxed.kind_price[pools.kind]).astype(np.int64))
     choice = Choice(np.full(jobs, NONE, dtype=np.int8), np.zeros(jobs, dtype=np.int32), np.zeros(jobs, dtype=np.int32))
-    welfare = _respond(instance, _Columns(owner, kind, gpus, value), prices, free, choice)
-    return Cleared(choice, prices, int(welfare), int(np.ceil(relaxed.objective)))
+    columns = _Columns(owner, kind, gpus, value)
+    left = free.tolist()
+    # Whole placements leave GPUs over that the prices turn nobody away from: the rest may have them at the asks.
+    welfare = _respond(instance, columns, prices, left, choice)
+    welfare += _respond(instance, columns, ask, left, choice)
+    return Cleared(choice, _supported(instance, prices, choice), int(welfare), int(np.ceil(relaxed.objective)))
 
 
 class _Columns(NamedTuple):
@@ -85,8 +89,8 @@ class _Columns(NamedTuple):
     value: Real
 
 
-def _respond(instance: Instance, columns: _Columns, prices: Int, free: Int, choice: Choice) -> float:
-    """Fill `choice` with the column of most surplus that has room, job by job; return the welfare."""
+def _respond(instance: Instance, columns: _Columns, prices: Int, left: list[int], choice: Choice) -> float:
+    """Give jobs without a column the one of most surplus that has room; return the welfare added."""
     owner, kind, gpus, value = columns
     singles, pools, ask = instance.singles, instance.pools, instance.rows.step_cost
     count = len(singles.gpus)
@@ -98,7 +102,7 @@ def _respond(instance: Instance, columns: _Columns, prices: Int, free: Int, choi
     for pool in np.lexsort((np.arange(len(pools.kind)), prices)).tolist():
         by_kind.setdefault(int(pools.kind[pool]), []).append(pool)
     home = instance.jobs.home.tolist()
-    places, left, welfare = pools.site.tolist(), free.tolist(), 0.0
+    places, welfare = pools.site.tolist(), 0.0
     for at in np.lexsort((np.arange(len(owner)), -surplus, turn[owner])).tolist():
         job = int(owner[at])
         if surplus[at] < 0 or choice.form[job] != NONE:
@@ -120,6 +124,21 @@ def _respond(instance: Instance, columns: _Columns, prices: Int, free: Int, choi
             left[pool] -= need
             welfare += float(value[at]) - away - ask[pool] * need
     return welfare
+
+
+def _supported(instance: Instance, prices: Int, choice: Choice) -> Int:
+    """Return the prices lowered, pool by pool, to what the least willing of its buyers pays."""
+    singles, bundles = instance.singles, instance.bundles
+    supported = prices.copy()
+    for job in np.flatnonzero(choice.form >= 0).tolist():
+        item, place = int(choice.item[job]), int(choice.place[job])
+        if choice.form[job] == BUNDLE:
+            pool, gpus, value = int(bundles.entry_row[item]), int(bundles.entry_use[item]), int(bundles.value[item])
+        else:
+            away = int(singles.data_bytes_per_s[item]) if place != instance.jobs.home[job] else 0
+            pool, gpus, value = place, int(singles.gpus[item]), int(singles.value[item]) - away
+        supported[pool] = min(supported[pool], value // gpus)
+    return np.maximum(instance.rows.step_cost, supported)
 
 
 def _turns(owner: Int, surplus: Real, gpus: Int, jobs: int) -> Int:

@@ -38,7 +38,8 @@ class Game:
     published    [site] the same by the published prices and whole placements, on GPUs sold
     shapley      [site] with `shapley_error` its standard error, 0 where exact
     core_slack   least over coalitions of what Owen pays above their value; published_slack with
-                 the published outcome, which may fall short by `gap` at most
+                 the published outcome, which may fall short by `gap` at most: the dual function
+                 at the published prices less the welfare of the placements
     """
 
     time_s: float
@@ -142,10 +143,22 @@ def play(time_s: float, instance: Instance, cleared: Cleared, seed: int) -> Game
         shapley_error=_scaled(error),
         core_slack=core_slack(values, owen.tolist()) / scale,
         published_slack=core_slack(values, published.tolist()) / scale,
-        gap=(grand - float(published.sum())) / scale,
+        gap=(dual(instance, cleared.prices) - float(published.sum())) / scale,
         coalitions=len(values),
         distance=division_distance(owen.tolist(), shapley),
     )
+
+
+def dual(instance: Instance, prices: Int) -> float:
+    """Return the dual function of a market of singles at prices: what all would have if each had its best."""
+    singles, pools, rows = instance.singles, instance.pools, instance.rows
+    cheapest = np.full(int(pools.kind.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(cheapest, pools.kind, prices[: instance.pool_count])
+    best = np.zeros(instance.job_count)
+    owner = np.repeat(np.arange(instance.job_count), np.diff(singles.start))
+    np.maximum.at(best, owner, (singles.value - cheapest[singles.good] * singles.gpus).astype(float))
+    rent = np.maximum(0, prices[: instance.pool_count] - rows.step_cost) * rows.step_units
+    return float(best.sum() + rent.sum())
 
 
 def published_payoffs(instance: Instance, cleared: Cleared) -> Real:
