@@ -438,7 +438,7 @@ def _spans(skeleton: Instance, requests: Requests, families: Families, offered: 
     """Return the candidates across sites."""
     start = np.zeros(len(requests.active) + 1, np.int64)
     none, nothing = np.zeros(0, np.int32), np.zeros(0, np.int64)
-    if len(families.heavy) == 0:
+    if len(families.mixed) == 0:
         return Spans(start, none, nothing, none, none)
     count = int(spans_of(skeleton, requests, families, offered, start, none, nothing, none, none))
     _affordable(count, "places across sites")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Self
+from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker.allocation.errors import DocumentError
+
+# A wrong document may be wrong a hundred thousand times.
+_ERRORS_TOLD_MAX: Final = 3
 
 
 class Row(BaseModel):
@@ -38,5 +41,11 @@ class Document(Row):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            message = f"not a {cls.__name__.lower()}: {error}; check that it was written by this version of Hansa"
+            wrong = error.errors(include_url=False, include_input=False)
+            told = [f"{'.'.join(map(str, row['loc'])) or 'document'}: {row['msg']}" for row in wrong[:_ERRORS_TOLD_MAX]]
+            more = f", and {len(wrong) - len(told)} more" if len(wrong) > len(told) else ""
+            message = (
+                f"not a {cls.__name__.lower()}: {'; '.join(told)}{more}; correct the fields named, or check that it was "
+                "written by this version of Hansa (`hansa market schema` prints what it reads)"
+            )
             raise DocumentError(message) from None

@@ -13,7 +13,7 @@ from broker.allocation import kernel
 from broker.allocation.compiled import compiled
 from broker.allocation.configuration import Configuration, Part, Traffic
 from broker.allocation.incumbents import Leases, Own
-from broker.allocation.instance import BUNDLE, SINGLE, SPAN, SPAN_SITES_MAX, Flag, Index, Instance, Int
+from broker.allocation.instance import BUNDLE, SINGLE, SPAN, SPAN_SITES_MAX, Flag, Instance, Int
 from broker.allocation.tables import CODECS, STRATEGIES, Tables, starts
 from training.catalogue import GPU_TYPES
 from training.spec import SyncPlan, Workload
@@ -272,7 +272,7 @@ def _pool_names(tables: Tables) -> list[str]:
 
 def _keys(tables: Tables, instance: Instance, held: Int) -> tuple[Int, Int]:
     """Return the keys by job of every column that is one of the `held` places: job, pools, GPUs."""
-    order = np.lexsort(instance.patterns.pool.T[::-1]) if (held[:, 2] >= 0).any() else np.zeros(0, np.int64)
+    order: Int = np.lexsort(instance.patterns.pool.T[::-1]) if (held[:, 2] >= 0).any() else np.zeros(0, np.int64)
     room = max(16, 16 * len(held))
     while True:
         owner, key = np.zeros(room, np.int64), np.zeros(room, np.int64)
@@ -285,7 +285,7 @@ def _keys(tables: Tables, instance: Instance, held: Int) -> tuple[Int, Int]:
 
 
 @compiled
-def _matching(instance: Instance, held: Int, order: Index, owner: Int, key: Int) -> int:
+def _matching(instance: Instance, held: Int, order: Int, owner: Int, key: Int) -> int:
     """Fill owner and key with the columns that are a held place, where there is room; return how many there are."""
     singles, spans, patterns, goods = instance.singles, instance.spans, instance.patterns, instance.goods
     counts = np.zeros(4, np.int64)

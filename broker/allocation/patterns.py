@@ -20,25 +20,26 @@ PATTERNS_MAX: Final = 200_000
 NEIGHBOURS_MAX: Final = 16
 # How a span's GPUs are divided, by number of sites: evenly, or with one site the largest.
 WEIGHTS: Final = {2: ((1, 1), (3, 1), (1, 3)), 3: ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)), 4: ((1, 1, 1, 1),)}
-# A family's place in the int64 that names it: four kinds and which part is heavier.
+# A family's place in the int64 that names it: four kinds, and how a mix of two types is divided.
 _KIND_BITS: Final = 15
-# Mixed families are kept apart by which kind holds more, so that a job's limits by type hold in all of one.
-EQUAL, FIRST_HEAVY, SECOND_HEAVY = 0, 1, 2
 
 
 class Families(NamedTuple):
     """What the patterns of a family have in common.
 
     kinds       [family, 4] in rising order, -1 where fewer
-    heavy       for a mix of two types: EQUAL, or which of the two kinds holds three quarters
-    mixed       whether its kinds are of different types
+    mixed       whether its kinds are of different types: then all its patterns divide alike, so
+                that a job's limits by type hold in all of them or in none
+    swapped     for a mix: whether the second kind is the first part
+    weight      for a mix: the weights of its two parts
     parts_min   sites of its smallest pattern
     ask_low     the lowest flat ask among its pools
     """
 
     kinds: Index
-    heavy: Index
     mixed: Flag
+    swapped: Flag
+    weight: Index
     parts_min: Index
     ask_low: Int
 
@@ -102,7 +103,7 @@ def joined(
 def _joining(links: Links, listens: Flag, pool_of: Index) -> Joining:
     """Return each site's neighbours by links both ways, best first; only sites with pools to join."""
     sites = len(listens)
-    useful = (pool_of >= 0).any(axis=1) if sites else np.zeros(0, np.bool_)
+    useful: Flag = np.any(pool_of >= 0, axis=1)
     key = links.from_site.astype(np.int64) * sites + links.to_site
     back = links.to_site.astype(np.int64) * sites + links.from_site
     order = np.argsort(key, kind="stable")
@@ -228,15 +229,16 @@ def _by_family(rows: Index, pools: Pools, kind_type: Index, asks: Int, left_out:
     distinct = np.where(spread == far, NONE, spread)
     types = np.where(present, kind_type[np.maximum(kinds, 0)], NONE) if len(rows) else kinds
     mixed = (rows[:, 16] == 2) & (types[:, 0] != types[:, 1])
-    heavier = np.where(rows[:, 4] > rows[:, 5], kinds[:, 0], kinds[:, 1])
-    heavy = np.where(heavier == distinct[:, 0], FIRST_HEAVY, SECOND_HEAVY)
-    heavy = np.where(mixed & (rows[:, 4] != rows[:, 5]), heavy, EQUAL)
-    key = heavy
+    swapped = kinds[:, 0] != distinct[:, 0]
+    unequal = np.where(rows[:, 4] > rows[:, 5], 1, 2)
+    division = 1 + 2 * np.where(rows[:, 4] == rows[:, 5], 0, unequal) + swapped
+    key = np.where(mixed, division, 0)
     for part in range(SPAN_SITES_MAX):
         key = (key << _KIND_BITS) | (distinct[:, part] + 1)
     # By the lowest kind first, so that families of one type lie together.
     _, first, family = np.unique(key, return_index=True, return_inverse=True)
     order = np.argsort(family, kind="stable")
+    unordered = rows
     rows, family = rows[order], family[order]
     count = len(first)
     start = np.searchsorted(family, np.arange(count + 1)).astype(np.int64)
@@ -254,8 +256,9 @@ def _by_family(rows: Index, pools: Pools, kind_type: Index, asks: Int, left_out:
     )
     families = Families(
         kinds=np.ascontiguousarray(distinct[first], dtype=np.int32),
-        heavy=heavy[first].astype(np.int32),
         mixed=mixed[first],
+        swapped=swapped[first],
+        weight=np.ascontiguousarray(np.maximum(unordered[first, 4:6], 0)),
         parts_min=np.minimum.reduceat(rows[:, 16], start[:-1]).astype(np.int32) if count else np.zeros(0, np.int32),
         ask_low=np.minimum.reduceat(lowest, start[:-1]) if count else np.zeros(0, np.int64),
     )

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from broker.allocation import kernel
 from broker.allocation.compiled import compiled
 from broker.allocation.instance import Flag, Index, Instance, Int, Real
-from broker.allocation.patterns import FIRST_HEAVY, SECOND_HEAVY, Families
+from broker.allocation.patterns import Families
 
 # Beyond this a round's memory is gone: pools whose measured speeds all differ are all kinds of their own.
 CANDIDATES_MAX: Final = 20_000_000
@@ -139,7 +141,9 @@ def fill_singles(
                         least = count * (offered.ask_low[kind] - requests.penalty[job])
                         for slot in range(slots):
                             last = min(slot + held, slots) - 1
-                            if slot > 0 and slot * offered.slot_s + left_s > jobs.deadline_s[job]:
+                            # A job that runs is not put off: it stays, moves or ends.
+                            late = slot * offered.slot_s + left_s > jobs.deadline_s[job]
+                            if slot > 0 and (late or jobs.own[job] >= 0):
                                 break
                             hourly = worth
                             if slot > 0:
@@ -172,19 +176,20 @@ def spans_of(
 ) -> int:
     """Fill the arrays of Spans where they have room; return how many there are."""
     jobs, kinds = instance.jobs, instance.kinds
+    parts = np.zeros(2, np.int64)
     found = 0
     for job in range(len(jobs.must)):
         start[job] = found
         if not (requests.active[job] and requests.spanning[job]):
             continue
-        for family in range(len(families.heavy)):
+        for family in range(len(families.mixed)):
             if families.parts_min[family] > requests.sites_max[job]:
                 continue
-            one = kinds.gpu_type[families.kinds[family, 0]]
+            lowest = kinds.gpu_type[families.kinds[family, 0]]
             first = -1
             second = -1
             for request in range(requests.start[job], requests.start[job + 1]):
-                if requests.gpu_type[request] == one:
+                if requests.gpu_type[request] == lowest:
                     first = request
                 if families.mixed[family] and requests.gpu_type[request] == kinds.gpu_type[families.kinds[family, 1]]:
                     second = request
@@ -201,12 +206,9 @@ def spans_of(
             while True:
                 fits = count >= families.parts_min[family]
                 if second >= 0:
-                    more, less = (count + 1) // 2, (count + 1) // 2
-                    if families.heavy[family] == FIRST_HEAVY:
-                        more, less = (3 * count + 3) // 4, (count + 3) // 4
-                    elif families.heavy[family] == SECOND_HEAVY:
-                        more, less = (count + 3) // 4, (3 * count + 3) // 4
-                    fits &= more <= requests.count_max[first] and less <= requests.count_max[second]
+                    fits &= kernel.split(count, families.weight[family], 2, parts)
+                    one, other = (1, 0) if families.swapped[family] else (0, 1)
+                    fits &= parts[one] <= requests.count_max[first] and parts[other] <= requests.count_max[second]
                 rate = jobs.batch_per_gpu[job] * count / slowest
                 left_s = jobs.samples_left[job] / rate
                 if fits and rate > 0.0 and left_s <= min(jobs.deadline_s[job], LEFT_S_MAX):

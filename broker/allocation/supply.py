@@ -168,11 +168,11 @@ def _bundles(
     shares = np.zeros(len(lease_of), np.int64)
     _budget_shares(jobs, job, own.spends[lease_of], shares)
     held = np.bincount(part_lease, leases.part_gpus, len(leases.job)).astype(np.int64)[lease_of]
-    for rows, uses in ((jobs.budget_row[job], shares), (jobs.floor_row[job], -held)):
-        counted = np.flatnonzero((rows >= 0) & (uses != 0))
+    for own_row, amount in ((jobs.budget_row[job], shares), (jobs.floor_row[job], -held)):
+        counted = np.flatnonzero((own_row >= 0) & (amount != 0))
         bundle.append(counted)
-        row.append(rows[counted].astype(np.int64))
-        use.append(uses[counted])
+        row.append(own_row[counted].astype(np.int64))
+        use.append(amount[counted])
     owners, rows, uses = (np.concatenate(columns).astype(np.int64) for columns in (bundle, row, use))
     # Traffic over one link that a lease states twice is one use.
     key, place = np.unique(owners << 32 | rows, return_inverse=True)

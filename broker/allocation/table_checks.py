@@ -18,18 +18,14 @@ from broker.allocation.tables import ROWS_MAX, SCHEMA, TABLES_VERSION, Array, Co
 from training.catalogue import GPU_TYPES
 
 _SITE_ID: Final = re.compile(rb"[a-z][a-z0-9-]{0,30}")
+_SITE_COLUMNS: Final = frozenset({"site_id", "from_site", "to_site", "hub_site"})
 _PRINTABLE: Final = (0x21, 0x7E)
 
 
 def checked(arrays: Mapping[str, Array]) -> Tables:
     """Return the tables that `arrays` are. Raises DocumentError where they break a rule."""
-    version = arrays.get("market.version")
-    if version is not None and version.shape == (1,) and version.dtype.kind in "iu" and version[0] != TABLES_VERSION:
-        message = (
-            f"these tables have version {version[0]}, and this Hansa reads version {TABLES_VERSION}; take a new "
-            "snapshot, or use the release of Hansa that wrote it"
-        )
-        raise DocumentError(message)
+    if "market.version" in arrays:
+        check_version(arrays["market.version"])
     missing = [name for name in column_names() if name not in arrays]
     extra = sorted(set(arrays) - set(column_names()))
     if missing or extra:
@@ -58,6 +54,16 @@ def checked(arrays: Mapping[str, Array]) -> Tables:
     _texts(tables)
     _rules(tables)
     return tables
+
+
+def check_version(version: Array) -> None:
+    """Raise DocumentError where columns were written as another version."""
+    if version.shape == (1,) and version.dtype.kind in "iu" and version[0] != TABLES_VERSION:
+        message = (
+            f"these tables have version {version[0]}, and this Hansa reads version {TABLES_VERSION}; take a new "
+            "snapshot, or use the release of Hansa that wrote it"
+        )
+        raise DocumentError(message)
 
 
 def _column(name: str, column: Column, array: Array) -> Array:
@@ -137,7 +143,7 @@ def _order(tables: Tables) -> None:
 
 
 def _texts(tables: Tables) -> None:
-    """Check that strings are printable, that each name is used, and that sites and GPU types are such."""
+    """Check that strings are printable."""
     for name in ("names.text", "jobs.job_id", "barred.key"):
         array = tables[name]
         bytes_ = array.view(np.uint8).reshape(len(array), -1) if len(array) else np.zeros((0, 1), np.uint8)
@@ -145,34 +151,31 @@ def _texts(tables: Tables) -> None:
         inside = np.arange(bytes_.shape[1]) < length[:, None]
         printable = (bytes_ >= _PRINTABLE[0]) & (bytes_ <= _PRINTABLE[1])
         _refuse(name, (length == 0) | (inside & ~printable).any(axis=1), "names are printable ASCII without spaces")
-    used = np.zeros(tables.rows("names"), dtype=np.bool_)
-    kinds = {"gpu_type": used.copy(), "site": used.copy()}
+    _used_names(tables)
+
+
+def _used_names(tables: Tables) -> None:
+    """Check that every name is used, and that those of sites and GPU types are such."""
+    used, sites = (np.zeros(tables.rows("names"), dtype=np.bool_) for _ in range(2))
     for group, columns in SCHEMA.items():
         for name, column in columns.items():
             if column.refers == "names":
                 values = tables[f"{group}.{name}"]
                 values = values[values >= 0]
                 used[values] = True
-                if name == "gpu_type":
-                    kinds["gpu_type"][values] = True
-                elif name in {"site_id", "from_site", "to_site", "hub_site"}:
-                    kinds["site"][values] = True
+                if name in _SITE_COLUMNS:
+                    sites[values] = True
     _refuse("names.text", ~used, "no row uses it")
     texts = tables["names.text"]
-    for index in np.flatnonzero(kinds["site"]):
+    for index in np.flatnonzero(sites):
         if _SITE_ID.fullmatch(texts[index]) is None:
             message = f"{texts[index].decode()!r} is no site id; use lower-case letters, digits and hyphens, at most 31"
             raise DocumentError(message)
-    for index in np.flatnonzero(kinds["gpu_type"]):
-        if texts[index].decode() not in GPU_TYPES and not _only_in_parts(tables, int(index)):
-            known = ", ".join(sorted(GPU_TYPES))
-            message = f"unknown GPU type {texts[index].decode()!r}; the market knows {known}"
-            raise DocumentError(message)
-
-
-def _only_in_parts(tables: Tables, name: int) -> bool:
-    """Return whether only old leases name a GPU type: they may be of a type that is no longer sold."""
-    return not any((tables[f"{group}.gpu_type"] == name).any() for group in ("pools", "accelerators", "speeds"))
+    # Leases may hold a type that is no longer sold; nothing else may name an unknown one.
+    known = np.array([text.decode() in GPU_TYPES for text in texts.tolist()], dtype=np.bool_)
+    for group in ("pools", "accelerators", "speeds"):
+        unknown = ~known[tables[f"{group}.gpu_type"]]
+        _refuse(f"{group}.gpu_type", unknown, f"the market knows {', '.join(sorted(GPU_TYPES))}")
 
 
 def _rules(tables: Tables) -> None:
@@ -183,9 +186,7 @@ def _rules(tables: Tables) -> None:
         "it is above count_max",
     )
     _refuse("reserved.to_ms", tables["reserved.to_ms"] <= tables["reserved.from_ms"], "it must be after from_ms")
-    for name in ("waiting_discount",):
-        _refuse(f"market.{name}", tables[f"market.{name}"] >= 1, "it must be below 1")
-    for name in ("links.loss", "jobs.outer_momentum", "incumbents.outer_momentum"):
+    for name in ("market.waiting_discount", "links.loss", "jobs.outer_momentum", "incumbents.outer_momentum"):
         _refuse(name, tables[name] >= 1, "it must be below 1")
     for name in (
         "jobs.outer_learning_rate",
@@ -224,6 +225,11 @@ def _rules(tables: Tables) -> None:
         message = "site_lists.length does not add up to the rows of site_list_sites"
         raise DocumentError(message)
     listed = tables["jobs.site_list"][tables["jobs.site_list"] >= 0]
+    ends = np.cumsum(tables["site_lists.length"])
+    lists = np.split(tables["site_list_sites.site_id"], ends[:-1])
+    if len(ends) and len({row.tobytes() for row in lists}) != len(ends):
+        message = "site_lists: a list stands twice; jobs with the same sites share one"
+        raise DocumentError(message)
     firsts, positions = np.unique(listed, return_index=True)
     if len(firsts) != tables.rows("site_lists") or (np.diff(positions) <= 0).any():
         message = "site_lists: each list is used, and they stand in the order of the first job that uses them"

@@ -311,7 +311,7 @@ def to_snapshot(tables: Tables) -> Snapshot:
 
 def _rows(tables: Tables, group: str) -> list[dict[str, Any]]:
     """Return a group's rows as plain values, references to names as text or None."""
-    columns = {}
+    columns: dict[str, list[Any]] = {}
     for name, column in SCHEMA[group].items():
         if column.refers == "names":
             columns[name] = [text or None for text in tables.names(f"{group}.{name}")]

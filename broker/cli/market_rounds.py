@@ -1,0 +1,299 @@
+"""`hansa market`: draw a market, clear it, check the clearing, explain a job; all from files, without a broker.
+
+A market is a snapshot: JSON (`.json`, `.json.gz`) or columns (`.npz`), told apart by content when
+read and by suffix when written. `schema` prints what their fields mean, with units.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from broker.cli.errors import CliError, MissingError, UsageError
+from broker.cli.market_files import (
+    read_document,
+    read_snapshot,
+    read_tables,
+    writable,
+    write_document,
+    write_tables,
+)
+from broker.cli.output import JsonOption, credits_text, duration_text, print_json, print_table
+
+if TYPE_CHECKING:
+    from broker.allocation.clearing import Clearing, Placement
+
+SnapshotFile = Annotated[
+    Path, typer.Argument(help="a round's snapshot: .json, .json.gz or .npz", metavar="SNAPSHOT", show_default=False)
+]
+ClearingFile = Annotated[
+    Path, typer.Argument(help="its clearing: .json or .json.gz", metavar="CLEARING", show_default=False)
+]
+Output = Annotated[Path, typer.Option("-o", "--output", help="where to write; the suffix chooses the form")]
+
+market_app = typer.Typer(
+    help="Draw, clear, check or explain a round from its documents, without a broker.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+class _Phases:
+    """What a command is doing now, on a terminal, and how long each part took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show `name` while the body runs, and keep its time."""
+        from rich.console import Console
+
+        began = time.perf_counter()
+        console = Console(stderr=True)
+        if console.is_terminal:
+            with console.status(name):
+                yield
+        else:
+            yield
+        self.seconds[name] = time.perf_counter() - began
+
+    def text(self) -> str:
+        """Return all phases in a line."""
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+
+    def document(self) -> dict[str, float]:
+        """Return seconds by phase."""
+        return {name: round(seconds, 4) for name, seconds in self.seconds.items()}
+
+
+@market_app.command()
+def generate(  # noqa: PLR0917  typer's parameters are options, named by whoever calls
+    output: Output,
+    family: Annotated[str, typer.Option(help="A: loose; B: fragmented, with thin links")] = "A",
+    jobs: Annotated[int, typer.Option(help="how many jobs")] = 500,
+    sites: Annotated[int, typer.Option(help="how many sites")] = 20,
+    seed: Annotated[int, typer.Option(help="the same seed draws the same market")] = 0,
+    feature: Annotated[
+        list[str] | None, typer.Option(help="ask_curves, mixed_types, slots, budgets, …; may be repeated; or: all")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw a market by seed and write it."""
+    from broker.allocation.generate import GenerateError
+    from broker.allocation.generate import generate as drawn
+    from broker.allocation.generate_features import FEATURES
+
+    writable(output)
+    phases = _Phases()
+    try:
+        with phases.phase("draw"):
+            wanted = FEATURES if "all" in (feature or ()) else tuple(feature or ())
+            tables = drawn(family, jobs, sites, seed, wanted)  # type: ignore[arg-type]  # checked by generate
+    except GenerateError as error:
+        raise UsageError(str(error), next_step="`hansa market generate --help` lists the options") from None
+    with phases.phase("write"):
+        write_tables(tables, output)
+    counts = {group: tables.rows(group) for group in ("jobs", "sites", "pools", "links", "tenants", "incumbents")}
+    if as_json:
+        print_json({"output": str(output), "digest": tables.digest(), **counts, "phases_s": phases.document()})
+        return
+    typer.echo(", ".join(f"{count} {group}" for group, count in counts.items() if count) + f"; {output}")
+    typer.echo(f"digest {tables.digest()}; {phases.text()}")
+
+
+@market_app.command()
+def solve(snapshot: SnapshotFile, output: Output, as_json: JsonOption = False) -> None:
+    """Clear a snapshot and write the clearing; the same snapshot gives the same bytes."""
+    from broker.allocation.errors import AllocationError
+    from broker.allocation.solve import clear
+
+    writable(output, (".json", ".json.gz"))
+    phases = _Phases()
+    with phases.phase("read"):
+        market = read_snapshot(snapshot)
+    try:
+        with phases.phase("solve"):
+            cleared = clear(market)
+    except AllocationError as error:
+        raise CliError(str(error), code=error.code) from None
+    with phases.phase("write"):
+        write_document(cleared, output)
+    certificate = cleared.certificate
+    if as_json:
+        print_json(
+            {
+                "output": str(output),
+                "status": cleared.status,
+                "placed": len(cleared.placements),
+                "unplaced": len(cleared.unplaced),
+                **certificate.model_dump(mode="json"),
+                "phases_s": phases.document(),
+            }
+        )
+        return
+    typer.echo(
+        f"{len(cleared.placements)} placed, {len(cleared.unplaced)} not; welfare "
+        f"{credits_text(certificate.welfare_micros_per_hour)} credits/h, at most "
+        f"{credits_text(certificate.gap_micros_per_hour)} below the best; {output}"
+    )
+    typer.echo(phases.text())
+
+
+@market_app.command()
+def verify(snapshot: SnapshotFile, clearing: ClearingFile, as_json: JsonOption = False) -> None:
+    """Check a clearing against its snapshot, by other code than made it; exit 1 where anything is wrong."""
+    from broker.allocation.clearing import Clearing
+    from broker.allocation.verify import verify as check
+
+    phases = _Phases()
+    with phases.phase("read"):
+        market, cleared = read_snapshot(snapshot), read_document(clearing, Clearing)
+    with phases.phase("verify"):
+        findings = check(market, cleared)
+    if as_json:
+        rows = [{"code": row.code, "subject": row.subject, "sentence": row.sentence} for row in findings]
+        print_json({"findings": rows, "phases_s": phases.document()})
+    else:
+        for row in findings:
+            typer.echo(f"{row.code}  {row.subject}: {row.sentence}")
+    if findings:
+        raise CliError(f"{len(findings)} things are wrong with {clearing}", code="market.unsound")
+    if not as_json:
+        typer.echo("sound: placements possible, money balanced, nobody above a bid or below an ask, certificate true")
+
+
+@market_app.command()
+def explain(
+    job: Annotated[str, typer.Argument(help="the job's id", metavar="JOB", show_default=False)],
+    clearing: ClearingFile,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why a job stands where it stands in a clearing, and what would change it."""
+    from broker.allocation.clearing import Clearing
+
+    cleared = read_document(clearing, Clearing)
+    placed = next((row for row in cleared.placements if row.job_id == job), None)
+    left_out = next((row for row in cleared.unplaced if row.job_id == job), None)
+    row = placed or left_out
+    if row is None:
+        raise _unknown(job, cleared)
+    if as_json:
+        print_json({"placed": placed is not None, **row.model_dump(mode="json")})
+    elif placed is not None:
+        _explain_placed(placed)
+    elif left_out is not None:
+        typer.echo(f"{job} is not placed ({left_out.code}): {left_out.sentence}")
+        if left_out.bid_needed_micros_per_million_samples is not None:
+            needed = credits_text(left_out.bid_needed_micros_per_million_samples)
+            typer.echo(f"bid needed  {needed} credits per million samples")
+
+
+def _explain_placed(placed: Placement) -> None:
+    typer.echo(f"{placed.job_id} is placed ({placed.action}): {placed.why}")
+    typer.echo(f"speed  {placed.samples_per_s:,.1f} samples/s, price locked for {duration_text(placed.term_s)}")
+    typer.echo(f"pays   {credits_text(placed.charge_micros_per_hour)} credits/h")
+    print_table(
+        ("pool", ">GPUs", ">price/GPU-h", ">site gets/GPU-h"),
+        [
+            (
+                row.pool_id,
+                row.gpus,
+                credits_text(row.price_micros_per_gpu_hour),
+                credits_text(row.payout_micros_per_gpu_hour),
+            )
+            for row in placed.pools
+        ],
+    )
+    if placed.links:
+        print_table(
+            ("from", "to", ">share", ">rent/h"),
+            [
+                (row.from_site, row.to_site, f"{row.shares / 100:.2f} %", credits_text(row.rent_micros_per_hour))
+                for row in placed.links
+            ],
+        )
+
+
+def _unknown(job: str, cleared: Clearing) -> MissingError:
+    known = [row.job_id for row in (*cleared.placements, *cleared.unplaced)]
+    near = difflib.get_close_matches(job, known, n=3)
+    return MissingError(
+        f"round {cleared.round_number} has no job {job!r}",
+        next_step=f"did you mean {' or '.join(near)}?" if near else f"it has {len(known)} jobs, such as {known[:1]}",
+    )
+
+
+@market_app.command()
+def schema(
+    what: Annotated[
+        Literal["snapshot", "clearing", "tables"], typer.Argument(help="snapshot and clearing are JSON, tables .npz")
+    ] = "snapshot",
+) -> None:
+    """Print what a document's fields are, with units and bounds, as JSON Schema."""
+    from broker.allocation.clearing import Clearing
+    from broker.allocation.snapshot import Snapshot
+
+    if what == "tables":
+        print_json(_tables_schema())
+    else:
+        print_json((Snapshot if what == "snapshot" else Clearing).model_json_schema())
+
+
+def _tables_schema() -> dict[str, Any]:
+    """Return the columns of a `.npz` with their types, bounds and references."""
+    from broker.allocation.tables import ROWS_MAX, SCHEMA, TABLES_VERSION
+
+    groups = {
+        group: {
+            "rows_max": ROWS_MAX[group],
+            "columns": {
+                name: {
+                    "dtype": column.dtype,
+                    "minimum": column.low,
+                    "maximum": column.high,
+                    **({"refers_to": column.refers} if column.refers else {}),
+                    **({"absent": "NaN"} if column.optional else {"absent": -1} if column.low < 0 else {}),
+                }
+                for name, column in columns.items()
+            },
+        }
+        for group, columns in SCHEMA.items()
+    }
+    return {
+        "title": "Snapshot in columns",
+        "description": "A .npz with one array per `group.column`; names and units are those of the snapshot's fields.",
+        "version": TABLES_VERSION,
+        "groups": groups,
+    }
+
+
+@market_app.command()
+def show(snapshot: SnapshotFile, as_json: JsonOption = False) -> None:
+    """Say what a market holds: its size, its digest, and demand against supply by GPU type."""
+    tables = read_tables(snapshot)
+    counts = {group: tables.rows(group) for group in ("jobs", "sites", "pools", "links", "tenants", "incumbents")}
+    types: dict[str, dict[str, int]] = {}
+    for column, name, reference in (
+        ("supply_gpus", "pools.capacity_gpus", "pools.gpu_type"),
+        ("wanted_gpus", "accelerators.count_max", "accelerators.gpu_type"),
+    ):
+        for kind, gpus in zip(tables.names(reference), tables[name].tolist(), strict=True):
+            row = types.setdefault(kind, {"supply_gpus": 0, "wanted_gpus": 0})
+            row[column] += gpus
+    if as_json:
+        print_json({"digest": tables.digest(), **counts, "gpu_types": types})
+        return
+    typer.echo(", ".join(f"{count} {group}" for group, count in counts.items() if count))
+    typer.echo(f"digest {tables.digest()}")
+    print_table(
+        ("GPU type", ">for sale", ">wanted at most"),
+        [(kind, row["supply_gpus"], row["wanted_gpus"]) for kind, row in sorted(types.items())],
+        empty="no pools and no jobs",
+    )
