@@ -24,11 +24,12 @@ from broker.errors import BusyError
 T = TypeVar("T")
 
 SQLITE_BUSY_TIMEOUT_S: Final = 20.0
-SERIALIZATION_RETRIES_MAX: Final = 20
+# As long as SQLite waits for its lock: on a busy machine twenty tries in two seconds were lost by bad luck alone.
+SERIALIZATION_RETRIES_MAX: Final = 160
 # PostgreSQL's codes for a transaction that must be run again: serialization failure, deadlock.
 _RETRY_SQLSTATES: Final = frozenset({"40001", "40P01"})
 
-# The first wait is about as long as a write takes; all twenty together are two seconds on average.
+# The first wait is about as long as a write takes; all together are twenty seconds on average.
 BACKOFF_S: Final = 0.004
 BACKOFF_S_MAX: Final = 0.25
 _RANDOM: Final = random.SystemRandom()

@@ -161,6 +161,7 @@ def test_who_loses_every_time_is_told_that_nothing_was_changed(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "SQLITE_BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(engine_module, "BACKOFF_S_MAX", 0.001)
     database = Database(database_url)
     attempts = 0
 
