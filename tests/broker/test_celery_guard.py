@@ -70,14 +70,14 @@ def test_what_celery_can_say_besides_is_no_ring(options: dict[str, Any], reason:
     assert refused.value.reason == reason
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_bytes_raise_anything_else(item: bytes) -> None:
     with pytest.raises(NotARingError):
         read_ring(item, TASKS, NOW_MS)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_ring_with_a_part_exchanged_is_a_ring_or_refused(data: st.DataObject) -> None:
     message = json.loads(write_ring("hansa.clear"))
