@@ -7,10 +7,10 @@ SOAK_MINUTES ?= 10
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench soak clean
+.PHONY: help install demo test lint bench bench-market soak clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## set up .venv with the hansa command (TORCH_INDEX=… chooses torch's build, PYTHON=… the interpreter)
 	@deploy/install.sh
@@ -31,6 +31,13 @@ lint: install ## check formatting, style, types and the direction of imports
 
 bench: install ## print the benchmark tables
 	@shopt -s nullglob; for file in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python "$$file" || exit 1; done
+
+bench-market: install ## hold the optimiser against Gavel, Sia, POP and greedy rules (QUICK=1, TABLE=speeds.csv, ONLY=O7, JSON=out.json)
+	@$(BIN)/python -c 'import clarabel, cvxpy, ecos' 2>/dev/null || \
+		$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint deploy/constraints.txt --editable '.[peers]'
+	@$(BIN)/pytest --quiet tests/benchmarks/market/test_peers.py
+	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.market.bench_market $(if $(QUICK),--quick) \
+		$(if $(TABLE),--table $(TABLE)) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
 soak: install ## run the long kills, then search for broken invariants with new seeds for SOAK_MINUTES
 	@$(BIN)/pytest -m soak

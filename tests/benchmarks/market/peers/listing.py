@@ -1,4 +1,4 @@
-"""Every column of a market, one after the other: what greedy rules and full enumeration read.
+"""Every column of a market, one after the other: written out for enumeration, searched for greedy rules.
 
 Written apart from the solver's own modules; only the value of a column and its link traffic come
 from `kernel`, the market's rules. Compiled, since a market of 10,000 jobs has tens of millions.
@@ -13,7 +13,7 @@ import numpy as np
 
 from broker.allocation import kernel
 from broker.allocation.compiled import compiled
-from broker.allocation.instance import BUNDLE, SHARES, SINGLE, SPAN, SPAN_SITES_MAX, Instance, Int, Real
+from broker.allocation.instance import BUNDLE, SHARES, SINGLE, SPAN, SPAN_SITES_MAX, Instance, Int, Real, Rows
 
 ENTRIES_MAX: Final = 256
 PAGE_COLUMNS: Final = 1_000_000
@@ -73,30 +73,121 @@ def pages(instance: Instance, line: Int) -> Iterator[tuple[Int, Listing]]:
         first = end
 
 
-def added_cost(instance: Instance, used: Int, row: Int, use: Int) -> Real:
-    """Return what `use` more units of each row cost on top of `used`, inf where it has no more."""
-    before = used[row]
-    return _row_cost(instance, row, before + use) - _row_cost(instance, row, before)
-
-
 def welfare(instance: Instance, values: Int, used: Int) -> float:
     """Return the sum of values less the cost of the steps that the rows' uses need."""
-    every = np.arange(instance.row_count)
-    return float(values.sum()) - float(_row_cost(instance, every, used).sum())
+    return float(values.sum()) - sum(
+        _steps_cost(instance.rows, row, int(used[row])) for row in range(instance.row_count)
+    )
 
 
-def _row_cost(instance: Instance, row: Int, used: Int) -> Real:
+# What `best` looks for: value less the cost of the steps used, or value, either per GPU and slot or not.
+SURPLUS: Final = 0
+VALUE: Final = 1
+VALUE_PER_GPU: Final = 2
+SURPLUS_PER_GPU: Final = 3
+
+
+@compiled
+def best(instance: Instance, job: int, used: Int, rule: int, found: Int, out: Int, row: Int, use: Int) -> float:
+    """Return a job's highest score by a rule on top of `used`, over the columns that fit; -inf without one.
+
+    found[:4] is then the column's form, item, place and how many entries of row and use are its
+    own; found[4] its value. Spans are evaluated only where their ceiling promises a higher score.
+    """
+    highest = -np.inf
+    patterns, rows = instance.patterns, instance.rows
+    column_row, column_use = np.zeros(ENTRIES_MAX, np.int64), np.zeros(ENTRIES_MAX, np.int64)
+    counts = np.zeros(SPAN_SITES_MAX, np.int64)
+    for form in range(3):
+        begin, end = item_ranges(instance, job, form)
+        for item in range(begin, end):
+            low, high = place_range(instance, form, item)
+            ceiling = np.inf
+            if form == SPAN and low < high:
+                speed = kernel.span_ceiling(instance, job, item, low)
+                ceiling = float(kernel.value_rate(instance.jobs, job, speed)) * float(instance.spans.slots[item])
+            for index in range(low, high):
+                if form == SPAN:
+                    promised = ceiling
+                    if not kernel.split(
+                        instance.spans.gpus[item], patterns.weight[index], patterns.parts[index], counts
+                    ):
+                        continue
+                    for part in range(patterns.parts[index]):
+                        promised -= _more(rows, patterns.pool[index, part], used, counts[part])
+                    if promised == -np.inf:
+                        continue
+                    if rule in {VALUE, VALUE_PER_GPU}:
+                        promised = ceiling
+                    if rule in {VALUE_PER_GPU, SURPLUS_PER_GPU}:
+                        promised /= float(instance.spans.gpus[item]) * float(instance.spans.slots[item])
+                    if promised <= highest:
+                        continue
+                entries = column(instance, job, form, item, index, out, column_row, column_use)
+                if entries < 0:
+                    continue
+                cost, gpu_slots = 0.0, 0.0
+                for entry in range(entries):
+                    cost += _more(rows, column_row[entry], used, column_use[entry])
+                    if column_row[entry] < instance.slots * len(instance.pools.site):
+                        gpu_slots += float(column_use[entry])
+                if cost == np.inf:
+                    continue
+                score = float(out[kernel.VALUE]) - (cost if rule in {SURPLUS, SURPLUS_PER_GPU} else 0.0)
+                if rule in {VALUE_PER_GPU, SURPLUS_PER_GPU}:
+                    score /= max(1.0, gpu_slots)
+                if score > highest:
+                    highest = score
+                    found[0], found[1], found[3], found[4] = form, item, entries, out[kernel.VALUE]
+                    found[2] = instance.goods.offer_pool[index] if form == SINGLE else index
+                    row[:entries], use[:entries] = column_row[:entries], column_use[:entries]
+    return highest
+
+
+@compiled
+def place_in_order(instance: Instance, line: Int, used: Int, chosen: Int) -> None:
+    """Place the jobs of a line, each at its highest surplus if that is above 0; chosen[job] is (form, item, place, value).
+
+    `used` is what the rows supply already, and in the end in all.
+    """
+    found = np.zeros(5, np.int64)
+    out = np.zeros(_FIELDS + _FIELD * SPAN_SITES_MAX, np.int64)
+    row, use = np.zeros(ENTRIES_MAX, np.int64), np.zeros(ENTRIES_MAX, np.int64)
+    for job in line:
+        if best(instance, job, used, SURPLUS, found, out, row, use) > 0.0:
+            for entry in range(found[3]):
+                used[row[entry]] += use[entry]
+            chosen[job, 0], chosen[job, 1], chosen[job, 2], chosen[job, 3] = found[0], found[1], found[2], found[4]
+
+
+@compiled
+def scores(instance: Instance, used: Int, rule: int, highest: Real) -> None:
+    """Fill each job's highest score by a rule on top of `used`."""
+    found = np.zeros(5, np.int64)
+    out = np.zeros(_FIELDS + _FIELD * SPAN_SITES_MAX, np.int64)
+    row, use = np.zeros(ENTRIES_MAX, np.int64), np.zeros(ENTRIES_MAX, np.int64)
+    for job in range(len(instance.jobs.must)):
+        highest[job] = best(instance, job, used, rule, found, out, row, use)
+
+
+@compiled
+def _more(rows: Rows, row: int, used: Int, use: int) -> float:
+    """Return what `use` more units of a row cost on top of used[row], inf where it has no more."""
+    after = _steps_cost(rows, row, used[row] + use)
+    return np.inf if after == np.inf else after - _steps_cost(rows, row, used[row])
+
+
+@compiled
+def _steps_cost(rows: Rows, row: int, used: int) -> float:
     """Return what it costs a row to supply `used` units by its cheapest steps."""
-    rows = instance.rows
-    needed, cost = used - rows.base[row], np.zeros(len(row))
-    for step in range(int(np.diff(rows.step_start).max(initial=0))):
-        at = rows.step_start[row] + step
-        has = at < rows.step_start[row + 1]
-        at = np.where(has, at, 0)
-        taken = np.where(has, np.clip(needed, 0, rows.step_units[at]), 0)
-        cost += taken * rows.step_cost[at].astype(np.float64)
-        needed = needed - taken
-    return np.where(needed > 0, np.inf, cost)
+    needed, cost = used - rows.base[row], 0.0
+    for step in range(rows.step_start[row], rows.step_start[row + 1]):
+        if needed <= 0:
+            break
+        taken = min(needed, rows.step_units[step])
+        cost += float(taken) * float(rows.step_cost[step])
+        needed -= taken
+    return np.inf if needed > 0 else cost
 
 
 @compiled
