@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from broker.backtest.linear import Matrix, maximise
 
 Int = NDArray[np.int64]
 Real = NDArray[np.float64]
+
+
+# What the market may add over all terms of a round: more than any round needs. The report states the uplift.
+EQUITY_MICROS: Final = 10**15
 
 
 class Cleared(NamedTuple):
@@ -162,7 +166,8 @@ def product() -> Allocator:
     solve: Any = importlib.import_module("broker.allocation.solver").solve
 
     def allocate(instance: Instance, last_prices: Int | None) -> Cleared:
-        outcome = solve(instance, last_prices=last_prices)
+        start = None if last_prices is None else last_prices.astype(np.float64)
+        outcome = solve(instance, last_prices=start, equity_micros=EQUITY_MICROS)
         return Cleared(outcome.choice, outcome.prices, outcome.welfare, outcome.bound)
 
     return allocate

@@ -29,11 +29,11 @@ PRICES_SHOWN: Final = 9
 
 _STYLE: Final = """
 :root{color-scheme:light}
-body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;max-width:960px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;max-width:1120px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}p{margin:.4rem 0 .8rem}
 table{border-collapse:collapse;margin:.6rem 0 1rem;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
-th{font-weight:600;border-bottom:2px solid #999}th:first-child,td:first-child{text-align:left}
+th{font-weight:600;border-bottom:2px solid #999}th:first-child,td:first-child{text-align:left;white-space:nowrap}
 td.text,th.text{text-align:left}.wide{overflow-x:auto}.note{color:#555;font-size:.92em}
 .figures{display:flex;flex-wrap:wrap;gap:1rem 2.4rem;margin:1rem 0}.figures div{min-width:9rem}
 .figures b{display:block;font-size:1.5rem;font-weight:600}.figures span{color:#555;font-size:.9em}
