@@ -70,7 +70,7 @@ def relax(
     last_prices: Real | None = None,
     limits: Limits | None = None,
     engine: Engine | None = None,
-    methods: tuple[str, str] = ("ipm", "primal"),
+    methods: tuple[str, str] = ("dual", "primal"),
     tick: Callable[[], float] = lambda: 0.0,
 ) -> Relaxation:
     """Solve the LP relaxation to a proved relative gap of GAP, or as far as `limits` allow."""
