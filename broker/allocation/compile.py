@@ -286,7 +286,7 @@ def _leases(tables: Tables, market: _Market) -> Leases:
         prices[part] = locked.get((lease, f"{site}/{gpu_type}"), 0)
     gpus = tables["incumbent_parts.gpus"]
     paid = np.zeros(count, np.int64)
-    np.add.at(paid, owner, np.minimum(prices * gpus, RATE_MICROS_PER_HOUR_MAX))
+    np.add.at(paid, owner, np.minimum(prices, RATE_MICROS_PER_HOUR_MAX // gpus) * gpus)
     return Leases(
         job=tables["incumbents.job"].copy(),
         part_start=start,
@@ -437,14 +437,14 @@ def _patterns(tables: Tables, market: _Market, requests: Requests) -> tuple[Patt
 def _spans(skeleton: Instance, requests: Requests, families: Families, offered: Offered) -> Spans:
     """Return the candidates across sites."""
     start = np.zeros(len(requests.active) + 1, np.int64)
-    none, nothing = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    none, nothing, parts = np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(2, np.int64)
     if len(families.mixed) == 0:
         return Spans(start, none, nothing, none, none)
-    count = int(spans_of(skeleton, requests, families, offered, start, none, nothing, none, none))
+    count = int(spans_of(skeleton, requests, families, offered, parts, start, none, nothing, none, none))
     _affordable(count, "places across sites")
     family, gpus = np.zeros(count, np.int32), np.zeros(count, np.int64)
     sites_max, slots = np.zeros(count, np.int32), np.zeros(count, np.int32)
-    spans_of(skeleton, requests, families, offered, start, family, gpus, sites_max, slots)
+    spans_of(skeleton, requests, families, offered, parts, start, family, gpus, sites_max, slots)
     return Spans(start, family, gpus, sites_max, slots)
 
 

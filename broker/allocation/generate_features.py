@@ -186,12 +186,12 @@ def _incumbents(arrays: dict[str, Array], draw: np.random.Generator) -> None:
     )
     labels = [f"{names[site]}/{names[kind]}" for site, kind in zip(site_name, pool_type[pool], strict=True)]
     distinct = sorted(set(labels))
-    place = dict(zip(distinct, _add_names(arrays, distinct).tolist(), strict=True)) if distinct else {}
+    name_of = dict(zip(distinct, _add_names(arrays, distinct).tolist(), strict=True)) if distinct else {}
     _put(
         arrays,
         "locked_prices",
         incumbent=np.arange(len(job)),
-        pool_id=[place[label] for label in labels],
+        pool_id=[name_of[label] for label in labels],
         price_micros_per_gpu_hour=arrays["pools.ask_micros_per_gpu_hour"][pool],
     )
 

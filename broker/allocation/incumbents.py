@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from broker.allocation import kernel
-from broker.allocation.compiled import compiled
+from broker.allocation.compiled import compiled, compiled_loop, inlined
 from broker.allocation.instance import SHARES, Flag, Index, Instance, Int, Real
 from broker.allocation.singles import DATA_BYTES_PER_S_MAX, LEFT_S_MAX, slots_held
 from training import throughput
@@ -89,11 +89,15 @@ def own_places(instance: Instance, leases: Leases, kept: Flag, barred: Flag, slo
     return own
 
 
-@compiled
 def kept_leases(leases: Leases, inside: Flag, capacity: Int) -> Flag:
     """Return which leases inside their term stay: the oldest first where a pool shrank below what is held."""
     kept = np.zeros(len(leases.job), np.bool_)
-    free = capacity.copy()
+    _keep(leases, inside, capacity.copy(), kept)
+    return kept
+
+
+@compiled_loop
+def _keep(leases: Leases, inside: Flag, free: Int, kept: Flag) -> None:
     for lease in range(len(leases.job)):
         fits = inside[lease]
         for part in range(leases.part_start[lease], leases.part_start[lease + 1]):
@@ -104,10 +108,9 @@ def kept_leases(leases: Leases, inside: Flag, capacity: Int) -> Flag:
             kept[lease] = True
             for part in range(leases.part_start[lease], leases.part_start[lease + 1]):
                 free[leases.part_pool[part]] -= leases.part_gpus[part]
-    return kept
 
 
-@compiled
+@compiled_loop
 def _fill(instance: Instance, leases: Leases, kept: Flag, barred: Flag, slot_s: float, own: Own) -> None:
     for lease in range(len(leases.job)):
         if kept[lease]:
@@ -116,7 +119,7 @@ def _fill(instance: Instance, leases: Leases, kept: Flag, barred: Flag, slot_s: 
             _predicted_anew(instance, leases, lease, slot_s, own)
 
 
-@compiled
+@inlined
 def _as_sold(instance: Instance, leases: Leases, lease: int, slot_s: float, own: Own) -> None:
     """State a lease inside its term: value by the bid at the sold speed, prices as locked."""
     jobs, links = instance.jobs, instance.links
@@ -128,7 +131,7 @@ def _as_sold(instance: Instance, leases: Leases, lease: int, slot_s: float, own:
         link = leases.traffic_link[row]
         if link >= 0:
             sent = leases.traffic_bytes_per_s[row]
-            egress += _egress_rate(instance, link, sent)
+            egress += _egress_rate(sent, links.egress_micros_per_gb[link])
             own.use_link[used] = link
             own.use_shares[used] = kernel.link_shares(links.bits_per_s[link], sent)
             used += 1
@@ -144,7 +147,7 @@ def _as_sold(instance: Instance, leases: Leases, lease: int, slot_s: float, own:
     own.used[lease] = used - own.use_start[lease]
 
 
-@compiled
+@inlined
 def _predicted_anew(instance: Instance, leases: Leases, lease: int, slot_s: float, own: Own) -> None:
     """State a lease after its term, unless it no longer fits, would be late or may no longer be there."""
     jobs, pools, links = instance.jobs, instance.pools, instance.links
@@ -197,7 +200,7 @@ def _predicted_anew(instance: Instance, leases: Leases, lease: int, slot_s: floa
                 shares = kernel.link_shares(links.bits_per_s[link], sent)
                 if shares > SHARES:
                     return
-                egress += _egress_rate(instance, link, sent)
+                egress += _egress_rate(sent, links.egress_micros_per_gb[link])
                 rounded += 1
                 own.use_link[used] = link
                 own.use_shares[used] = shares
@@ -214,12 +217,12 @@ def _predicted_anew(instance: Instance, leases: Leases, lease: int, slot_s: floa
 
 
 @compiled
-def _egress_rate(instance: Instance, link: int, sent: int) -> int:
+def _egress_rate(sent: int, micros_per_gb: int) -> int:
     """Return what a link's traffic costs per hour, rounded up, as for a span."""
-    return kernel.ceil_rate(float(sent) * 3600.0 * float(instance.links.egress_micros_per_gb[link]) / 1e9)
+    return kernel.ceil_rate(float(sent) * 3600.0 * float(micros_per_gb) / 1e9)
 
 
-@compiled
+@inlined
 def _reading(instance: Instance, leases: Leases, lease: int, speed: float) -> int:
     """Return what reading the job's data at its sites costs per hour."""
     jobs = instance.jobs

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from broker.allocation import kernel
-from broker.allocation.compiled import compiled
+from broker.allocation.compiled import compiled_loop
 from broker.allocation.configuration import Configuration, Part, Traffic
 from broker.allocation.incumbents import Leases, Own
 from broker.allocation.instance import BUNDLE, SINGLE, SPAN, SPAN_SITES_MAX, Flag, Instance, Int
@@ -276,7 +276,7 @@ def _keys(tables: Tables, instance: Instance, held: Int) -> tuple[Int, Int]:
     room = max(16, 16 * len(held))
     while True:
         owner, key = np.zeros(room, np.int64), np.zeros(room, np.int64)
-        count = int(_matching(instance, held, order, owner, key))
+        count = int(_matching(instance, held, order, np.zeros(SPAN_SITES_MAX, np.int64), owner, key))
         if count <= room:
             break
         room = count
@@ -284,11 +284,10 @@ def _keys(tables: Tables, instance: Instance, held: Int) -> tuple[Int, Int]:
     return starts(pairs[0], tables.rows("jobs")), np.ascontiguousarray(pairs[1])
 
 
-@compiled
-def _matching(instance: Instance, held: Int, order: Int, owner: Int, key: Int) -> int:
+@compiled_loop
+def _matching(instance: Instance, held: Int, order: Int, counts: Int, owner: Int, key: Int) -> int:
     """Fill owner and key with the columns that are a held place, where there is room; return how many there are."""
     singles, spans, patterns, goods = instance.singles, instance.spans, instance.patterns, instance.goods
-    counts = np.zeros(4, np.int64)
     found = 0
     for row in range(len(held)):
         job, pool = held[row, 0], held[row, 1]

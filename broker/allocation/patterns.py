@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from broker.allocation.compiled import compiled
+from broker.allocation.compiled import compiled_loop
 from broker.allocation.instance import NONE, SPAN_SITES_MAX, Flag, Index, Int, Links, Patterns, Pools
 
 # Beyond this a master problem no longer fits a round; the best links come first.
@@ -86,7 +86,8 @@ def joined(
     for parts in range(2, min(sites_max, SPAN_SITES_MAX) + 1):
         weights = np.array(WEIGHTS[parts], dtype=np.int32)
         neighbours = NEIGHBOURS_MAX if parts > 2 else 1 << 30
-        arguments = (joining, listens, pool_of, mixes if parts == 2 else np.zeros_like(mixes), weights)
+        mixed = mixes if parts == 2 else np.zeros_like(mixes)
+        arguments = (joining, listens, pool_of, mixed, weights, np.full((4, SPAN_SITES_MAX), NONE, np.int32))
         count = int(_enumerate(*arguments, neighbours, room, np.zeros((0, 1), np.int32)))
         while count > room and neighbours > parts - 1 and parts > 2:
             neighbours -= 1
@@ -139,26 +140,26 @@ def _left_out(joining: Joining, listens: Flag, parts: int, neighbours: int) -> i
     return total
 
 
-@compiled
+@compiled_loop
 def _enumerate(
     joining: Joining,
     listens: Flag,
     pool_of: Index,
     mixes: Flag,
     weights: Index,
+    scratch: Index,
     neighbours: int,
     room: int,
     rows: Index,
 ) -> int:
     """Fill `rows` with patterns (where it has any room) and return how many there are, at most room + 1.
 
+    `scratch` is room for the sites, links up, links down and neighbours of one set (4 each).
     A row is 4 pools, 4 weights, 4 links up, 4 links down, the number of parts and the hub's.
     """
     parts = weights.shape[1]
     types = pool_of.shape[1]
-    sites = np.zeros(4, np.int64)
-    ups, downs = np.full(4, -1, np.int32), np.full(4, -1, np.int32)
-    chosen = np.zeros(4, np.int64)
+    sites, ups, downs, chosen = scratch[0], scratch[1], scratch[2], scratch[3]
     count = 0
     for hub in range(len(listens)):
         first, last = joining.start[hub], joining.start[hub + 1]

@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from broker.allocation import kernel
-from broker.allocation.compiled import compiled
+from broker.allocation.compiled import compiled, compiled_loop
 from broker.allocation.instance import Flag, Index, Instance, Int, Real
 from broker.allocation.patterns import Families
 
@@ -81,7 +79,7 @@ def ladder_length(low: int, high: int) -> int:
     return length
 
 
-@compiled
+@compiled_loop
 def singles_bound(requests: Requests, first: Int, slots: int) -> int:
     """Return how many candidates on one site there could be."""
     total = 0
@@ -99,7 +97,7 @@ def slots_held(left_s: float, slot_s: float, slots: int) -> int:
     return int(max(1.0, min(float(slots), math.ceil(left_s / slot_s))))
 
 
-@compiled
+@compiled_loop
 def fill_singles(
     instance: Instance,
     requests: Requests,
@@ -162,21 +160,24 @@ def fill_singles(
     return found
 
 
-@compiled
+@compiled_loop
 def spans_of(
     instance: Instance,
     requests: Requests,
     families: Families,
     offered: Offered,
+    parts: Int,
     start: Int,
     family_out: Index,
     gpus: Int,
     sites_max: Index,
     slots_out: Index,
 ) -> int:
-    """Fill the arrays of Spans where they have room; return how many there are."""
+    """Fill the arrays of Spans where they have room; return how many there are.
+
+    `parts` is room for the two parts of a mix.
+    """
     jobs, kinds = instance.jobs, instance.kinds
-    parts = np.zeros(2, np.int64)
     found = 0
     for job in range(len(jobs.must)):
         start[job] = found

@@ -5,15 +5,18 @@ Also written here: the bundles of incumbents, since their entries name rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from broker.allocation import kernel
-from broker.allocation.compiled import compiled
+from broker.allocation.compiled import compiled_loop
 from broker.allocation.incumbents import Leases, Own
 from broker.allocation.instance import NONE, SHARES, Bundles, Flag, Index, Instance, Int, Jobs, Links, Patterns, Rows
 from broker.allocation.tables import Tables
+
+# A lease a hundred million times its tenant's budget; sums of such stay far below 2^63.
+_BUDGET_SHARES_MAX: Final = 10**12
 
 
 class Stocked(NamedTuple):
@@ -191,7 +194,7 @@ def _bundles(
     ), lease_of
 
 
-@compiled
+@compiled_loop
 def _budget_shares(jobs: Jobs, job: Index, spends: Int, out: Int) -> None:
     for place in range(len(job)):
-        out[place] = kernel.budget_shares(jobs, job[place], spends[place])
+        out[place] = min(kernel.budget_shares(jobs, job[place], spends[place]), _BUDGET_SHARES_MAX)

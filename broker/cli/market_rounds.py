@@ -222,7 +222,7 @@ def _explain_placed(placed: Placement) -> None:
 
 
 def _unknown(job: str, cleared: Clearing) -> MissingError:
-    known = [row.job_id for row in (*cleared.placements, *cleared.unplaced)]
+    known = [row.job_id for row in cleared.placements] + [row.job_id for row in cleared.unplaced]
     near = difflib.get_close_matches(job, known, n=3)
     return MissingError(
         f"round {cleared.round_number} has no job {job!r}",

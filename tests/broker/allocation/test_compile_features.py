@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from broker.allocation import kernel
 from broker.allocation.compile import Compiled, compile_market
@@ -29,6 +30,7 @@ from broker.allocation.snapshot import (
     TenantState,
 )
 from broker.allocation.table_rows import from_snapshot
+from tests.broker.allocation.drawn import snapshots
 from tests.broker.allocation.instances import CREDIT, NOW_MS, job, market, pool, random_market
 from training.spec import GpuRequest, SyncPlan
 
@@ -412,3 +414,39 @@ def test_market_with_every_feature_compiles_the_same_from_rows_and_columns() -> 
     assert (used <= capacity(instance.rows)).all()
     names = [market_.names.row(row) for row in range(instance.row_count)]
     assert len(set(names)) == len(names)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(snapshots())
+def test_any_market_that_is_accepted_compiles_within_bounds(snapshot: Snapshot) -> None:
+    market_ = compiled(snapshot)
+    instance, names = market_.instance, market_.names
+    assert np.abs(instance.singles.value).max(initial=0) < 2**60
+    assert np.abs(instance.bundles.value).max(initial=0) < 2**60
+    assert (instance.singles.speed > 0).all()
+    assert (instance.singles.data_bytes_per_s >= 0).all()
+    assert (
+        np.diff(instance.rows.step_cost)[
+            np.diff(np.repeat(np.arange(instance.row_count), np.diff(instance.rows.step_start))) == 0
+        ]
+        > 0
+    ).all()
+    used = np.zeros(instance.row_count, np.int64)
+    for row in np.flatnonzero(instance.jobs.must):
+        bundle = int(instance.jobs.own[row])
+        places = slice(instance.bundles.entry_start[bundle], instance.bundles.entry_start[bundle + 1])
+        np.add.at(used, instance.bundles.entry_row[places], instance.bundles.entry_use[places])
+        assert names.configuration(int(row), BUNDLE, bundle, 0).gpus > 0
+    assert (used <= capacity(instance.rows)).all()
+    out = np.zeros(kernel.SPAN_OUT, np.int64)
+    for row in range(instance.job_count):
+        for single in range(
+            instance.singles.start[row], min(instance.singles.start[row] + 3, instance.singles.start[row + 1])
+        ):
+            good = instance.singles.good[single]
+            for offer in range(instance.goods.offer_start[good], instance.goods.offer_start[good + 1]):
+                place = int(instance.goods.offer_pool[offer])
+                if kernel.single_column(instance, row, single, place, out):
+                    assert (
+                        names.configuration(row, SINGLE, single, place).samples_per_s == instance.singles.speed[single]
+                    )
