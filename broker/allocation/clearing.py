@@ -128,6 +128,7 @@ class Unplaced(Row):
     sentence: str
     bid_needed_micros_per_million_samples: int | None = None
     starts_at_ms: int | None = Field(default=None, description="UTC milliseconds: planned, not promised")
+    planned: Configuration | None = None
 
 
 class Transfer(Row):

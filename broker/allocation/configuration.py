@@ -6,12 +6,15 @@ a placement is the one that the job won.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Final
 
 from pydantic import Field, model_validator
 
 from broker.allocation.document import Row
 from training.spec import SITES_PER_JOB_MAX, SiteId, SyncPlan
+from training.throughput import Prediction, SitePart
 
 # Bounds on the work per job; the next step up is a column oracle instead of enumeration.
 SPANS_MAX: Final = 64
@@ -82,3 +85,28 @@ class Configuration(Row):
     def gpus(self) -> int:
         """All GPUs, in all sites together."""
         return sum(part.gpus for part in self.parts)
+
+
+def configuration_of(
+    parts: Sequence[SitePart], sync: SyncPlan, hub_site: str | None, prediction: Prediction
+) -> Configuration:
+    """Return the configuration that a prediction is of."""
+    return Configuration(
+        parts=tuple(
+            Part(
+                pool_id=f"{part.site_id}/{part.gpu_type}", site_id=part.site_id, gpu_type=part.gpu_type, gpus=part.gpus
+            )
+            for part in parts
+        ),
+        sync=sync,
+        hub_site=hub_site,
+        samples_per_s=prediction.samples_per_s,
+        compute_s=prediction.compute_s,
+        intra_site_s=prediction.intra_site_s,
+        inter_site_s=prediction.inter_site_s,
+        step_s=prediction.step_s,
+        traffic=tuple(
+            Traffic(from_site=row.from_site, to_site=row.to_site, bytes_per_s=math.ceil(row.bytes_per_s))
+            for row in prediction.traffic
+        ),
+    )

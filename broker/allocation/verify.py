@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from broker.allocation.clearing import Clearing, Placement
-from broker.allocation.rules import Option, Pair, Rules
+from broker.allocation.rules_old import Option, Pair, Rules
 from broker.allocation.snapshot import JobState, Snapshot
 
 LP_GAP_MAX = 1e-6

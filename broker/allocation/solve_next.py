@@ -1,0 +1,95 @@
+"""Clear a round: a pure function from a snapshot to a clearing, the same to the bit on every run.
+
+    snapshot ─ tables ─ compile ─ solve ─ write ─ clearing
+
+Nothing reads a clock, a file or a random number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import highspy
+import numpy as np
+
+from broker.allocation.clearing import Clearing
+from broker.allocation.compile import compile_market
+from broker.allocation.instance import Real
+from broker.allocation.snapshot import Snapshot
+from broker.allocation.solver import Outcome, solve
+from broker.allocation.table_rows import from_snapshot
+from broker.allocation.tables import Tables
+from broker.allocation.won import Market
+from broker.allocation.writing import written
+
+ALGORITHM: Final = "configuration-lp/2"
+
+
+def clear(snapshot: Snapshot) -> Clearing:
+    """Return the clearing of a snapshot.
+
+    Raises broker.allocation.errors.AllocationError where the market is too large to state, or the
+    solver gives nothing that stands up to our own check; then the round should be recorded as
+    failed and the snapshot kept.
+    """
+    return clear_tables(from_snapshot(snapshot))
+
+
+def clear_tables(
+    tables: Tables,
+    *,
+    tick: Callable[[], float] = lambda: 0.0,
+    watch: Callable[[Outcome], object] = id,
+) -> Clearing:
+    """Return the clearing of a snapshot in columns; `watch` sees the outcome with its times by phase."""
+    started = tick()
+    compiled = compile_market(tables)
+    market = Market(tables, compiled)
+    compiled_s = tick() - started
+    outcome = solve(
+        compiled.instance,
+        equity_micros=int(tables.market("market_equity_micros")),
+        last_prices=_last_prices(market),
+        tick=tick,
+    )
+    started = tick()
+    clearing = written(
+        market,
+        outcome,
+        round_number=int(tables.market("round_number")),
+        snapshot_digest=tables.digest(),
+        solver=solver_version(),
+    )
+    outcome.seconds["compile"], outcome.seconds["write"] = compiled_s, tick() - started
+    watch(outcome)
+    return clearing
+
+
+def solver_version() -> str:
+    """Return the name under which a clearing can be replayed to the bit."""
+    highs = highspy.Highs()  # type: ignore[no-untyped-call]  # highspy's own signature lacks types
+    return f"{ALGORITHM} highs/{highs.version()} numpy/{np.__version__}"
+
+
+def _last_prices(market: Market) -> Real | None:
+    """Return last round's prices by row, the ask where a pool had none; None where no pool had one."""
+    last = dict(
+        zip(
+            market.tables.names("last_prices.pool_id"),
+            market.tables["last_prices.price_micros_per_gpu_hour"].tolist(),
+            strict=True,
+        )
+    )
+    if not any(pool_id in last for pool_id in market.names.pools):
+        return None
+    instance = market.instance
+    rows = instance.rows
+    prices = np.zeros(instance.row_count)
+    for slot in range(instance.slots):
+        for pool, pool_id in enumerate(market.names.pools):
+            row = slot * instance.pool_count + pool
+            first = rows.step_start[row]
+            ask = int(rows.step_cost[first]) if first < rows.step_start[row + 1] else 0
+            prices[row] = max(ask, last.get(pool_id, 0))
+    return prices

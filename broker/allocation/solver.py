@@ -1,0 +1,115 @@
+"""Solve a round in numbers: prices from the LP's proof, whole placements from the prices.
+
+    relax      prices, bound, status            broker.allocation.relaxation
+    whole      whole placements at the prices   broker.allocation.rounding
+    drop       what market equity cannot uphold
+
+Placements depend on the instance and the published prices alone, and the prices do not depend on
+the path that the LP took to them: so last round's prices and a live model change the time that a
+round takes, never its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from broker.allocation import rounding
+from broker.allocation.clearing import Status
+from broker.allocation.columns import Columns, describe
+from broker.allocation.instance import NONE, Choice, Instance, Int, Real
+from broker.allocation.nodes import market_nodes
+from broker.allocation.oracle import prepare
+from broker.allocation.relaxation import Limits as RelaxationLimits
+from broker.allocation.relaxation import relax
+from broker.allocation.rounding import Limits as RoundingLimits
+
+# Placements within this share of the bound need no search to be called optimal.
+OPTIMAL_GAP: Final = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A solved round. `prices` [rows] and `welfare` are whole micro-credits; `seconds` by phase."""
+
+    prices: Int
+    choice: Choice
+    welfare: int
+    bound: int
+    lp_objective: float
+    status: Status
+    columns: int
+    lp_rounds: int
+    repair_columns: int
+    repair_nodes: int
+    prices_settled: bool
+    seconds: dict[str, float]
+
+    @property
+    def gap(self) -> float:
+        """How much better the best placements could be at most, relative to the bound."""
+        return (self.bound - self.welfare) / max(1.0, abs(float(self.bound)))
+
+
+def solve(
+    instance: Instance,
+    *,
+    equity_micros: int = 0,
+    last_prices: Real | None = None,
+    limits: RelaxationLimits | None = None,
+    rounding_limits: RoundingLimits | None = None,
+    tick: Callable[[], float] = lambda: 0.0,
+) -> Outcome:
+    """Return prices and whole placements of a market.
+
+    `last_prices` [rows] are where the search for prices begins; `equity_micros` bounds what the
+    market may add over all placements' terms; `tick` counts seconds for the phases' times only.
+    """
+    relaxed = relax(instance, last_prices=last_prices, limits=limits, tick=tick)
+    started = tick()
+    whole = rounding.whole(instance, relaxed.prices, limits=rounding_limits or RoundingLimits(), tick=tick)
+    funded = rounding.drop_uplift(instance, relaxed.prices, whole, equity_micros)
+    seconds = {**relaxed.seconds, "rounding": tick() - started}
+    near = relaxed.bound - funded.welfare <= OPTIMAL_GAP * abs(relaxed.bound)
+    status: Status = "optimal" if funded.optimal or near else "feasible"
+    if not relaxed.optimal:
+        status = "stopped"
+    elif not _anything(instance):
+        status = "empty"
+    return Outcome(
+        prices=relaxed.prices,
+        choice=funded.choice,
+        welfare=funded.welfare,
+        bound=relaxed.bound,
+        lp_objective=relaxed.lp_objective,
+        status=status,
+        columns=relaxed.columns,
+        lp_rounds=relaxed.iterations,
+        repair_columns=funded.effort.crossing_columns + funded.effort.finish_columns,
+        repair_nodes=funded.effort.crossing_nodes + funded.effort.finish_nodes,
+        prices_settled=relaxed.optimal,
+        seconds=seconds,
+    )
+
+
+def held_columns(instance: Instance, choice: Choice) -> Columns:
+    """Return the columns that jobs hold, by job, with their values and uses."""
+    jobs = np.flatnonzero(choice.form != NONE).astype(np.int32)
+    layout = prepare(instance)
+    nodes = market_nodes(instance, layout)
+    return describe(instance, layout, nodes, jobs, choice.form[jobs], choice.item[jobs], choice.place[jobs])
+
+
+def used_rows(instance: Instance, choice: Choice) -> Int:
+    """Return how much of every row a choice uses."""
+    columns = held_columns(instance, choice)
+    used = np.zeros(instance.row_count, np.int64)
+    np.add.at(used, columns.row, columns.use)
+    return used
+
+
+def _anything(instance: Instance) -> bool:
+    return bool(len(instance.singles.gpus) or len(instance.spans.gpus) or len(instance.bundles.value))
