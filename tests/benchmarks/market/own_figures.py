@@ -1,6 +1,6 @@
 """O1, O2, O5 and O8 as far as the LP goes: time, memory, proof, and what PuLP costs.
 
-Whole placements (O3, O4, the MIP side of O5, O9, O10) join when `solver.solve` does.
+Whole rounds (O3, O4, the MIP side of O5, O9, O10) are not measured here yet.
 """
 
 from __future__ import annotations
