@@ -41,7 +41,7 @@ OPTIONS_MAX: Final = 8
 # GPUs of a cell that are dealt anew at a time.
 UNITS_MAX: Final = 2048
 # Cells that one job may be a suitor of in one sweep.
-CELLS_PER_SUITOR: Final = 8
+CELLS_PER_SUITOR: Final = 24
 
 
 class Cells(NamedTuple):

@@ -49,11 +49,11 @@ from broker.allocation.uplift import drop_unfunded
 # bid states, and prices move by more than this from round to round.
 KEEP_REGRET: Final = 0.02
 # Jobs whose surplus is at least this share of their value choose first: the LP serves all of them.
-_SURE: Final = 0.02
+_SURE: Final = 0.1
 # How much a sweep counts what is left unused, from leaning on others to welfare itself.
-_WEIGHTS: Final = (0.2, 0.4, 0.6, 0.8, 1.0, 1.0)
+_WEIGHTS: Final = (0.5, 0.7, 0.9, 1.0, 1.0, 1.0)
 # Suitors regret at least this share of their best surplus's mean, so that no effort goes into crumbs.
-_CRUMB: Final = 1e-4
+_CRUMB: Final = 1e-7
 _SPAN_WIDTH: Final = 0.05
 # The finish looks at columns that regret up to these shares of a mean value, then at all it must.
 _FINISH_SHARES: Final = (0.05, np.inf)
@@ -100,16 +100,18 @@ def whole(
     prices: Int,
     *,
     start: Choice | None = None,
+    best: oracle.Best | None = None,
     limits: Limits | None = None,
     tick: Callable[[], float] = lambda: 0.0,
 ) -> Rounded:
     """Place every job whole at published `prices` [rows], micro-credits per hour.
 
     `start` is a choice to begin with (what does not fit is left out); incumbents inside their term
-    begin in their own place in any case.
+    begin in their own place in any case. `best` are the oracle's columns at the same whole prices, where
+    the caller has them already.
     """
     limits = limits or Limits()
-    search = _Search(instance, prices)
+    search = _Search(instance, prices, best)
     marks = [tick()]
     kept = search.keep(start)
     marks.append(tick())
@@ -149,14 +151,14 @@ def _only_own(instance: Instance, choice: Choice) -> Choice:
 class _Search:
     """The state of one repair."""
 
-    def __init__(self, instance: Instance, prices: Int) -> None:
+    def __init__(self, instance: Instance, prices: Int, best: oracle.Best | None) -> None:
         self.instance = instance
         self.prices = prices
         self.state = empty_occupancy(instance, prices)
         self.scratch = new_scratch(instance)
         self.offers = priced_offers(instance, self.state.price)
         layout = oracle.prepare(instance)
-        self.wish = oracle.best(instance, prices, layout=layout)
+        self.wish = oracle.best(instance, prices, layout=layout) if best is None else best
         self.best = self.wish.surplus.astype(np.float64)
         self.dual = oracle.dual_exact(instance, prices, self.wish)
         self.shortlist = _shortlist(instance, self.state, layout, self.wish)
@@ -323,7 +325,10 @@ def _shortlist(
     """Return spans and bundles near their job's best, as a list to try and as columns."""
     found = oracle.Best(wish.form.copy(), wish.item.copy(), wish.place.copy(), wish.surplus.astype(np.float64))
     nodes = market_nodes(instance, layout)
-    columns = window(instance, layout, nodes, state.price, _SPAN_WIDTH * scale(instance), found=found, hint=found)
+    # Only who is best off across sites competes for links; the others have a place to go.
+    crossing = (wish.form == SPAN) | (wish.form == BUNDLE)
+    width = np.where(crossing, _SPAN_WIDTH * scale(instance), 0.0)
+    columns = window(instance, layout, nodes, state.price, width, found=found, hint=found)
     columns = columns.take(np.flatnonzero((columns.form == SPAN) | (columns.form == BUNDLE)).astype(np.int32))
     span = columns.form == SPAN
     start = np.concatenate([[0], np.cumsum(np.bincount(columns.job[span], minlength=instance.job_count))])

@@ -355,7 +355,7 @@ def test_a_job_larger_than_every_pool_stays_out_and_others_do_not_mind() -> None
     )
     rounded = whole(instance._replace(spans=no_spans), prices)
     assert rounded.choice.form[0] == NONE
-    assert np.count_nonzero(rounded.choice.form[1:] != NONE) > 20
+    assert np.count_nonzero(rounded.choice.form[1:] != NONE) > 10
 
 
 def test_a_pool_without_capacity_is_never_used() -> None:
