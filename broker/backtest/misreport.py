@@ -37,10 +37,19 @@ class Temptation:
     factor: float
 
     @property
-    def share(self) -> float:
-        """The gain as a share of the truthful payoff; of the stake where the payoff is smaller than a hundredth of it."""
+    def of_payoff(self) -> float:
+        """The gain as a share of the truthful payoff, or of a hundredth of the stake where that is more.
+
+        A seller whose price is its ask earns nothing when truthful, so this can be large where
+        little is at stake.
+        """
         base = max(self.payoff, self.stake / 100)
         return self.gain / base if base > 0 else 0.0
+
+    @property
+    def of_stake(self) -> float:
+        """The gain as a share of what is at play for the agent."""
+        return self.gain / self.stake if self.stake > 0 else 0.0
 
 
 def buyers(instance: Instance, truth: Cleared, allocate: Allocator, jobs: Sequence[int]) -> Iterator[Temptation]:
@@ -118,7 +127,6 @@ def _limited(instance: Instance, rows: Rows) -> Goods:
     return goods._replace(offer_limit=np.minimum(goods.offer_limit, rows.step_units[goods.offer_pool]))
 
 
-def quantiles(found: Sequence[Temptation]) -> tuple[float, float]:
-    """Return the median and the 95th percentile of the gains as shares."""
-    shares = [each.share for each in found]
+def quantiles(shares: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the 95th percentile, nan where there is nothing."""
     return (float(np.median(shares)), float(np.quantile(shares, 0.95))) if shares else (float("nan"), float("nan"))

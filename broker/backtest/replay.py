@@ -6,6 +6,7 @@ import datetime as dt
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final
 
 import numpy as np
@@ -36,6 +37,13 @@ FEDERATED: Final = "market"
 ALONE: Final = ("market-alone", "alone")
 
 
+class Solver(StrEnum):
+    """What clears the market's rounds."""
+
+    PRODUCT = "product"
+    REFERENCE = "reference"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a backtest compares and how; the defaults are the command's.
@@ -56,6 +64,7 @@ class Settings:
     agents: int = 12
     block_weeks: int = 2
     costs: Costs = field(default_factory=Costs)
+    solver: Solver = Solver.PRODUCT
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,7 @@ class PolicyRun:
     run: Run
     sentence: str
     wall_s: float
+    cpu_s: float
     rounds: int
     interval_s: float
     price_series: list[tuple[float, list[int]]]
@@ -111,7 +121,7 @@ def replay(
     stopwatch: Stopwatch = time.perf_counter,
 ) -> Results:
     """Run a backtest. Capacities in `sites` come from the whole trace, arrivals from `start` up to `end`."""
-    allocate, solver = _solver()
+    allocate, solver = _solver(settings.solver)
     chosen = trace.between(start, end)
     workload, listed = build(chosen, sites, table, bids=settings.bids, seed=settings.seed, patience=settings.patience)
     moments = np.linspace(0, 1, settings.moments + 2)[1:-1] * float(workload.arrival_s[-1] - workload.arrival_s[0])
@@ -175,11 +185,10 @@ def replay(
     )
 
 
-def _solver() -> tuple[Allocator, str]:
-    try:
+def _solver(solver: Solver) -> tuple[Allocator, str]:
+    if solver is Solver.PRODUCT:
         return product(), "the product's solver (broker.allocation.solver)"
-    except ImportError:
-        return plain, "a reference LP with whole placements by best response (broker.backtest.allocate.plain)"
+    return plain, "a reference LP with whole placements by best response (broker.backtest.allocate.plain)"
 
 
 def _policy(name: str, allocate: Allocator, settings: Settings) -> Policy:
@@ -202,14 +211,15 @@ def _run(
     last_s = max(1.0, float(workload.arrival_s[-1]))
     first_s = float(workload.arrival_s[0])
     simulation = Simulation(workload, sites, policy, settings.costs, home_only=getattr(policy, "home_only", False))
-    started = stopwatch()
+    started, cpu_started = stopwatch(), time.process_time()
     simulation.run(lambda now, _events: progress(name, min(1.0, (now - first_s) / max(1.0, last_s - first_s))))
-    wall_s = stopwatch() - started
+    wall_s, cpu_s = stopwatch() - started, time.process_time() - cpu_started
     market = policy if isinstance(policy, Market) else None
     return PolicyRun(
         run=summary(simulation),
         sentence=policy.sentence,
         wall_s=wall_s,
+        cpu_s=cpu_s,
         rounds=getattr(policy, "rounds", 0),
         interval_s=getattr(policy, "interval_s", 0.0),
         price_series=market.price_series if market else [],

@@ -139,11 +139,19 @@ def document(results: Results) -> dict[str, Any]:
             for game in results.games
         ],
         "misreports": {
-            kind: dict(zip(("median", "p95", "agents"), (*map(_finite, quantiles(found)), len(found)), strict=True))
+            kind: {
+                "agents": len(found),
+                "of_payoff_median_p95": _rounded(quantiles([each.of_payoff for each in found])),
+                "of_stake_median_p95": _rounded(quantiles([each.of_stake for each in found])),
+            }
             for kind, found in _by_kind(results.temptations).items()
         },
         "timing": {
-            each.run.policy: {"wall_s": round(each.wall_s, 3), "events_per_minute": round(each.events_per_minute)}
+            each.run.policy: {
+                "wall_s": round(each.wall_s, 3),
+                "cpu_s": round(each.cpu_s, 3),
+                "events_per_minute": round(each.events_per_minute),
+            }
             for each in results.runs
         },
     }
@@ -283,6 +291,7 @@ def _policies(results: Results) -> str:
                 f"{run.away_share:.1%}",
                 f"{run.counters['moves']:,} / {run.counters['preemptions']:,}",
                 f"{each.events_per_minute:,.0f}",
+                f"{each.run.events / max(each.cpu_s, 1e-9) * 60:,.0f}",
             )
         )
     meanings = "".join(f"<li><b>{each.run.policy}</b>: {escape(each.sentence)}</li>" for each in results.runs)
@@ -314,6 +323,7 @@ def _policies(results: Results) -> str:
                 "away",
                 "moves / pauses",
                 "events/min",
+                "by CPU time",
             ),
             rows,
         )
@@ -456,25 +466,37 @@ def _misreports(results: Results) -> str:
     labels = {"bid": "buyers, bid scaled", "ask": "sites, ask scaled", "capacity": "sites, capacity withheld"}
     rows = []
     for kind, each in found.items():
-        median, p95 = quantiles(each)
+        payoff_median, payoff_p95 = quantiles([one.of_payoff for one in each])
+        stake_median, stake_p95 = quantiles([one.of_stake for one in each])
         tempted = sum(one.gain > 0 for one in each)
         largest = max(each, key=lambda one: one.gain)
         rows.append(
             (
                 labels[kind],
                 f"{len(each)}",
-                f"{median:.2%}",
-                f"{p95:.2%}",
+                f"{payoff_median:.2%} / {payoff_p95:.2%}",
+                f"{stake_median:.2%} / {stake_p95:.2%}",
                 f"{tempted}",
                 f"{largest.gain:.3f} at a factor of {largest.factor:g}",
             )
         )
     return (
         "<h2>Does it pay to misreport?</h2>"
-        + _table(("who", "agents and moments", "median gain", "p95", "gain at all", "largest, credits/h"), rows)
+        + _table(
+            (
+                "who",
+                "agents and moments",
+                "of payoff, median / p95",
+                "of stake, median / p95",
+                "gain at all",
+                "largest, credits/h",
+            ),
+            rows,
+        )
         + '<p class="note">Best of a grid of misreports against the truth, one agent at a time, the round cleared again: a '
-        "lower bound of a best response. Gains as shares of the truthful payoff (or of a hundredth of the stake, where the "
-        "payoff is less); a site's payoff includes its own tenants'.</p>"
+        "lower bound of a best response. A site's payoff is its rent and its own tenants' surplus, its "
+        "stake its sales and their value; a buyer's stake is its best value. Of payoff: or of a hundredth of the stake, "
+        "where the payoff is less (who sells at its ask earns nothing when truthful).</p>"
     )
 
 

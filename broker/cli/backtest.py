@@ -45,6 +45,7 @@ def backtest(
     start: Annotated[str | None, typer.Option("--from", help="first day of arrivals, such as 2017-10-02")] = None,
     end: Annotated[str | None, typer.Option("--to", help="day before which arrivals end")] = None,
     json: Annotated[Path | None, typer.Option(help="where to write the figures as JSON")] = None,
+    solver: Annotated[str, typer.Option(help="what clears the rounds: product, or a small reference")] = "product",
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
 ) -> None:
     """Replay a trace of jobs and report what a federation would have been worth.
@@ -53,7 +54,7 @@ def backtest(
     """
     from broker.backtest.bids import BidRule
     from broker.backtest.policies import policies
-    from broker.backtest.replay import Settings, replay
+    from broker.backtest.replay import Settings, Solver, replay
     from broker.backtest.report import as_json, html
     from broker.backtest.sites import federation, read_sites
     from broker.backtest.throughput import read_throughput, uniform
@@ -61,6 +62,8 @@ def backtest(
 
     if bids not in set(BidRule):
         raise UsageError(f"--bids {bids[:40]!r} is none of {', '.join(BidRule)}")
+    if solver not in set(Solver):
+        raise UsageError(f"--solver {solver[:40]!r} is none of {', '.join(Solver)}")
     settings = Settings(
         policies=tuple(policies(policy)),
         bids=BidRule(bids),
@@ -70,6 +73,7 @@ def backtest(
         round_s=round_minutes * 60,
         moments=moments,
         agents=agents,
+        solver=Solver(solver),
     )
     first, last = _day(start, "--from"), _day(end, "--to")
     if first is not None and last is not None and first >= last:
