@@ -198,7 +198,11 @@ def _head(results: Results) -> str:
     figures = []
     for reference, interval in results.ratios.items():
         figures.append(
-            (f"{interval.estimate:.3f}", f"welfare, market over {reference} [{interval.low:.3f}, {interval.high:.3f}]")
+            (
+                f"{interval.estimate:.3f}",
+                f"welfare, market over {reference}"
+                + (f" [{interval.low:.3f}, {interval.high:.3f}]" if np.isfinite(interval.low) else ""),
+            )
         )
     for gains_of, gains in results.gains.items():
         figures.append((f"{sum(gain.worse_off for gain in gains)} of {len(gains)}", f"sites worse off than {gains_of}"))
@@ -356,7 +360,7 @@ def _federation(results: Results) -> str:
         (
             f"market over {reference}",
             f"{interval.estimate:.4f}",
-            f"{interval.low:.4f} to {interval.high:.4f}",
+            f"{interval.low:.4f} to {interval.high:.4f}" if np.isfinite(interval.low) else "too few weeks",
         )
         for reference, interval in results.ratios.items()
     ]

@@ -18,6 +18,8 @@ Int = NDArray[np.int64]
 WEEK_S: Final = 7 * 86_400.0
 RESAMPLES: Final = 2_000
 CONFIDENCE: Final = 0.95
+# With fewer blocks there is nothing to resample, and an interval would look surer than it is.
+INTERVAL_BLOCKS_MIN: Final = 3
 # A site that ends below this share of its stand-alone value counts as worse off; beyond it is rounding.
 EVEN: Final = 1e-6
 
@@ -61,11 +63,13 @@ def ratio_interval(federated: Sequence[Real], alone: Sequence[Real], *, block_we
     """Return total welfare over total welfare alone, with a moving-block bootstrap over weeks and bid seeds.
 
     `federated` and `alone` hold one series of weeks for each draw of bids, paired. A resample takes
-    draws with replacement and, in each, blocks of `block_weeks` consecutive weeks, wrapping around.
+    draws with replacement and, in each, blocks of `block_weeks` consecutive weeks, wrapping around. Too few weeks give no interval (nan).
     """
     ours: Real = np.array(federated)
     theirs: Real = np.array(alone)
     draws, weeks = ours.shape
+    if draws * weeks < INTERVAL_BLOCKS_MIN * block_weeks:
+        return Interval(_ratio(ours.sum(), theirs.sum()), float("nan"), float("nan"))
     generator = np.random.Generator(np.random.PCG64([seed, 2]))
     blocks = -(-weeks // block_weeks)
     ratios = np.empty(RESAMPLES)

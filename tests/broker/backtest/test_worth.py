@@ -130,3 +130,9 @@ def test_equal_weeks_give_a_tight_interval_and_unequal_ones_a_wide_one() -> None
     assert wide.low < 1.3
     assert wide.high > 1.5
     assert wide == ratio_interval([alone * np.tile([1.0, 1.0, 1.0, 1.8, 1.8, 1.8], 2)], [alone], block_weeks=2, seed=0)
+
+
+def test_a_single_week_gives_a_ratio_but_no_interval() -> None:
+    found = ratio_interval([np.array([12.0])], [np.array([10.0])], block_weeks=2, seed=0)
+    assert found.estimate == pytest.approx(1.2)
+    assert np.isnan([found.low, found.high]).all()
