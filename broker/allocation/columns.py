@@ -7,7 +7,7 @@ all pools of a tier (form `oracle.SCOPE`), since the LP spreads the load over th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from broker.allocation.nodes import Nodes
 from broker.allocation.oracle import SCOPE, Best, Layout, Near, scope_of, search
 
 # Spans of one job in one window: the best of them; the proof adds others where they are missed.
-SPANS_PER_JOB: int = 6
+SPANS_PER_JOB: Final = 6
 
 
 class Columns(NamedTuple):
@@ -53,7 +53,7 @@ class Columns(NamedTuple):
         paid = np.concatenate([np.zeros(1, y.dtype), np.cumsum(self.use * y[self.row])])
         return self.value - (paid[self.start[1:]] - paid[self.start[:-1]])
 
-    def take(self, chosen: Index) -> Columns:
+    def take(self, chosen: NDArray[Any]) -> Columns:
         """Return the chosen columns, in the order of `chosen`."""
         sizes = self.start[chosen + 1] - self.start[chosen]
         start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -72,7 +72,7 @@ class Columns(NamedTuple):
 
 def joined(first: Columns, second: Columns) -> Columns:
     """Return both, one after the other."""
-    merged = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
+    merged: list[NDArray[Any]] = [np.concatenate([a, b]) for a, b in zip(first, second, strict=True)]
     start = np.concatenate([first.start, second.start[1:] + first.start[-1]])
     return Columns(merged[0], merged[1], merged[2], merged[3], merged[4], start, merged[6], merged[7])
 
@@ -128,7 +128,10 @@ def window(
     outside = np.flatnonzero(~instance.jobs.must & (found.surplus <= width)).astype(np.int32)
     none = np.full(len(outside), NONE, np.int32)
     # The best column itself may have gone unkept where the hint was it, or the room was used up.
-    missed = np.flatnonzero((found.form == SPAN) | (found.form == BUNDLE)).astype(np.int32)
+    absent = np.ones(instance.job_count, bool)
+    absent[job[close]] = False
+    absent[outside] = False
+    missed = np.flatnonzero(absent | (found.form == SPAN) | (found.form == BUNDLE)).astype(np.int32)
     job = np.concatenate([job[close], outside, missed])
     form = np.concatenate([form[close], none.astype(np.int8), found.form[missed]])
     item = np.concatenate([item[close], none, found.item[missed]])

@@ -39,13 +39,15 @@ def compiled_loop(function: F) -> F:
     In a loop that costs more than the loop's own work (0.6 microseconds for a test of one bit), and
     since nothing is allocated there is nothing to count.
     """
-    jitted: Any = numba.njit(cache=True, fastmath=False, error_model="numpy", _nrt=False)(function)
+    njit: Any = numba.njit  # `_nrt` works, but is not in its stated signature.
+    jitted = njit(cache=True, fastmath=False, error_model="numpy", _nrt=False)(function)
     return cast("F", jitted)
 
 
 def inlined(function: F) -> F:
     """Compile a scalar rule into the loops that call it: passing an Instance costs more than most rules."""
-    jitted: Any = numba.njit(cache=True, fastmath=False, error_model="numpy", _nrt=False, inline="always")(function)
+    njit: Any = numba.njit
+    jitted = njit(cache=True, fastmath=False, error_model="numpy", _nrt=False, inline="always")(function)
     return cast("F", jitted)
 
 

@@ -153,7 +153,7 @@ class _PulpHighs(pulp.HiGHS):  # type: ignore[misc]  # pulp ships no types
         super().__init__(msg=False)
         self._variables = variables
 
-    def buildSolverModel(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
+    def buildSolverModel(self, lp: pulp.LpProblem) -> None:  # noqa: N802 - PuLP's name
         """Leave a loaded HiGHS in lp.solverModel; columns in the order given."""
         variables = self._variables
         place = {id(variable): index for index, variable in enumerate(variables)}
@@ -178,6 +178,7 @@ class _PulpHighs(pulp.HiGHS):  # type: ignore[misc]  # pulp ships no types
         model.a_matrix_.start_ = np.array(start, np.int32)
         model.a_matrix_.index_ = np.array(index, np.int32)
         model.a_matrix_.value_ = np.array(value, np.float64)
-        lp.solverModel = highspy.Highs()
+        highs: Any = highspy.Highs
+        lp.solverModel = highs()
         lp.solverModel.setOptionValue("output_flag", False)
         lp.solverModel.passModel(model)

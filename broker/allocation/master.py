@@ -20,10 +20,11 @@ feasible for the true one.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pulp
+from numpy.typing import NDArray
 
 from broker.allocation.columns import Columns, joined
 from broker.allocation.engine import Basis, Engine, Run
@@ -59,7 +60,7 @@ class Master:
         self._unit = max(1.0, largest / _LARGEST_COEFFICIENT)
         self._skeleton = _Skeleton(instance, nodes, self._unit, 2.0 * largest)
         engine.load(self._skeleton.problem, self._skeleton.variables)
-        self._rows = instance.row_count + nodes.count
+        self._rows = instance.row_count + nodes.total
         job_count = instance.job_count
         first = np.searchsorted(columns.job, np.arange(job_count)).astype(np.int64)
         assert np.array_equal(columns.job[first], np.arange(job_count)), "every job has a first column"
@@ -187,7 +188,8 @@ class _Skeleton:
         paid = np.flatnonzero(~free & (rows.step_units > 0))
         # Entries of the skeleton's columns: supply steps, then flows, then arcs.
         good = np.searchsorted(goods.offer_start, nodes.flow_offer, side="right") - 1
-        entry_row, entry_column, entry_factor = [step_row[paid]], [np.arange(len(paid))], [np.full(len(paid), -1.0)]
+        entry_row: list[NDArray[Any]] = [step_row[paid]]
+        entry_column, entry_factor = [np.arange(len(paid))], [np.full(len(paid), -1.0)]
         flows = len(paid) + np.arange(len(nodes.flow_offer))
         for slot in range(instance.slots):
             inside = (goods.first[good] <= slot) & (slot < goods.end[good])
@@ -219,7 +221,7 @@ class _Skeleton:
         size = base + np.bincount(step_row[paid], rows.step_units[paid], minlength=row_count)
         generic = 0.25 + 0.75 * _generic(row_count)
         # What a row sells at a cost is enlarged as a whole: the last step would otherwise bind first.
-        self.capacity = np.concatenate([base, np.zeros(nodes.count)]).astype(np.float64)
+        self.capacity = np.concatenate([base, np.zeros(nodes.total)]).astype(np.float64)
         self.row_count = row_count
         last = np.zeros(row_count, np.int64) - 1
         last[step_row[paid]] = np.arange(len(paid))
@@ -231,9 +233,12 @@ class _Skeleton:
 
     def activity(self, supply: Real) -> Real:
         """Return what the skeleton's columns use of every row and node."""
-        return np.bincount(self._row, self._factor * supply[self._column], minlength=len(self.capacity))
+        amounts = (self._factor * supply[self._column]).astype(np.float64)
+        return np.bincount(self._row, amounts, minlength=len(self.capacity)).astype(np.float64)
 
-    def _model(self, instance: Instance, nodes: Nodes, supply_row: Int, unit: float) -> tuple[pulp.LpProblem, list[pulp.LpVariable]]:
+    def _model(
+        self, instance: Instance, nodes: Nodes, supply_row: Int, unit: float
+    ) -> tuple[pulp.LpProblem, list[pulp.LpVariable]]:
         problem = pulp.LpProblem("allocation", pulp.LpMinimize)
         names = [_row_name(instance, row) for row in range(instance.row_count)]
         kinds = ("site", "region", "continent", "world")

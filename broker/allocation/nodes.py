@@ -37,7 +37,7 @@ class Nodes(NamedTuple):
     arc_to: Index
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Nodes in all."""
         return len(self.names)
 

@@ -13,6 +13,8 @@ What bounds a span at a pattern from above:
             down, b: two round trips) with the most compressed codec that the job may use
     value   the bid at that speed, and what the hold affords over the shortest term; the longest term
             gives the least restart rate
+    toll    what grows with speed (data egress, link egress, link shares at their price) makes every piece
+            of the bid less steep; a piece that would then fall counts as flat
     price   a part's GPUs differ from its exact share by less than one, and at most half of the parts
             are above theirs, so a pattern's GPUs cost at least gpus x average - parts // 2 x (dearest
             - cheapest), and never less than gpus x cheapest
@@ -24,13 +26,13 @@ broken by `kernel.column_key`, the least first; staying out wins a tie at 0.
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.compiled import compiled, compiled_loop, inlined
-from broker.allocation.instance import NONE, SPAN_SITES_MAX, Index, Instance, Int, Real
+from broker.allocation.instance import NONE, SHARES, SPAN_SITES_MAX, Index, Instance, Int, Real
 from broker.allocation.kernel import (
     CHARGE_MAX,
     CODECS,
@@ -53,7 +55,8 @@ from broker.allocation.kernel import (
 )
 from training import throughput
 
-Prices = NDArray[np.float64] | NDArray[np.int64]
+# float64 or int64, per row.
+Prices = NDArray[Any]
 
 # A fourth form, of the LP only: a single at any pool of a tier. `place` is the tier.
 SCOPE: Final = 3
@@ -67,6 +70,8 @@ _RATIOS: Final = np.array([throughput.CODEC_RATIOS[codec] for codec in CODECS])
 _MOST_COMPRESSED: Final = float(max(throughput.CODEC_RATIOS[codec] for codec in throughput.AUTO_CODECS))
 _BYTES_PER_PARAMETER: Final = throughput.BYTES_PER_PARAMETER
 _ROUND_TRIPS: Final = throughput.ROUND_TRIPS_PER_SYNC
+# Bytes/s at a price per GB, per hour.
+_HOUR_PER_GB: Final = 3600.0 / 1e9
 _LINK_EFFICIENCY: Final = throughput.LINK_EFFICIENCY
 # Bounds are computed in floats: this much is added so that rounding never cuts off the best column.
 _MARGIN: Final = 1e-9
@@ -107,8 +112,8 @@ class Order(NamedTuple):
     """
 
     offer: Index
-    price: NDArray[np.float64] | NDArray[np.int64]
-    pool_price: NDArray[np.float64] | NDArray[np.int64]
+    price: NDArray[Any]
+    pool_price: NDArray[Any]
     pattern: Index
     pattern_price: Real
 
@@ -119,18 +124,18 @@ class Best(NamedTuple):
     form: NDArray[np.int8]
     item: Index
     place: Index
-    surplus: NDArray[np.float64] | NDArray[np.int64]
+    surplus: NDArray[Any]
 
 
 class Near(NamedTuple):
     """Columns close to their job's best: `room` [jobs] is how close; the rest is filled, row by row."""
 
-    room: NDArray[np.float64] | NDArray[np.int64]
+    room: NDArray[Any]
     job: Index
     form: NDArray[np.int8]
     item: Index
     place: Index
-    surplus: NDArray[np.float64] | NDArray[np.int64]
+    surplus: NDArray[Any]
 
 
 def prepare(instance: Instance) -> Layout:
@@ -144,13 +149,13 @@ def prepare(instance: Instance) -> Layout:
     offer_good = np.repeat(np.arange(good_count), np.diff(goods.offer_start))
     offers = np.arange(len(offer_site))
     scopes = []
-    for level, scope in enumerate(
-        (offer_site, sites.region[offer_site], sites.continent[offer_site], np.zeros(len(offer_site), np.int64))
-    ):
+    everywhere = np.zeros(len(offer_site), np.int32)
+    by_level: list[Index] = [offer_site, sites.region[offer_site], sites.continent[offer_site], everywhere]
+    for level, scope in enumerate(by_level):
         inside = scope >= 0
         scopes.append(np.stack([level_scope[level] + scope[inside], offer_good[inside], offers[inside]]))
-    scope, good, offer = np.concatenate(scopes, axis=1).astype(np.int64)
-    cell = scope * good_count + good
+    scopes_of, good_of, offer = np.concatenate(scopes, axis=1).astype(np.int64)
+    cell = scopes_of * good_count + good_of
     order = np.argsort(cell, kind="stable")
     cells = (int(level_scope[3]) + 1) * good_count
     start = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))]).astype(np.int64)
@@ -160,7 +165,9 @@ def prepare(instance: Instance) -> Layout:
     families = len(instance.patterns.family_start) - 1
     gpus_min = np.full(families, 2**31, np.int64)
     np.minimum.at(gpus_min, instance.spans.family, instance.spans.gpus)
-    group_start, group_end, group_sync, group_delay = [0], [0], [], []
+    group_start, group_end = [0], [0]
+    group_sync: list[float] = []
+    group_delay: list[float] = []
     by_quality = np.empty(len(sync), np.int32)
     pattern_group = np.empty(len(sync), np.int32)
     for family in range(families):
@@ -370,7 +377,6 @@ def scope_of(instance: Instance, layout: Layout, home: int, tier: int) -> int:
 @inlined
 def single_surplus(instance: Instance, y: np.ndarray, job: int, single: int, price: float, out: Int) -> float:
     """Return a single's surplus from `out` of `single_column` and the price of a GPU over its slots."""
-    jobs = instance.jobs
     gpus = instance.singles.gpus[single]
     worth = out[VALUE] + side_surplus(instance, y, job, gpus, out)
     return worth - gpus * price
@@ -493,8 +499,9 @@ def _best_of_all(
         instance.patterns,
     )
     zero = y[0] * 0
+    first_row = instance.links.first_row
     for job in range(len(found.form)):
-        top, top_key = zero, np.int64(-1)
+        top, top_key = zero, column_key(0, 0, 0)
         top_form, top_item, top_place = -1, -1, -1
         any_found = not jobs.must[job]
         room = near.room[job]
@@ -611,11 +618,31 @@ def _best_of_all(
                             allowed = allowed and site_allowed(instance, job, site)
                         if not allowed or not split(gpus, patterns.weight[pattern], patterns.parts[pattern], counts):
                             continue
-                        cost = 0.0
+                        # Traffic grows with speed: data, contributions and shares of links cost at least `toll`
+                        # per sample/s, each rounded up later.
+                        cost, toll = 0.0, 0.0
+                        others = patterns.parts[pattern] - 1
+                        per_speed = size / (jobs.batch_per_gpu[job] * gpus * steps)
                         for part in range(patterns.parts[pattern]):
-                            cost += counts[part] * prices[patterns.pool[pattern, part]]
-                            allowed = allowed and counts[part] <= instance.pools.job_max[patterns.pool[pattern, part]]
-                        if not allowed or (any_found and closer - cost * (1 - _MARGIN) < top):
+                            pool = patterns.pool[pattern, part]
+                            cost += counts[part] * prices[pool]
+                            allowed = allowed and counts[part] <= instance.pools.job_max[pool]
+                            tier = tier_of(instance, job, instance.pools.site[pool])
+                            data = jobs.data_bytes_per_sample[job] * counts[part] / gpus
+                            toll += data * jobs.tier_price[job, tier] * _HOUR_PER_GB * slots
+                            for direction in range(2):
+                                link = patterns.up[pattern, part] if direction == 0 else patterns.down[pattern, part]
+                                if link >= 0:
+                                    sent = per_speed * (1 if direction == 0 else others)
+                                    toll += sent * instance.links.egress_micros_per_gb[link] * _HOUR_PER_GB * slots
+                                    toll += sent * 8.0 * SHARES / instance.links.bits_per_s[link] * y[first_row + link]
+                        least = afford * slots
+                        for piece in range(jobs.value_slope.shape[1]):
+                            slope = jobs.value_slope[job, piece] * slots - toll * (1 - _MARGIN)
+                            least = min(least, jobs.value_base[job, piece] * slots + max(0.0, slope) * speed)
+                        closer = least - destroyed * slots + extra
+                        closer += 1 + abs(closer) * _MARGIN
+                        if not allowed or (any_found and closer - cost * (1 - _MARGIN) < top - room):
                             continue
                         if span_column(instance, job, span, pattern, out) <= 0:
                             continue

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
 from broker.allocation import kernel
 from broker.allocation.compiled import compiled
 from broker.allocation.instance import (
@@ -50,7 +51,7 @@ _TYPES = (
 _LOAD = 1.3
 
 
-def small(seed: int) -> Instance:
+def small(seed: int) -> Instance:  # noqa: C901, PLR0912, PLR0915 - one market, written out feature by feature
     """Return a market of 3 to 8 jobs whose columns can all be listed."""
     rng = np.random.default_rng(seed)
     slots = int(rng.integers(1, 4))
@@ -208,7 +209,7 @@ def small(seed: int) -> Instance:
     return _with_barred(rng, _with_singles(instance, single_job, single_good, single_gpus))
 
 
-def large(
+def large(  # noqa: PLR0915 - one market, written out feature by feature
     job_count: int, site_count: int, family: str, seed: int, *, bespoke: float = 0.0, spanning: float = 0.25
 ) -> Instance:
     """Return a market of family "A" or "B"; `bespoke` is the share of jobs with a site list of their own.

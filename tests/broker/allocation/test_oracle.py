@@ -1,20 +1,20 @@
 from __future__ import annotations
 
 import math
-
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from broker.allocation import kernel, oracle
 from broker.allocation.instance import BUNDLE, SINGLE, SPAN, Instance
-from numpy.typing import NDArray
 from tests.broker.allocation import array_instances
-from typing import Any
 
 Listed = tuple[int, int, int, int, dict[int, int]]
 
 
-def every_column(instance: Instance, job: int) -> list[Listed]:
+def every_column(instance: Instance, job: int) -> list[Listed]:  # noqa: C901 - three forms of column, side by side
     """List (form, item, place, value, uses) of all columns of a job, by the text of the rules."""
     jobs, goods, singles, spans, patterns = (
         instance.jobs,

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import highspy
+import numpy as np
+import pytest
+
+from broker.allocation import oracle
+from broker.allocation.instance import Instance
+from broker.allocation.relaxation import GAP, Limits, relax
+from tests.broker.allocation import array_instances
+from tests.broker.allocation.test_oracle import every_column
+
+
+def full_enumeration(instance: Instance) -> float:
+    """Return the optimum of the LP over every column of every job, written out anew."""
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    jobs = instance.job_count
+    for job in range(jobs):
+        highs.addRow(1.0 if instance.jobs.must[job] else 0.0, 1.0, 0, [], [])
+    for row in range(instance.row_count):
+        highs.addRow(-highspy.kHighsInf, float(instance.rows.base[row]), 0, [], [])
+        for step in range(instance.rows.step_start[row], instance.rows.step_start[row + 1]):
+            highs.addCol(
+                float(instance.rows.step_cost[step]),
+                0.0,
+                float(instance.rows.step_units[step]),
+                1,
+                [jobs + row],
+                [-1.0],
+            )
+    for job in range(jobs):
+        for _, _, _, value, uses in every_column(instance, job):
+            rows = [job, *(jobs + row for row in uses)]
+            highs.addCol(-float(value), 0.0, highspy.kHighsInf, len(rows), rows, [1.0, *map(float, uses.values())])
+    highs.run()
+    assert highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    return -highs.getObjectiveValue()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_relaxation_reaches_the_optimum_over_every_column(seed: int) -> None:
+    instance = array_instances.small(seed)
+    found = relax(instance)
+    optimum = full_enumeration(instance)
+    in_floats = oracle.dual(instance, found.y, oracle.best(instance, found.y))
+    assert found.optimal
+    assert in_floats == pytest.approx(optimum, rel=GAP, abs=1.0)
+    assert found.lp_objective == pytest.approx(optimum, rel=GAP, abs=1.0)
+    assert found.bound >= optimum * (1 - 1e-9) - 1
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_prices_are_the_same_whole_numbers_whatever_path_the_solver_takes(seed: int) -> None:
+    instance = array_instances.small(seed)
+    cold = relax(instance, methods=("dual", "primal"))
+    other = relax(instance, methods=("ipm", "dual"))
+    warm = relax(instance, last_prices=cold.prices * 1.05, methods=("primal", "ipm"))
+    assert np.array_equal(cold.prices, other.prices)
+    assert np.array_equal(cold.prices, warm.prices)
+
+
+def test_a_stopped_relaxation_still_states_a_valid_bound_and_says_that_it_stopped() -> None:
+    instance = array_instances.large(300, 24, "B", 1)
+    whole, cut = relax(instance), relax(instance, limits=Limits(iterations=1), last_prices=np.zeros(instance.row_count))
+    assert whole.optimal
+    assert not cut.optimal
+    assert cut.bound >= whole.lp_objective
+    assert cut.bound == oracle.dual_exact(instance, cut.prices)
