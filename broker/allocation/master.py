@@ -219,16 +219,12 @@ class _Skeleton:
         self.upper = np.full(self.column_count, np.inf)
         self.upper[: len(paid)] = rows.step_units[paid]
         size = base + np.bincount(step_row[paid], rows.step_units[paid], minlength=row_count)
-        generic = 0.25 + 0.75 * _generic(row_count)
-        # What a row sells at a cost is enlarged as a whole: the last step would otherwise bind first.
+        generic = 0.25 + 0.75 * _generic(row_count + len(paid))
+        # What a row gives for nothing and each of its steps is enlarged: a price may settle at any edge.
         self.capacity = np.concatenate([base, np.zeros(nodes.total)]).astype(np.float64)
         self.row_count = row_count
-        last = np.zeros(row_count, np.int64) - 1
-        last[step_row[paid]] = np.arange(len(paid))
-        extra = PERTURBATION * generic * np.abs(size)
-        stepped = last >= 0
-        self.upper[last[stepped]] += extra[stepped]
-        self.capacity[:row_count][~stepped] += extra[~stepped]
+        self.capacity[:row_count] += PERTURBATION * generic[:row_count] * np.maximum(1, np.abs(size)) / 2
+        self.upper[: len(paid)] *= 1.0 + PERTURBATION * generic[row_count:] / 2
         self.problem, self.variables = self._model(instance, nodes, step_row[paid], unit)
 
     def activity(self, supply: Real) -> Real:
