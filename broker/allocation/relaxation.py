@@ -28,8 +28,8 @@ from broker.allocation.posted import post
 WIDTH: Final = 0.02
 WIDTH_LATER: Final = 0.002
 GAP: Final = 1e-6
-# What the proof may leave: the rest of GAP is the perturbation and the rounding of prices.
-_GAP_PRICED: Final = 3e-7
+# What the proof may leave: far below the perturbation, which else would not decide between prices.
+_GAP_PRICED: Final = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,12 @@ def relax(
             objective = max(objective, _feasible(instance, point))
         lap("pricing")
         short = np.maximum(0.0, found.surplus - point.surplus)
-        if point.run.optimal and short.sum() <= _GAP_PRICED * abs(bound):
-            best_y, best_bound, proved = y, bound, True
+        proved = point.run.optimal and point.violation <= PERTURBATION and float(short.sum()) <= GAP / 3 * abs(bound)
+        if proved:
+            best_y, best_bound = y, bound
+        if proved and short.sum() <= _GAP_PRICED * abs(bound):
             break
-        wanted = _not_yet(master.columns, missing, np.flatnonzero(short > 1e-9 * scales))
+        wanted = _not_yet(master.columns, missing, np.flatnonzero(short > 1e-12 * scales))
         if not len(wanted):
             break
         master.add(missing.take(wanted))
