@@ -1,8 +1,12 @@
-"""Compiled loops: numba with a cache on disk that can never be stale.
+"""Compiled loops: numba where the machine has compiled them, the same functions as plain Python elsewhere.
 
-numba notices when the file of a cached function changed, but not when a function that it calls
-did. So the cache lives in a folder named after the digest of all sources that are compiled: a new
-version of Hansa compiles anew, an unchanged one starts at once.
+The loops are ordinary Python over numpy arrays. numba makes them a hundred times faster and takes
+minutes to compile them, once: `hansa market compile` does it, and keeps the result in a folder
+named after the digest of all sources that are compiled, so that it can never be stale (numba
+notices when the file of a cached function changed, but not when a function that it calls did).
+Without it they run as they stand: the same bits, fast enough for a market of some dozen jobs.
+
+HANSA_COMPILE=1 compiles on first use, HANSA_COMPILE=0 never does.
 """
 
 from __future__ import annotations
@@ -12,10 +16,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
-
-import numba
 
 from training import throughput
 
@@ -24,12 +27,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DIGEST_LENGTH: Final = 16
 # Modules without compiled functions whose constants are compiled into others.
 _CONSTANTS: Final = frozenset({"instance", "configuration", "throughput"})
+_COMPLETE: Final = "complete"
 
 
 def compiled(function: F) -> F:
-    """Compile a function of numbers and arrays on first use. No fused or reordered arithmetic."""
-    jitted: Any = numba.njit(cache=True, fastmath=False, error_model="numpy")(function)
-    return cast("F", jitted)
+    """Compile a function of numbers and arrays. No fused or reordered arithmetic."""
+    return _jitted(function)
 
 
 def compiled_loop(function: F) -> F:
@@ -39,20 +42,38 @@ def compiled_loop(function: F) -> F:
     In a loop that costs more than the loop's own work (0.6 microseconds for a test of one bit), and
     since nothing is allocated there is nothing to count.
     """
-    njit: Any = numba.njit  # `_nrt` works, but is not in its stated signature.
-    jitted = njit(cache=True, fastmath=False, error_model="numpy", _nrt=False)(function)
-    return cast("F", jitted)
+    return _jitted(function, _nrt=False)
 
 
 def inlined(function: F) -> F:
     """Compile a scalar rule into the loops that call it: passing an Instance costs more than most rules."""
-    njit: Any = numba.njit
-    jitted = njit(cache=True, fastmath=False, error_model="numpy", _nrt=False, inline="always")(function)
-    return cast("F", jitted)
+    return _jitted(function, _nrt=False, inline="always")
+
+
+def is_compiled() -> bool:
+    """Return whether this process runs compiled loops."""
+    return _COMPILES
+
+
+def mark_complete() -> None:
+    """Let processes from now on use what this one has compiled."""
+    folder = _cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _COMPLETE).touch()
+
+
+def _jitted(function: F, **options: object) -> F:
+    if not _COMPILES:
+        return function
+    import numba  # noqa: PLC0415  most of a second and 100 MB, which a process without compiled loops is spared
+
+    njit: Any = numba.njit  # `_nrt` works, but is not in its stated signature.
+    vars(numba.config)["CACHE_DIR"] = str(_cache_folder())
+    return cast("F", njit(cache=True, fastmath=False, error_model="numpy", **options)(function))
 
 
 def _cache_folder() -> Path:
-    digest = hashlib.sha256(numba.__version__.encode())
+    digest = hashlib.sha256(version("numba").encode())
     for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(throughput.__file__)]:
         text = source.read_bytes()
         if source.stem in _CONSTANTS or b"allocation.compiled import" in text:
@@ -71,4 +92,9 @@ def _root() -> Path:
     return Path(tempfile.gettempdir()) / f"user-{os.getuid()}"
 
 
-vars(numba.config)["CACHE_DIR"] = str(_cache_folder())
+def _decided() -> bool:
+    wish = os.environ.get("HANSA_COMPILE", "")
+    return wish == "1" or (wish != "0" and (_cache_folder() / _COMPLETE).exists())
+
+
+_COMPILES: Final = _decided()
