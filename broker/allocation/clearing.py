@@ -25,7 +25,16 @@ LINK_SHARES: Final = 10_000
 Status = Literal["optimal", "feasible", "stopped", "empty"]
 Action = Literal["start", "keep", "renew", "move"]
 UnplacedCode = Literal[
-    "no_pool", "deadline", "barred", "budget_short", "bid_below_ask", "outbid", "fragmented", "uplift_short", "finished", "later"
+    "no_pool",
+    "deadline",
+    "barred",
+    "budget_short",
+    "bid_below_ask",
+    "outbid",
+    "fragmented",
+    "uplift_short",
+    "finished",
+    "later",
 ]
 
 

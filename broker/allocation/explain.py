@@ -6,30 +6,35 @@ what would change it, a bid or a relaxed request, true at this round's prices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from broker.allocation.candidates import Candidate, Column
+import numpy as np
+
+from broker.allocation import kernel
 from broker.allocation.clearing import Unplaced, UnplacedCode
-from broker.allocation.market import Market
-from broker.allocation.prices import Prices
-from broker.allocation.quote import never_possible
-from broker.allocation.repair import uplift_cost
-from broker.allocation.snapshot import JobState
+from broker.allocation.instance import NONE, Int
+from broker.allocation.oracle import best
+from broker.allocation.rents import supplied
+from broker.allocation.singles import next_count
+from broker.allocation.solver import Outcome, used_rows
+from broker.allocation.won import Market, Won
 from pricing.money import SECONDS_PER_HOUR, divide_up, format_credits
-from pricing.value import bid_for_value, value_micros_per_hour
+from pricing.value import bid_for_value
 
 
-def why_placed(market: Market, prices: Prices, column: Column) -> str:
+def why_placed(market: Market, prices: Int, column: Won) -> str:
     """Return why a job won this configuration."""
-    sold = column.configuration
-    where = " and ".join(f"{part.gpus} {part.gpu_type} at {part.site_id}" for part in sold.parts)
+    where = " and ".join(f"{part.gpus} {part.gpu_type} at {part.site_id}" for part in column.configuration.parts)
     if column.action == "keep":
         return f"{where}: inside its term, so place and price stay as agreed"
-    gross, uplift = prices.gross(column), prices.uplift(column)
+    gross, uplift = column.gross(market, prices), column.uplift(market, prices)
+    rows = market.instance.rows
     scarce = [
         part.pool_id
-        for part in sold.parts
-        if prices.pools[part.pool_id] > market.pools[part.pool_id].ask_micros_per_gpu_hour
+        for part, (pool, _) in zip(column.configuration.parts, column.pools, strict=True)
+        if prices[pool] > rows.step_cost[rows.step_start[pool]]
     ]
     price = f"{' and '.join(scarce)} above ask, as others want it too" if scarce else "at the sites' asks"
     kept = format_credits(max(0, column.value - column.egress - gross + uplift))
@@ -40,139 +45,223 @@ def why_placed(market: Market, prices: Prices, column: Column) -> str:
     )
 
 
-def unplaced(
-    market: Market, looked_at: Mapping[str, Sequence[Candidate]], prices: Prices, placed: Sequence[Column]
-) -> list[Unplaced]:
-    """Return one row for every job that has no placement."""
-    holders = {column.job.job_id for column in placed}
-    free = {pool_id: pool.capacity_gpus for pool_id, pool in market.pools.items()}
-    for column in placed:
-        for part in column.configuration.parts:
-            free[part.pool_id] -= part.gpus
-    equity = market.snapshot.market_equity_micros - sum(uplift_cost(prices, column) for column in placed)
+def unplaced(market: Market, outcome: Outcome, now: Sequence[Won], later: Sequence[Won]) -> list[Unplaced]:
+    """Return one row for every job that gets nothing now."""
+    explained = _Explained(market, outcome, now)
+    planned = {column.job: column for column in later}
+    placed = {column.job for column in now}
     return [
-        _why_not(market, job, looked_at[job.job_id], prices, free=free, equity=equity)
-        for job in market.jobs
-        if job.job_id not in holders
+        explained.planned(planned[job]) if job in planned else explained.why_not(job)
+        for job in range(market.instance.job_count)
+        if job not in placed
     ]
 
 
-def _why_not(
-    market: Market,
-    job: JobState,
-    looked_at: Sequence[Candidate],
-    prices: Prices,
-    *,
-    free: dict[str, int],
-    equity: int,
-) -> Unplaced:
-    if job.samples_left == 0:
-        return _row(job, "finished", "all its samples are done; it needs no GPUs", None)
-    if not looked_at:
-        sentence = never_possible(job, market.snapshot.pools, market.snapshot.sites, market.snapshot.links)
-        fallback = "no pool that it accepts has enough GPUs this round; wait, or accept others"
-        return _row(job, "no_pool", sentence or fallback, None)
-    priced = [candidate.column for candidate in looked_at if candidate.column is not None]
-    if not priced:
-        return _obstacles(job, looked_at)
-    if any(prices.surplus(column) >= 0 for column in priced):
-        return _fragmented(job, priced, free)
-    return _priced_out(market, job, priced, prices, free=free, equity=equity)
+@dataclass(frozen=True, slots=True)
+class _Sketch:
+    """A place on one site that was not worth a column: `late_h` above 0 where the deadline would pass."""
+
+    name: str
+    speed: float
+    linear: int
+    affordable: int
+    term_s: int
+    asks: int
+    late_h: float
 
 
-def _priced_out(
-    market: Market, job: JobState, priced: Sequence[Column], prices: Prices, *, free: dict[str, int], equity: int
-) -> Unplaced:
-    """Explain a job whose every configuration costs more than it is worth, by the one nearest to winning.
+class _Explained:
+    """What is free, and the column nearest to winning of every job, at the round's prices."""
 
-    GPUs that are free come first: a bid that covers their price wins them without taking a place
-    from a rival, who would push the price up.
-    """
-    open_ones = [column for column in priced if _free(column, free)]
-    if all(_capped(job, column) for column in open_ones or priced):
-        return _short_of_budget(job, min(open_ones or priced, key=lambda column: _reservation(prices, column)), prices)
-    able = [column for column in open_ones or priced if not _capped(job, column)]
-    closest = min(
-        able, key=lambda column: (_bid_for(job, column, 1 - prices.surplus(column)), column.configuration.key)
-    )
-    bid = _bid_for(job, closest, 1 - prices.surplus(closest))
-    remedy = _remedy(market, job, bid)
-    name, cost = closest.configuration.key, format_credits(prices.gross(closest) + closest.egress)
-    worth = format_credits(max(0, closest.value))
-    if all(column.worth <= 0 for column in priced):
-        asks = format_credits(closest.asks + closest.egress)
-        sentence = f"for {name} the sites ask {asks} credits an hour, the bid is worth {worth} there; {remedy}"
-        return _row(job, "bid_below_ask", sentence, bid)
-    if open_ones:
-        left = format_credits(max(0, equity))
-        sentence = (
-            f"{name} is free at {cost} credits an hour, the bid is worth {worth} there, and the market's own {left} "
-            f"credits cannot bridge that; {remedy}"
+    def __init__(self, market: Market, outcome: Outcome, now: Sequence[Won]) -> None:
+        self.market, self.prices = market, outcome.prices
+        instance = market.instance
+        left_out = outcome.choice.form == NONE
+        wanting = instance._replace(jobs=instance.jobs._replace(must=instance.jobs.must | left_out))
+        used = used_rows(instance, outcome.choice)
+        self.free = supplied(instance, self.prices) - used
+        self.nearest = best(wanting, self.prices)
+        goods, pools = instance.goods, instance.pools
+        windows = [self.free[t * instance.pool_count : (t + 1) * instance.pool_count] for t in range(instance.slots)]
+        open_pools = np.maximum(0, windows[0])
+        room = np.maximum(0, np.minimum.reduce(windows)) if instance.slots > 1 else open_pools
+        self.open = best(
+            wanting._replace(
+                pools=pools._replace(job_max=np.minimum(pools.job_max, open_pools)),
+                goods=goods._replace(offer_limit=np.minimum(goods.offer_limit, room[goods.offer_pool])),
+            ),
+            self.prices,
         )
-        return _row(job, "uplift_short", sentence, bid)
-    sentence = f"others bid more: {name} costs {cost} credits an hour, the bid is worth {worth} there; {remedy}"
-    return _row(job, "outbid", sentence, bid)
+        drawn = sum(
+            divide_up(column.uplift(market, self.prices) * column.term_s, SECONDS_PER_HOUR)
+            for column in now
+            if column.action != "keep"
+        )
+        self.equity = int(market.tables.market("market_equity_micros")) - drawn
 
+    def planned(self, column: Won) -> Unplaced:
+        """Explain a job that waits for a later slot."""
+        market = self.market
+        starts_at_ms = int(market.tables.market("taken_at_ms")) + column.first_slot * 1000 * int(
+            market.tables.market("slot_s")
+        )
+        wait_h = column.first_slot * int(market.tables.market("slot_s")) / SECONDS_PER_HOUR
+        sentence = (
+            f"it is worth more in {wait_h:.1f} hours, at {column.configuration.key}, than now at these prices; "
+            "planned, not promised"
+        )
+        return Unplaced(
+            job_id=market.names.jobs[column.job],
+            code="later",
+            sentence=sentence,
+            starts_at_ms=starts_at_ms,
+            planned=column.configuration,
+        )
 
-def _short_of_budget(job: JobState, column: Column, prices: Prices) -> Unplaced:
-    sentence = (
-        f"its budget is the limit: {format_credits(job.hold_left_micros)} credits are left, and {column.term_s} s of "
-        f"{column.configuration.key} need {format_credits(_reservation(prices, column))}; raise the budget"
-    )
-    return _row(job, "budget_short", sentence, None)
+    def why_not(self, job: int) -> Unplaced:
+        """Explain a job that has nothing."""
+        if self.market.instance.jobs.samples_left[job] <= 0:
+            return self._row(job, "finished", "all its samples are done; it needs no GPUs")
+        if self.nearest.form[job] == NONE:
+            return self._nothing(job)
+        column = self._told(job, self.nearest)
+        if self.nearest.surplus[job] >= 0:
+            return self._fragmented(job, column)
+        return self._priced_out(job, column)
 
+    def _told(self, job: int, found: object) -> Won:
+        form, item, place = (int(getattr(found, name)[job]) for name in ("form", "item", "place"))
+        return self.market.told(job, form, item, place)
 
-def _fragmented(job: JobState, priced: Sequence[Column], free: dict[str, int]) -> Unplaced:
-    smallest = min(column.configuration.gpus for column in priced)
-    pools = {part.pool_id for column in priced for part in column.configuration.parts}
-    most = max((free[pool_id] for pool_id in pools), default=0)
-    sentence = (
-        f"the bid covers the price, but its least is {smallest} GPUs and no more than {most} are left in any one pool; "
-        "a smaller count_min, one more GPU type or one more site would help, or the next round may"
-    )
-    return _row(job, "fragmented", sentence, None)
+    def _fragmented(self, job: int, column: Won) -> Unplaced:
+        most = max((int(self.free[pool]) for pool in range(self.market.instance.pool_count)), default=0)
+        sentence = (
+            f"the bid covers the price of {column.configuration.key}, but the GPUs left do not fit it: the most in any "
+            f"one pool is {most}; a smaller count_min, one more GPU type or one more site would help, or the next "
+            "round may"
+        )
+        return self._row(job, "fragmented", sentence)
 
+    def _priced_out(self, job: int, nearest: Won) -> Unplaced:
+        """Explain a job whose every column costs more than it is worth, by the one nearest to winning.
 
-def _obstacles(job: JobState, looked_at: Sequence[Candidate]) -> Unplaced:
-    fastest = max(looked_at, key=lambda candidate: candidate.configuration.samples_per_s)
-    reasons = {candidate.reason or "" for candidate in looked_at}
-    code: UnplacedCode = "no_pool"
-    if any("deadline" in reason for reason in reasons):
-        code = "deadline"
-    elif any("declined" in reason for reason in reasons):
-        code = "barred"
-    sentence = (
-        f"none of {len(looked_at)} configurations will do; the fastest, {fastest.configuration.key}: {fastest.reason}"
-    )
-    return _row(job, code, sentence, None)
+        GPUs that are free come first: a bid that covers their price wins them without taking a place
+        from a rival, who would push the price up.
+        """
+        is_open = self.open.form[job] != NONE
+        column = self._told(job, self.open) if is_open else nearest
+        market, prices = self.market, self.prices
+        speed = column.configuration.samples_per_s
+        linear = int(kernel.value_rate(market.instance.jobs, job, speed))
+        gross = column.gross(market, prices)
+        missing = 1 - (column.value - column.egress - gross)
+        if column.action == "start" and column.value < linear:
+            needed = divide_up((gross + column.egress) * column.term_s, SECONDS_PER_HOUR)
+            return self._short_of_budget(job, column.configuration.key, column.term_s, needed)
+        bid = bid_for_value(max(linear, 0) + missing, speed)
+        remedy = self._remedy(bid)
+        name, cost = column.configuration.key, format_credits(gross + column.egress)
+        worth = format_credits(max(0, column.value))
+        if is_open:
+            left = format_credits(max(0, self.equity))
+            sentence = (
+                f"{name} is free at {cost} credits an hour, the bid is worth {worth} there, and the market's own {left} "
+                f"credits cannot bridge that; {remedy}"
+            )
+            return self._row(job, "uplift_short", sentence, bid)
+        sentence = f"others bid more: {name} costs {cost} credits an hour, the bid is worth {worth} there; {remedy}"
+        return self._row(job, "outbid", sentence, bid)
 
+    def _nothing(self, job: int) -> Unplaced:
+        """Explain a job without any column: too large, too late, vetoed, or below the asks everywhere."""
+        sketches = self._sketches(job)
+        if not sketches:
+            return self._row(job, "no_pool", self._no_pool(job))
+        in_time = [sketch for sketch in sketches if sketch.late_h <= 0]
+        if not in_time:
+            fastest = max(sketches, key=lambda sketch: sketch.speed)
+            sentence = (
+                f"none of its configurations will do; the fastest, {fastest.name}: it would finish "
+                f"{fastest.late_h:.2f} hours after the deadline"
+            )
+            return self._row(job, "deadline", sentence)
+        jobs = self.market.instance.jobs
+        worthy = [sketch for sketch in in_time if min(sketch.linear, sketch.affordable) > sketch.asks]
+        if worthy and jobs.barred_start[job] < jobs.barred_start[job + 1]:
+            sentence = f"none of its configurations will do; {worthy[0].name}: a site declined this configuration a short while ago"
+            return self._row(job, "barred", sentence)
+        capped = [sketch for sketch in in_time if sketch.linear > sketch.asks]
+        if capped:
+            least = min(capped, key=lambda sketch: sketch.asks * sketch.term_s)
+            needed = divide_up(least.asks * least.term_s, SECONDS_PER_HOUR)
+            return self._short_of_budget(job, least.name, least.term_s, needed)
+        closest = min(in_time, key=lambda sketch: (bid_for_value(sketch.asks + 1, sketch.speed), sketch.name))
+        bid = bid_for_value(closest.asks + 1, closest.speed)
+        sentence = (
+            f"for {closest.name} the sites ask {format_credits(closest.asks)} credits an hour, the bid is worth "
+            f"{format_credits(closest.linear)} there; {self._remedy(bid)}"
+        )
+        return self._row(job, "bid_below_ask", sentence, bid)
 
-def _bid_for(job: JobState, column: Column, missing: int) -> int:
-    """Return the bid at which a column's value rises by `missing` per hour."""
-    speed = column.configuration.samples_per_s
-    linear = value_micros_per_hour(job.bid_micros_per_million_samples, speed)
-    return bid_for_value(max(linear, 0) + missing, speed)
+    def _sketches(self, job: int) -> list[_Sketch]:
+        """Return the job's places at the cheapest pool that has room for each count, by GPU type."""
+        market, instance = self.market, self.market.instance
+        pools = instance.pools
+        allowed = [
+            pool for pool in range(instance.pool_count) if kernel.site_allowed(instance, job, int(pools.site[pool]))
+        ]
+        found = []
+        for kind_name, low, high in market.requests(job):
+            mine = [pool for pool in allowed if market.names.pool_parts[pool][1] == kind_name]
+            mine.sort(key=lambda pool: (int(instance.rows.step_cost[instance.rows.step_start[pool]]), pool))
+            count = low
+            while True:
+                pool = next((pool for pool in mine if pools.job_max[pool] >= count), None)
+                if pool is not None:
+                    found.append(self._sketch(job, pool, count))
+                if count >= high:
+                    break
+                count = min(high, int(next_count(count)))
+        return found
 
+    def _sketch(self, job: int, pool: int, count: int) -> _Sketch:
+        instance, jobs = self.market.instance, self.market.instance.jobs
+        speed = float(jobs.batch_per_gpu[job]) * count / float(kernel.site_step_s(instance, job, pool, count))
+        term_s = int(kernel.term_seconds(instance, job, speed))
+        late_s = float(jobs.samples_left[job]) / speed - float(jobs.deadline_s[job])
+        ask = int(instance.rows.step_cost[instance.rows.step_start[pool]])
+        return _Sketch(
+            name=f"{self.market.names.pools[pool]}:{count}",
+            speed=speed,
+            linear=int(kernel.value_rate(jobs, job, speed)),
+            affordable=int(kernel.affordable_rate(jobs, job, term_s, 1)),
+            term_s=term_s,
+            asks=ask * count,
+            late_h=0.0 if math.isinf(late_s) else late_s / SECONDS_PER_HOUR,
+        )
 
-def _capped(job: JobState, column: Column) -> bool:
-    """Return whether the hold, not the bid, limits what a column is worth."""
-    linear = value_micros_per_hour(job.bid_micros_per_million_samples, column.configuration.samples_per_s)
-    return column.action == "start" and column.value < linear
+    def _no_pool(self, job: int) -> str:
+        types = sorted({kind for kind, _, _ in self.market.requests(job)})
+        return (
+            f"no pool of {' or '.join(types)} that it may use has enough GPUs this round; wait, or accept other types, "
+            "sites or counts"
+        )
 
+    def _short_of_budget(self, job: int, name: str, term_s: int, needed_micros: int) -> Unplaced:
+        left = int(self.market.instance.jobs.hold_left[job])
+        sentence = (
+            f"its budget is the limit: {format_credits(left)} credits are left, and {term_s} s of {name} need "
+            f"{format_credits(needed_micros)}; raise the budget"
+        )
+        return self._row(job, "budget_short", sentence)
 
-def _reservation(prices: Prices, column: Column) -> int:
-    return divide_up((prices.gross(column) + column.egress) * column.term_s, SECONDS_PER_HOUR)
+    def _remedy(self, bid: int) -> str:
+        return f"a bid of {format_credits(bid)} credits per million samples would reach it"
 
-
-def _remedy(market: Market, job: JobState, bid: int) -> str:
-    others = sorted({pool.site_id for pool in market.pools.values()} - set(job.sites_allowed or ()))
-    wider = f", or allow another site ({others[0]})" if job.sites_allowed is not None and others else ""
-    return f"a bid of {format_credits(bid)} credits per million samples would reach it{wider}"
-
-
-def _free(column: Column, free: dict[str, int]) -> bool:
-    return all(free[part.pool_id] >= part.gpus for part in column.configuration.parts)
-
-
-def _row(job: JobState, code: UnplacedCode, sentence: str, bid: int | None) -> Unplaced:
-    return Unplaced(job_id=job.job_id, code=code, sentence=sentence, bid_needed_micros_per_million_samples=bid)
+    def _row(self, job: int, code: UnplacedCode, sentence: str, bid: int | None = None) -> Unplaced:
+        return Unplaced(
+            job_id=self.market.names.jobs[job],
+            code=code,
+            sentence=sentence,
+            bid_needed_micros_per_million_samples=bid,
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from broker.allocation.instance import Instance, Int
+from broker.allocation.instance import SHARES, Instance, Int
 
 
 def rents(instance: Instance, prices: Int) -> Int:
@@ -46,9 +46,15 @@ def supplied(instance: Instance, prices: Int) -> Int:
 
 
 def rounding(instance: Instance, prices: Int) -> int:
-    """Return what whole micro-credits may move the bound by: one for every unit of priced supply."""
+    """Return what whole micro-credits may move the bound by.
+
+    One for every unit that a priced row supplies, and as much again for what jobs would take of it:
+    a row of shares may be wanted whole by every job.
+    """
     priced = prices > _first_cost(instance)
-    return int(np.abs(supplied(instance, prices))[priced].sum()) + instance.job_count
+    shares = np.arange(instance.row_count) >= instance.links.first_row
+    wanted = np.where(shares, SHARES * instance.job_count, np.abs(supplied(instance, prices)))
+    return int((np.abs(supplied(instance, prices)) + wanted)[priced].sum()) + instance.job_count
 
 
 def _owner(instance: Instance) -> Int:

@@ -92,16 +92,18 @@ class Market:
         """Return what a running job pays per GPU-hour by pool."""
         tables, lease = self.tables, self.lease_of[job]
         rows = np.flatnonzero(tables["locked_prices.incumbent"] == lease).tolist()
-        return {
-            self._pool_texts[row]: int(tables["locked_prices.price_micros_per_gpu_hour"][row]) for row in rows
-        }
+        return {self._pool_texts[row]: int(tables["locked_prices.price_micros_per_gpu_hour"][row]) for row in rows}
 
     def requests(self, job: int) -> list[tuple[str, int, int]]:
         """Return what a job asks for: GPU type, least and most GPUs."""
         tables = self.tables
         first, end = np.searchsorted(tables["accelerators.job"], [job, job + 1]).tolist()
         return [
-            (self._type_texts[row], int(tables["accelerators.count_min"][row]), int(tables["accelerators.count_max"][row]))
+            (
+                self._type_texts[row],
+                int(tables["accelerators.count_min"][row]),
+                int(tables["accelerators.count_max"][row]),
+            )
             for row in range(first, end)
         ]
 

@@ -21,8 +21,8 @@ from broker.allocation.clearing import (
     TenantPrice,
     Transfer,
 )
-from broker.allocation.explain_next import unplaced, why_placed
-from broker.allocation.instance import NONE, Choice, Instance, Int
+from broker.allocation.explain import unplaced, why_placed
+from broker.allocation.instance import BUNDLE, NONE, Choice, Instance, Int
 from broker.allocation.oracle import best, dual_exact, exact_dot
 from broker.allocation.rents import costs, rents, rounding, supplied
 from broker.allocation.solver import Outcome, held_columns, used_rows
@@ -49,7 +49,7 @@ def written(market: Market, outcome: Outcome, *, round_number: int, snapshot_dig
     now = [column for column in columns if column.first_slot == 0]
     later = [column for column in columns if column.first_slot > 0]
     used = used_rows(market.instance, choice)
-    books = _Books(market, prices, used)
+    books = _Books(market, prices, used, choice)
     placements = [books.placement(column) for column in now]
     names = market.names
     pools = market.instance.pool_count
@@ -84,13 +84,20 @@ def written(market: Market, outcome: Outcome, *, round_number: int, snapshot_dig
 class _Books:
     """What rows cost, supply and hold at the published prices."""
 
-    def __init__(self, market: Market, prices: Int, used: Int) -> None:
+    def __init__(self, market: Market, prices: Int, used: Int, choice: Choice) -> None:
         self.market, self.prices, self.used = market, prices, used
         self.instance, self.names = market.instance, market.names
         first = self.instance.links.first_row
         self.link_rows = np.arange(first, first + len(self.instance.links.from_site))
         self.fee = int(market.tables.market("fee_basis_points"))
         self.asks = [self._ask(pool) for pool in range(self.instance.pool_count)]
+        # Jobs inside their term stay at their locked price even where this round's buys fewer GPUs.
+        self.sold = supplied(self.instance, prices)
+        self.staying = used_rows(self.instance, _staying(self.instance, choice))
+
+    def _sold_of(self, pool: int) -> int:
+        """Return how many GPUs of a pool are sold at this round's price: a lease that stays takes the dearest."""
+        return min(int(self.used[pool]), int(self.sold[pool]))
 
     def _ask(self, pool: int) -> Ask:
         rows = self.instance.rows
@@ -133,7 +140,7 @@ class _Books:
                 payout = price * (BASIS_POINTS - self.fee) // BASIS_POINTS
             else:
                 price = int(self.prices[pool])
-                payout = self.asks[pool].payout_micros_per_gpu_hour(price, self.fee, int(self.used[pool]))
+                payout = self.asks[pool].payout_micros_per_gpu_hour(price, self.fee, self._sold_of(pool))
             rows.append(
                 PoolCharge(
                     pool_id=part.pool_id,
@@ -216,7 +223,7 @@ class _Books:
         drawn = sum(
             divide_up(uplift * column.term_s, SECONDS_PER_HOUR) for column, uplift in zip(paying, uplifts, strict=True)
         )
-        floors = np.unique(instance.jobs.floor_row[instance.jobs.floor_row >= 0])
+        floors = [floor for _, (_, floor) in self.market.tenant_rows() if floor >= 0]
         lp = outcome.lp_objective
         return Certificate(
             bound_micros_per_hour=lost.bound_micros_per_hour,
@@ -234,13 +241,13 @@ class _Books:
                 "bound_at_least_welfare": lost.gap_micros_per_hour >= 0,
                 "lp_gap_proved": outcome.status == "stopped"
                 or abs(lost.bound_micros_per_hour - lp) <= LP_GAP_MAX * abs(lp) + rounding(instance, prices),
-                "placements_fit": bool((self.used <= supplied(instance, prices)).all()),
+                "placements_fit": bool((self.used <= np.maximum(self.sold, self.staying)).all()),
                 "buyers_at_most_value": all(
                     charge <= max(0, column.value - column.egress)
                     for column, charge in zip(paying, charges, strict=True)
                 ),
                 "sites_at_least_ask": all(
-                    prices[pool] >= ask.marginal_micros_per_gpu_hour(int(self.used[pool]))
+                    prices[pool] >= ask.marginal_micros_per_gpu_hour(self._sold_of(pool))
                     for pool, ask in enumerate(self.asks)
                 ),
                 "uplift_within_equity": drawn <= int(self.market.tables.market("market_equity_micros")),
@@ -251,6 +258,12 @@ class _Books:
 def exact_sum(amounts: Int) -> int:
     """Return the sum of whole amounts, beyond 2^63 too."""
     return exact_dot(np.asarray(amounts, dtype=np.int64), np.ones(len(amounts), dtype=np.int64))
+
+
+def _staying(instance: Instance, choice: Choice) -> Choice:
+    """Return the part of a choice that is jobs inside their term in their own place."""
+    own = instance.jobs.must & (choice.form == BUNDLE) & (choice.item == instance.jobs.own)
+    return choice._replace(form=np.where(own, choice.form, NONE).astype(np.int8))
 
 
 def _surplus(instance: Instance, choice: Choice, prices: Int) -> Int:
