@@ -15,10 +15,9 @@ import numpy as np
 from broker.allocation import kernel
 from broker.allocation.clearing import Unplaced, UnplacedCode
 from broker.allocation.instance import NONE, Int
-from broker.allocation.oracle import best
 from broker.allocation.rents import supplied
 from broker.allocation.singles import next_count
-from broker.allocation.solver import Outcome, used_rows
+from broker.allocation.solver import Outcome, best_columns, used_rows
 from broker.allocation.won import Market, Won
 from pricing.money import SECONDS_PER_HOUR, divide_up, format_credits
 from pricing.value import bid_for_value
@@ -80,12 +79,12 @@ class _Explained:
         wanting = instance._replace(jobs=instance.jobs._replace(must=instance.jobs.must | left_out))
         used = used_rows(instance, outcome.choice)
         self.free = supplied(instance, self.prices) - used
-        self.nearest = best(wanting, self.prices)
+        self.nearest = best_columns(wanting, self.prices)
         goods, pools = instance.goods, instance.pools
         windows = [self.free[t * instance.pool_count : (t + 1) * instance.pool_count] for t in range(instance.slots)]
         open_pools = np.maximum(0, windows[0])
         room = np.maximum(0, np.minimum.reduce(windows)) if instance.slots > 1 else open_pools
-        self.open = best(
+        self.open = best_columns(
             wanting._replace(
                 pools=pools._replace(job_max=np.minimum(pools.job_max, open_pools)),
                 goods=goods._replace(offer_limit=np.minimum(goods.offer_limit, room[goods.offer_pool])),
@@ -158,7 +157,7 @@ class _Explained:
         if column.action == "start" and column.value < linear:
             needed = divide_up((gross + column.egress) * column.term_s, SECONDS_PER_HOUR)
             return self._short_of_budget(job, column.configuration.key, column.term_s, needed)
-        bid = bid_for_value(max(linear, 0) + missing, speed)
+        bid = _told(bid_for_value(max(linear, 0) + missing, speed))
         remedy = self._remedy(bid)
         name, cost = column.configuration.key, format_credits(gross + column.egress)
         worth = format_credits(max(0, column.value))
@@ -196,7 +195,7 @@ class _Explained:
             needed = divide_up(least.asks * least.term_s, SECONDS_PER_HOUR)
             return self._short_of_budget(job, least.name, least.term_s, needed)
         closest = min(in_time, key=lambda sketch: (bid_for_value(sketch.asks + 1, sketch.speed), sketch.name))
-        bid = bid_for_value(closest.asks + 1, closest.speed)
+        bid = _told(bid_for_value(closest.asks + 1, closest.speed))
         sentence = (
             f"for {closest.name} the sites ask {format_credits(closest.asks)} credits an hour, the bid is worth "
             f"{format_credits(closest.linear)} there; {self._remedy(bid)}"
@@ -204,7 +203,7 @@ class _Explained:
         return self._row(job, "bid_below_ask", sentence, bid)
 
     def _sketches(self, job: int) -> list[_Sketch]:
-        """Return the job's places at the cheapest pool that has room for each count, by GPU type."""
+        """Return the job's places at the cheapest pool with room for each count, by GPU type; free GPUs first."""
         market, instance = self.market, self.market.instance
         pools = instance.pools
         allowed = [
@@ -216,9 +215,10 @@ class _Explained:
             mine.sort(key=lambda pool: (int(instance.rows.step_cost[instance.rows.step_start[pool]]), pool))
             count = low
             while True:
-                pool = next((pool for pool in mine if pools.job_max[pool] >= count), None)
-                if pool is not None:
-                    found.append(self._sketch(job, pool, count))
+                wide = [pool for pool in mine if pools.job_max[pool] >= count]
+                wide = [pool for pool in wide if self.free[pool] >= count] or wide
+                if wide:
+                    found.append(self._sketch(job, wide[0], count))
                 if count >= high:
                     break
                 count = min(high, int(next_count(count)))
@@ -265,3 +265,8 @@ class _Explained:
             sentence=sentence,
             bid_needed_micros_per_million_samples=bid,
         )
+
+
+def _told(bid: int) -> int:
+    """Return the bid to name: a thousandth above the least, which a search within 1e-4 of the best may pass over."""
+    return bid + divide_up(bid, 1000)

@@ -22,7 +22,7 @@ from broker.allocation.clearing import Status
 from broker.allocation.columns import Columns, describe
 from broker.allocation.instance import NONE, Choice, Instance, Int, Real
 from broker.allocation.nodes import market_nodes
-from broker.allocation.oracle import prepare
+from broker.allocation.oracle import Best, best, prepare
 from broker.allocation.relaxation import Limits as RelaxationLimits
 from broker.allocation.relaxation import relax
 from broker.allocation.rounding import Limits as RoundingLimits
@@ -68,6 +68,8 @@ def solve(
     `last_prices` [rows] are where the search for prices begins; `equity_micros` bounds what the
     market may add over all placements' terms; `tick` counts seconds for the phases' times only.
     """
+    if instance.row_count == 0:
+        return _nothing(instance)
     relaxed = relax(instance, last_prices=last_prices, limits=limits, tick=tick)
     started = tick()
     whole = rounding.whole(instance, relaxed.prices, limits=rounding_limits or RoundingLimits(), tick=tick)
@@ -84,7 +86,8 @@ def solve(
         choice=funded.choice,
         welfare=funded.welfare,
         bound=relaxed.bound,
-        lp_objective=relaxed.lp_objective,
+        # The LP was solved with a hair more supply (see the chapter): no optimum exceeds the bound.
+        lp_objective=min(relaxed.lp_objective, float(relaxed.bound)),
         status=status,
         columns=relaxed.columns,
         lp_rounds=relaxed.iterations,
@@ -105,10 +108,40 @@ def held_columns(instance: Instance, choice: Choice) -> Columns:
 
 def used_rows(instance: Instance, choice: Choice) -> Int:
     """Return how much of every row a choice uses."""
-    columns = held_columns(instance, choice)
     used = np.zeros(instance.row_count, np.int64)
+    if not instance.row_count:
+        return used
+    columns = held_columns(instance, choice)
     np.add.at(used, columns.row, columns.use)
     return used
+
+
+def best_columns(instance: Instance, prices: Int) -> Best:
+    """Return the best column of each job at whole prices, also where nothing is on offer."""
+    if instance.row_count:
+        return best(instance, prices)
+    jobs = instance.job_count
+    none = np.full(jobs, NONE, np.int32)
+    return Best(none.astype(np.int8), none, none, np.zeros(jobs, np.int64))
+
+
+def _nothing(instance: Instance) -> Outcome:
+    """Return the outcome of a market in which nothing is on offer."""
+    none = np.full(instance.job_count, NONE, np.int32)
+    return Outcome(
+        prices=np.zeros(0, np.int64),
+        choice=Choice(none.astype(np.int8), none, none),
+        welfare=0,
+        bound=0,
+        lp_objective=0.0,
+        status="empty",
+        columns=0,
+        lp_rounds=0,
+        repair_columns=0,
+        repair_nodes=0,
+        prices_settled=True,
+        seconds={},
+    )
 
 
 def _anything(instance: Instance) -> bool:

@@ -23,9 +23,9 @@ from broker.allocation.clearing import (
 )
 from broker.allocation.explain import unplaced, why_placed
 from broker.allocation.instance import BUNDLE, NONE, Choice, Instance, Int
-from broker.allocation.oracle import best, dual_exact, exact_dot
+from broker.allocation.oracle import dual_exact, exact_dot
 from broker.allocation.rents import costs, rents, rounding, supplied
-from broker.allocation.solver import Outcome, held_columns, used_rows
+from broker.allocation.solver import Outcome, best_columns, held_columns, used_rows
 from broker.allocation.won import Market, Won
 from pricing.asks import BASIS_POINTS, Ask
 from pricing.fairness import LostOpportunity, Resource, owen_transfers
@@ -206,13 +206,13 @@ class _Books:
     def certificate(self, outcome: Outcome, now: Sequence[Won]) -> Certificate:
         """Return the proof, every figure in exact integers."""
         instance, prices = self.instance, self.prices
-        top = best(instance, prices)
+        top = best_columns(instance, prices)
         surplus = _surplus(instance, outcome.choice, prices)
         regret = np.asarray(top.surplus, dtype=np.int64) - surplus
         rent, cost = rents(instance, prices), costs(instance, self.used)
         slack = rent - (prices * self.used - cost)
         lost = LostOpportunity(
-            bound_micros_per_hour=dual_exact(instance, prices),
+            bound_micros_per_hour=dual_exact(instance, prices, top) if instance.row_count else 0,
             welfare_micros_per_hour=outcome.welfare,
             regret_sum_micros_per_hour=exact_sum(regret),
             slack_sum_micros_per_hour=exact_sum(slack),
@@ -268,8 +268,10 @@ def _staying(instance: Instance, choice: Choice) -> Choice:
 
 def _surplus(instance: Instance, choice: Choice, prices: Int) -> Int:
     """Return what each job's column leaves it at the prices, 0 without one."""
-    columns = held_columns(instance, choice)
     surplus = np.zeros(instance.job_count, np.int64)
+    if not instance.row_count:
+        return surplus
+    columns = held_columns(instance, choice)
     surplus[columns.job] = columns.surplus(prices)
     return surplus
 

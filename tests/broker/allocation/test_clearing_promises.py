@@ -12,12 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from broker.allocation.candidates import Column, columns
 from broker.allocation.clearing import Clearing
-from broker.allocation.market import Market, open_market
-from broker.allocation.model import build, solve
+from broker.allocation.compile import compile_market
+from broker.allocation.quote import _places
+from broker.allocation.relaxation import Relaxation, relax
+from broker.allocation.rules import Option, Row, Rules
 from broker.allocation.snapshot import Incumbent, Snapshot
 from broker.allocation.solve import clear
+from broker.allocation.table_rows import from_snapshot
 from broker.allocation.verify import verify
 from pricing.value import value_micros_per_hour
 from tests.broker.allocation.instances import CREDIT, NOW_MS, job, market, pool, random_market
@@ -27,40 +29,40 @@ ROOT = Path(__file__).parents[3]
 SOME = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def best_welfare(book: Market, options: list[list[Column]], used: dict[object, int] | None = None) -> int:
-    """Return the most welfare that whole placements reach, by trying all of them."""
+def options_of(rules: Rules) -> list[list[Option]]:
+    """Return everything that each job could be given, by the rules in plain Python."""
+    found = []
+    for row in rules.jobs.values():
+        places = [rules.option(row, parts, plan, hub, action="start") for parts, plan, hub in _places(rules, row)]
+        found.append([option for option in places if option is not None])
+    return found
+
+
+def best_welfare(rules: Rules, options: list[list[Option]], used: dict[Row, int]) -> int:
+    """Return the most welfare that whole placements reach, by trying all of them; asks are flat."""
     if not options:
         return 0
-    used = used or {}
     mine, rest = options[0], options[1:]
-    best = best_welfare(book, rest, used)
-    for column in mine:
+    best = best_welfare(rules, rest, used)
+    supplies = rules.supplies()
+    for option in mine:
         after = dict(used)
-        for part in column.configuration.parts:
-            after[part.pool_id] = after.get(part.pool_id, 0) + part.gpus
-        for pair, shares in column.shares:
-            after[pair] = after.get(pair, 0) + shares
-        fits = all(
-            count <= (book.pools[row].capacity_gpus if isinstance(row, str) else book.link_capacity[row])
-            for row, count in after.items()
-        )
-        if fits:
-            best = max(best, column.worth + best_welfare(book, rest, after))
+        for row, use in option.rows.items():
+            after[row] = after.get(row, 0) + use
+        if all(use <= sum(units for units, _ in supplies[row][1]) for row, use in after.items()):
+            asks = sum(rules.pools[pool_id].ask_micros_per_gpu_hour * gpus for pool_id, gpus in option.gpus.items())
+            best = max(best, option.worth - asks + best_welfare(rules, rest, after))
     return best
 
 
 @SOME
-@given(seed=st.integers(0, 10_000), jobs=st.integers(1, 5))
+@given(seed=st.integers(0, 10_000), jobs=st.integers(1, 3))
 def test_with_enough_equity_no_allocation_is_better_than_the_clearing(seed: int, jobs: int) -> None:
     snapshot = random_market(seed, jobs, sites=2, types=1, equity_credits=1e9)
-    book = open_market(snapshot)
-    options = [columns(book, row)[:12] for row in book.jobs]
+    rules = Rules(snapshot)
     clearing = clear(snapshot)
-    best = best_welfare(book, options)
-    # The clearing chose among all columns, the search among the first of each job: never better.
-    assert clearing.certificate.welfare_micros_per_hour >= best * (1 - 1e-4)
-    if all(len(columns(book, row)) <= 12 for row in book.jobs):
-        assert clearing.certificate.welfare_micros_per_hour <= best
+    best = best_welfare(rules, options_of(rules), {})
+    assert best * (1 - 1e-4) <= clearing.certificate.welfare_micros_per_hour <= best
     assert clearing.certificate.bound_micros_per_hour >= best
 
 
@@ -95,17 +97,24 @@ def test_the_order_of_rows_changes_nothing(seed: int, shuffle: random.Random) ->
     assert other.model_copy(update={"snapshot_digest": first.snapshot_digest}) == first
 
 
+def relaxed(snapshot: Snapshot) -> Relaxation:
+    return relax(compile_market(from_snapshot(snapshot)).instance)
+
+
+def with_supply(snapshot: Snapshot, where: int, more: int) -> float:
+    """Return the LP's optimum with some more GPUs in one pool's row, and no other way to use them."""
+    instance = compile_market(from_snapshot(snapshot)).instance
+    units = instance.rows.step_units.copy()
+    units[instance.rows.step_start[where]] += more
+    return relax(instance._replace(rows=instance.rows._replace(step_units=units))).lp_objective
+
+
 @SOME
 @given(seed=st.integers(0, 10_000), where=st.integers(0, 5))
 def test_one_more_gpu_never_lowers_the_optimum_of_the_lp(seed: int, where: int) -> None:
-    book = open_market(random_market(seed, 15, 3))
-    every = [column for row in book.jobs for column in columns(book, row)]
-    capacity = {pool_id: row.capacity_gpus for pool_id, row in book.pools.items()}
-    more = dict(capacity)
-    more[sorted(more)[where]] += 1
-    before = solve(book, build(book, every, pool_capacity=capacity)).objective_micros_per_hour
-    after = solve(book, build(book, every, pool_capacity=more)).objective_micros_per_hour
-    assert after >= before - 1e-6 * max(1.0, abs(before))
+    snapshot = random_market(seed, 15, 3)
+    before, after = with_supply(snapshot, where, 0), with_supply(snapshot, where, 1)
+    assert after >= before - 2e-6 * max(1.0, abs(before))
 
 
 def test_same_snapshot_same_bytes_in_a_fresh_process_with_another_hash_seed() -> None:
@@ -136,23 +145,17 @@ def test_a_clearing_reads_back_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_pool_rent_is_what_one_more_gpu_is_worth(seed: int) -> None:
-    book = open_market(random_market(seed, 20, 2, types=1))
-    every = [column for row in book.jobs for column in columns(book, row)]
-    capacity = {pool_id: row.capacity_gpus for pool_id, row in book.pools.items()}
-    solution = solve(book, build(book, every, pool_capacity=capacity))
-    for pool_id, count in capacity.items():
-        value = {
-            step: solve(
-                book, build(book, every, pool_capacity=capacity | {pool_id: count + step})
-            ).objective_micros_per_hour
-            for step in (-1e-3, 1e-3)
-        }
-        left = (solution.objective_micros_per_hour - value[-1e-3]) / 1e-3
-        right = (value[1e-3] - solution.objective_micros_per_hour) / 1e-3
-        slack = 1e-4 * max(left, 1.0) + 1e3 * 1e-3
-        assert right - slack <= solution.pool_rents[pool_id] <= left + slack
-    assert any(rent > 0 for rent in solution.pool_rents.values())
+def test_a_pools_rent_is_what_one_more_gpu_is_worth(seed: int) -> None:
+    snapshot = random_market(seed, 20, 2, types=1)
+    here = relaxed(snapshot)
+    rents = []
+    for where, pool_row in enumerate(snapshot.pools):
+        more, less = (with_supply(snapshot, where, step) for step in (1, -1))
+        rent = int(here.prices[where]) - pool_row.ask_micros_per_gpu_hour
+        slack = 4e-6 * here.lp_objective + 1
+        assert more - here.lp_objective - slack <= rent <= here.lp_objective - less + slack
+        rents.append(rent)
+    assert any(rent > 0 for rent in rents)
 
 
 def test_scaling_all_money_by_a_thousand_scales_the_prices() -> None:
@@ -190,7 +193,9 @@ def test_the_bid_that_an_unplaced_job_is_told_wins_when_solved_again() -> None:
     better = book[1].model_copy(update={"bid_micros_per_million_samples": lost.bid_needed_micros_per_million_samples})
     again = clear(market([pool("ada", 4), pool("bob", 4, 2.0)], [book[0], better]))
     assert {row.job_id for row in again.placements} == {"high", "low"}
-    worse = better.model_copy(update={"bid_micros_per_million_samples": better.bid_micros_per_million_samples - 1})
+    worse = better.model_copy(
+        update={"bid_micros_per_million_samples": better.bid_micros_per_million_samples * 99 // 100}
+    )
     assert len(clear(market([pool("ada", 4), pool("bob", 4, 2.0)], [book[0], worse])).placements) == 1
 
 
@@ -363,13 +368,6 @@ def test_an_empty_market_clears_to_nothing() -> None:
     assert verify(market([], []), clearing) == []
     (lost,) = clear(market([], [job("a", 5)])).unplaced
     assert lost.code == "no_pool"
-
-
-def test_a_model_prints_like_mathematics() -> None:
-    book = open_market(market([pool("ada-1", 4)], [job("big-job", 5, 4), job("small", 3, 2)]))
-    printed = str(build(book, [column for row in book.jobs for column in columns(book, row)]).problem)
-    assert "pool_ada.1_A100: 4 x_0000000 + 2 x_0000001 <= 4" in printed
-    assert "job_big.job: x_0000000 <= 1" in printed
 
 
 def test_a_face_thinner_than_the_solvers_tolerance_still_settles() -> None:

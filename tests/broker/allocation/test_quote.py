@@ -17,7 +17,7 @@ def test_a_quote_lists_each_configuration_with_its_cost_to_the_end() -> None:
     snapshot = market([pool("ada", 4), pool("bob", 2)], [], last_prices={"ada/A100": 3 * CREDIT})
     rows = quote(snapshot, wanted)
     assert {row.configuration.key for row in rows} == {
-        "ada/A100:1", "ada/A100:2", "ada/A100:4", "bob/A100:1", "bob/A100:2",
+        "ada/A100:1", "ada/A100:2", "ada/A100:3", "ada/A100:4", "bob/A100:1", "bob/A100:2",
     }  # fmt: skip
     by_key = {row.configuration.key: row for row in rows}
     four = by_key["ada/A100:4"]
@@ -33,8 +33,8 @@ def test_a_quote_says_why_a_configuration_could_not_win() -> None:
     snapshot = market([pool("ada", 4)], [], last_prices={"ada/A100": 3 * CREDIT})
     assert {row.reason for row in quote(snapshot, job("q", 2, 4))} == {"the bid is worth less than the last price"}
     late = quote(snapshot, job("q", 9, (1, 4), hours=8, deadline_ms=NOW_MS + 3 * 3_600_000))
-    assert [row.reason is None for row in late] == [True, False, False]
-    assert "after the deadline" in (late[1].reason or "")
+    assert [row.reason is None for row in late] == [True, True, False, False]
+    assert "after the deadline" in (late[-1].reason or "")
     (poor,) = quote(snapshot, job("q", 9, 4, hold_credits=1))
     assert "budget" in (poor.reason or "")
 

@@ -10,6 +10,7 @@ import pytest
 from broker.allocation.clearing import Clearing
 from broker.allocation.snapshot import Incumbent, Snapshot
 from broker.allocation.solve import clear
+from broker.allocation.table_rows import from_snapshot
 from broker.allocation.verify import verify
 from tests.broker.allocation.instances import CREDIT, NOW_MS, job, market, pool
 from training.spec import SyncPlan
@@ -70,10 +71,10 @@ FAULTS: dict[str, tuple[str, Callable[[Clearing], Clearing]]] = {
     "a site that it may not use": ("residency", lambda c: with_gpus(c, "c", 3, "bob")),
     "a pool that does not exist": ("pool", lambda c: with_gpus(c, "c", 3, "zed")),
     "a speed that nobody predicted": ("speed", lambda c: placed(c, "a", samples_per_s=1e9)),
-    "another hub": ("sync", lambda c: configured(c, "d", hub_site="ada")),
+    "another hub": ("hub", lambda c: configured(c, "d", hub_site="ada")),
     "traffic left out": ("traffic", lambda c: configured(c, "d", traffic=())),
     "a wrong action": ("action", lambda c: placed(c, "a", action="renew")),
-    "a keep of nothing": ("kept", lambda c: placed(c, "a", action="keep")),
+    "a keep of nothing": ("action", lambda c: placed(c, "a", action="keep")),
     "a longer term": ("term", lambda c: placed(c, "a", term_s=601)),
     "a value above the bid": ("value", lambda c: placed(c, "a", value_micros_per_hour=10**9)),
     "a price of its own": ("price", lambda c: charged(c, "a", price_micros_per_gpu_hour=5)),
@@ -130,7 +131,7 @@ def test_a_planted_fault_is_found(fault: str) -> None:
 def altered(snapshot: Snapshot, clearing: Clearing, **changes: Any) -> tuple[Snapshot, Clearing]:
     """Return the same clearing claimed for another snapshot."""
     other = snapshot.model_copy(update=changes)
-    return other, clearing.model_copy(update={"snapshot_digest": other.digest()})
+    return other, clearing.model_copy(update={"snapshot_digest": from_snapshot(other).digest()})
 
 
 def test_a_pool_sold_twice_is_found() -> None:
@@ -153,7 +154,7 @@ def test_a_link_sold_twice_is_found() -> None:
     alone = [clear(everyone.model_copy(update={"jobs": (row,)})) for row in jobs]
     claimed = alone[0].model_copy(
         update={
-            "snapshot_digest": everyone.digest(),
+            "snapshot_digest": from_snapshot(everyone).digest(),
             "placements": tuple(clearing.placements[0] for clearing in alone),
         }
     )
