@@ -29,7 +29,7 @@ lint: install ## check formatting, style, types and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: install ## print the benchmark tables
+bench: install bench-market ## print the benchmark tables, the market's first
 	@shopt -s nullglob; for file in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python "$$file" || exit 1; done
 
 bench-market: install ## hold the optimiser against Gavel, Sia, POP and greedy rules (QUICK=1, TABLE=speeds.csv, ONLY=O7, JSON=out.json)

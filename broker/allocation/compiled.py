@@ -55,6 +55,11 @@ def is_compiled() -> bool:
     return _COMPILES
 
 
+def is_complete() -> bool:
+    """Return whether `hansa market compile` has run here with these very sources."""
+    return (_cache_folder() / _COMPLETE).exists()
+
+
 def mark_complete() -> None:
     """Let processes from now on use what this one has compiled."""
     folder = _cache_folder()
@@ -94,7 +99,7 @@ def _root() -> Path:
 
 def _decided() -> bool:
     wish = os.environ.get("HANSA_COMPILE", "")
-    return wish == "1" or (wish != "0" and (_cache_folder() / _COMPLETE).exists())
+    return wish == "1" or (wish != "0" and is_complete())
 
 
 _COMPILES: Final = _decided()

@@ -28,6 +28,7 @@ from broker.cli.output import JsonOption, credits_text, duration_text, print_jso
 
 if TYPE_CHECKING:
     from broker.allocation.clearing import Clearing, Placement
+    from broker.allocation.solver import Outcome
 
 SnapshotFile = Annotated[
     Path, typer.Argument(help="a round's snapshot: .json, .json.gz or .npz", metavar="SNAPSHOT", show_default=False)
@@ -36,6 +37,9 @@ ClearingFile = Annotated[
     Path, typer.Argument(help="its clearing: .json or .json.gz", metavar="CLEARING", show_default=False)
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="where to write; the suffix chooses the form")]
+
+# A market of this many jobs clears in seconds without compiled loops.
+INTERPRETED_JOBS_MAX = 60
 
 market_app = typer.Typer(
     help="Draw, clear, check or explain a round from its documents, without a broker.",
@@ -63,6 +67,10 @@ class _Phases:
         else:
             yield
         self.seconds[name] = time.perf_counter() - began
+
+    def took(self, outcome: Outcome) -> None:
+        """Keep the times of a solved round's own phases."""
+        self.seconds.update({f"solve: {name}": seconds for name, seconds in outcome.seconds.items()})
 
     def text(self) -> str:
         """Return all phases in a line."""
@@ -112,15 +120,17 @@ def generate(  # noqa: PLR0917  typer's parameters are options, named by whoever
 def solve(snapshot: SnapshotFile, output: Output, as_json: JsonOption = False) -> None:
     """Clear a snapshot and write the clearing; the same snapshot gives the same bytes."""
     from broker.allocation.errors import AllocationError
-    from broker.allocation.solve import clear
 
     writable(output, (".json", ".json.gz"))
     phases = _Phases()
     with phases.phase("read"):
-        market = read_snapshot(snapshot)
+        tables = read_tables(snapshot)
+    _compile_if_large(tables.rows("jobs"))
+    from broker.allocation.solve import clear_tables
+
     try:
         with phases.phase("solve"):
-            cleared = clear(market)
+            cleared = clear_tables(tables, tick=time.perf_counter, watch=phases.took)
     except AllocationError as error:
         raise CliError(str(error), code=error.code) from None
     with phases.phase("write"):
@@ -144,6 +154,41 @@ def solve(snapshot: SnapshotFile, output: Output, as_json: JsonOption = False) -
         f"{credits_text(certificate.gap_micros_per_hour)} below the best; {output}"
     )
     typer.echo(phases.text())
+
+
+def _compile_if_large(jobs: int) -> None:
+    """Decide, before the solver is loaded, whether its loops are worth compiling; say so where it takes minutes."""
+    import os
+
+    if jobs > INTERPRETED_JOBS_MAX and "HANSA_COMPILE" not in os.environ:
+        os.environ["HANSA_COMPILE"] = "1"
+        from broker.allocation.compiled import is_complete
+
+        if not is_complete():
+            typer.echo("compiling the market's loops, once for this machine; this takes minutes", err=True)
+
+
+@market_app.command(name="compile")
+def compile_loops() -> None:
+    """Compile the solver's loops for this machine, once: without it, only small markets are quick."""
+    import os
+
+    os.environ["HANSA_COMPILE"] = "1"
+    from broker.allocation.compiled import is_complete, mark_complete
+    from broker.allocation.generate import generate as drawn
+    from broker.allocation.generate_features import FEATURES
+    from broker.allocation.solve import clear_tables
+
+    if is_complete():
+        typer.echo("the market's loops are compiled already")
+        return
+    phases = _Phases()
+    # Everything that a snapshot can say, so that every loop is met with every type that it takes.
+    for name, family, features in (("plain", "A", ()), ("every feature", "B", FEATURES)):
+        with phases.phase(name):
+            clear_tables(drawn(family, 60, 12, 0, features))  # type: ignore[arg-type]  # both families exist
+    mark_complete()
+    typer.echo(f"compiled; {phases.text()}")
 
 
 @market_app.command()
