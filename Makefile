@@ -35,11 +35,13 @@ bench: install bench-market ## print the benchmark tables, the market's first
 bench-market: install ## hold the optimiser against Gavel, Sia, POP and greedy rules (QUICK=1, TABLE=speeds.csv, ONLY=O7, JSON=out.json)
 	@$(BIN)/python -c 'import clarabel, cvxpy, ecos' 2>/dev/null || \
 		$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint deploy/constraints.txt --editable '.[peers]'
+	@$(BIN)/hansa market compile
 	@$(BIN)/pytest --quiet tests/benchmarks/market/test_peers.py
 	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.market.bench_market $(if $(QUICK),--quick) \
 		$(if $(TABLE),--table $(TABLE)) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
 soak: install ## run the long kills, then search for broken invariants with new seeds for SOAK_MINUTES
+	@$(BIN)/hansa market compile
 	@$(BIN)/pytest -m soak
 	@$(BIN)/python -m tests.simulation --minutes $(SOAK_MINUTES)
 
