@@ -17,7 +17,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.allocation.clearing import Clearing
 from broker.allocation.instance import NONE, Flag, Instance, Int
+from broker.allocation.relaxation import relax
+from broker.allocation.rents import rents
+from broker.allocation.solver import best_columns
+from broker.allocation.won import Market
+from pricing.fairness import shapley_values
 
 # Up to this many sites every coalition is tried, beyond it the ones named in `coalitions_of`.
 SITES_EXACT_MAX: Final = 12
@@ -157,3 +163,78 @@ def _rows_of(start: Int, chosen: NDArray[np.int64]) -> tuple[Int, Int]:
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     items = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths) + np.repeat(start[chosen], lengths)
     return starts, items.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whether sharing pays at a round's prices: each site against alone, and the worst coalition.
+
+    `shapley` [sites] is another way to divide the same whole, where every coalition was tried: a
+    site's average contribution, whoever came before it.
+
+    `complete` says that every coalition was tried. Payoffs are those of the LP (rent of capacity, and
+    the best surplus of the jobs at home there), so the core's slack is at least minus the proved gap.
+    """
+
+    gains: tuple[CoalitionGain, ...]
+    complete: bool
+    shapley: tuple[int, ...] | None
+
+    @property
+    def alone(self) -> tuple[CoalitionGain, ...]:
+        """Every site by itself, in order."""
+        return tuple(sorted((gain for gain in self.gains if len(gain.sites) == 1), key=lambda gain: gain.sites))
+
+    @property
+    def core_slack_micros_per_hour(self) -> int:
+        """The least that any coalition gains by staying."""
+        return min((gain.slack_micros_per_hour for gain in self.gains), default=0)
+
+
+def standing(market: Market, clearing: Clearing, *, sampled: int = 64) -> Standing:
+    """Return how every site and coalition stands at the prices of a clearing of this market."""
+    instance = market.instance
+    prices = published(market, clearing)
+    earned = rents(instance, prices)
+    sites = len(instance.sites.region)
+    by_site = np.zeros(sites, np.int64)
+    pools, links = instance.pool_count, len(instance.links.from_site)
+    for slot in range(instance.slots):
+        np.add.at(by_site, instance.pools.site, earned[slot * pools : (slot + 1) * pools])
+    first = instance.links.first_row
+    np.add.at(by_site, instance.links.from_site, earned[first : first + links])
+    surplus = np.asarray(best_columns(instance, prices).surplus, dtype=np.int64)
+    found = gains(instance, by_site, surplus, _optimum, coalitions_of(sites, sampled))
+    complete = sites <= SITES_EXACT_MAX
+    everyone = gains(instance, by_site, surplus, _optimum, [range(sites)])[0].alone_micros_per_hour if complete else 0
+    return Standing(tuple(found), complete, _shapley(found, everyone, sites) if complete else None)
+
+
+def _shapley(found: Sequence[CoalitionGain], everyone: int, sites: int) -> tuple[int, ...]:
+    """Return the Shapley value of each site, rounded down."""
+    values = [0.0] * (1 << sites)
+    for gain in found:
+        values[sum(1 << site for site in gain.sites)] = float(gain.alone_micros_per_hour)
+    values[-1] = float(everyone)
+    return tuple(int(value) for value in shapley_values(values))
+
+
+def published(market: Market, clearing: Clearing) -> Int:
+    """Return a clearing's prices as a vector of rows."""
+    named: dict[tuple[str, ...], int] = {}
+    for slot, by_pool in enumerate((clearing.prices, *clearing.later_prices)):
+        named.update({("pool", pool_id, str(slot)): price for pool_id, price in by_pool.items()})
+    named.update(
+        {("link", row.from_site, row.to_site): row.price_micros_per_share_hour for row in clearing.link_prices}
+    )
+    for row in clearing.tenant_prices:
+        named["budget", row.tenant_id] = row.budget_price_micros_per_share_hour
+        named["floor", row.tenant_id] = row.floor_price_micros_per_gpu_hour
+    return np.array([named.get(name, 0) for name in market.row_names()], dtype=np.int64)
+
+
+def _optimum(instance: Instance) -> int:
+    """Return the optimum of a market's LP, rounded down."""
+    if instance.job_count == 0 or instance.row_count == 0:
+        return 0
+    return int(relax(instance).lp_objective)

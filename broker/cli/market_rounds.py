@@ -192,6 +192,56 @@ def compile_loops() -> None:
 
 
 @market_app.command()
+def fairness(snapshot: SnapshotFile, clearing: ClearingFile, as_json: JsonOption = False) -> None:
+    """Compare what sites and coalitions of sites get at a round's prices with what they could do alone."""
+    from broker.allocation.clearing import Clearing
+
+    phases = _Phases()
+    with phases.phase("read"):
+        tables, cleared = read_tables(snapshot), read_document(clearing, Clearing)
+    _compile_if_large(tables.rows("jobs"))
+    from broker.allocation.coalitions import standing
+    from broker.allocation.compile import compile_market
+    from broker.allocation.won import Market
+
+    if cleared.snapshot_digest != tables.digest():
+        raise UsageError(f"{clearing} was made from another snapshot than {snapshot}")
+    with phases.phase("coalitions"):
+        market = Market(tables, compile_market(tables))
+        found = standing(market, cleared)
+    sites = [market.names.sites[gain.sites[0]] for gain in found.alone]
+    shapley: tuple[int | None, ...] = found.shapley or (None,) * len(sites)
+    slack = found.core_slack_micros_per_hour
+    if as_json:
+        rows = [
+            {
+                "site_id": site,
+                "federated_micros_per_hour": gain.federated_micros_per_hour,
+                "alone_micros_per_hour": gain.alone_micros_per_hour,
+                "shapley_micros_per_hour": value,
+            }
+            for site, gain, value in zip(sites, found.alone, shapley, strict=True)
+        ]
+        document = {"sites": rows, "coalitions": len(found.gains), "complete": found.complete}
+        print_json({**document, "core_slack_micros_per_hour": slack, "phases_s": phases.document()})
+        return
+    print_table(
+        ("site", ">in the federation", ">alone", ">Shapley"),
+        [
+            (
+                site,
+                credits_text(gain.federated_micros_per_hour),
+                credits_text(gain.alone_micros_per_hour),
+                "-" if value is None else credits_text(value),
+            )
+            for site, gain, value in zip(sites, found.alone, shapley, strict=True)
+        ],
+    )
+    tried = "all" if found.complete else "a sample of"
+    typer.echo(f"{tried} {len(found.gains)} coalitions: the worst one gains {credits_text(slack)} credits/h by staying")
+
+
+@market_app.command()
 def verify(snapshot: SnapshotFile, clearing: ClearingFile, as_json: JsonOption = False) -> None:
     """Check a clearing against its snapshot, by other code than made it; exit 1 where anything is wrong."""
     from broker.allocation.clearing import Clearing
