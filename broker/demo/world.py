@@ -44,7 +44,7 @@ class DemoJob:
 SITES: Final = (
     DemoSite("lubeck", slots=2, ask_micros_per_slot_hour=900_000, listens=True),
     DemoSite("visby", slots=2, ask_micros_per_slot_hour=1_200_000, listens=True),
-    DemoSite("bergen", slots=3, ask_micros_per_slot_hour=600_000, listens=False),
+    DemoSite("bergen", slots=2, ask_micros_per_slot_hour=600_000, listens=False),
 )
 
 JOBS: Final = (
