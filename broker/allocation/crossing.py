@@ -95,7 +95,7 @@ def _candidates(instance: Instance, state: Occupancy, columns: Columns, alternat
         np.where(links[columns.row], state.price[columns.row], 0.0) * columns.use,
         minlength=len(columns.job),
     )
-    able = np.flatnonzero((columns.form != SINGLE) & (state.form[columns.job] == NONE) & fits & (gain > 0))
+    able = np.flatnonzero((columns.form != SINGLE) & (state.item[columns.job] < 0) & fits & (gain > 0))
     order = able[
         np.lexsort((columns.place[able], columns.item[able], columns.form[able], -at_prices[able], columns.job[able]))
     ]

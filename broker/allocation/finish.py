@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from broker.allocation.columns import Columns
 from broker.allocation.instance import BUNDLE, NONE, Choice, Flag, Instance
-from broker.allocation.occupancy import Occupancy
+from broker.allocation.occupancy import Occupancy, Others, choice_of
 from broker.allocation.selection import Problem, select
 
 # Proved when the welfare is this close to the bound, relative to it.
@@ -36,24 +36,32 @@ class Finish(NamedTuple):
     nodes: int
 
 
-def finish(
-    instance: Instance, state: Occupancy, columns: Columns, dual: float, width: float, *, nodes_max: int
+def finish(  # noqa: PLR0917 - what is searched, and by which limits
+    instance: Instance,
+    others: Others,
+    state: Occupancy,
+    columns: Columns,
+    dual: float,
+    width: float,
+    *,
+    nodes_max: int,
 ) -> Finish:
     """Choose anew among `columns`, which hold every column that regrets at most `width`.
 
     `state` is the incumbent; its columns are added where they are missing. `dual` is the dual
     function at the prices of the state.
     """
-    held = np.flatnonzero(state.form != NONE)
+    holds = choice_of(state, others)
+    held = np.flatnonzero(holds.form != NONE)
     key = _key(columns.job, columns.form, columns.item, columns.place)
-    wanted = _key(held, state.form[held], state.item[held], state.place[held])
+    wanted = _key(held, holds.form[held], holds.item[held], holds.place[held])
     position = {name: index for index, name in enumerate(key)}
     start = np.zeros(len(key), np.bool_)
     known = [position[name] for name in wanted if name in position]
     start[known] = True
     if len(known) < len(held):
         return Finish(None, dual, len(key), 0)
-    stays = staying(instance, state)
+    stays = staying(instance, state, holds)
     kept = ~stays[columns.job] | start
     columns, start = columns.take(np.flatnonzero(kept).astype(np.int32)), start[kept]
     problem = _problem(instance, state, stays, columns)
@@ -112,13 +120,13 @@ def _problem(instance: Instance, state: Occupancy, stays: Flag, columns: Columns
     )
 
 
-def staying(instance: Instance, state: Occupancy) -> Flag:
+def staying(instance: Instance, state: Occupancy, holds: Choice) -> Flag:
     """Return the incumbents that must stay, since their own place is not supplied at the prices.
 
     Were they to move, nobody could take their place, and they could not come back.
     """
     stays = np.zeros(instance.job_count, np.bool_)
-    for job in np.flatnonzero(instance.jobs.must & (state.form == BUNDLE) & (state.item == instance.jobs.own)):
+    for job in np.flatnonzero(instance.jobs.must & (holds.form == BUNDLE) & (holds.item == instance.jobs.own)):
         bundle = instance.jobs.own[job]
         part = slice(instance.bundles.entry_start[bundle], instance.bundles.entry_start[bundle + 1])
         row, use = instance.bundles.entry_row[part], instance.bundles.entry_use[part]

@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.compiled import compiled_loop
-from broker.allocation.instance import NONE, SINGLE, TIERS, Goods, Index, Instance, Int, Real, Rows
+from broker.allocation.instance import TIERS, Goods, Index, Instance, Int, Real, Rows
 from broker.allocation.kernel import VALUE, ceil_rate, single_column
-from broker.allocation.occupancy import Occupancy, Scratch, can_take, release, take
+from broker.allocation.occupancy import Occupancy, Others, Scratch, release, take
 from broker.allocation.responses import (
     LEAST_GAIN,
     Offers,
-    Shortlist,
     best_of,
     free_in,
     is_nearer,
@@ -74,9 +73,9 @@ def cells_of(instance: Instance, prices: Real) -> Cells:
 
 def seated_by_cell(instance: Instance, state: Occupancy, cells: Cells) -> Lists:
     """Return who sits where in a single."""
-    jobs = np.flatnonzero(state.form == SINGLE)
+    jobs = np.flatnonzero(state.pool >= 0)
     window = cells.window[instance.singles.good[state.item[jobs]]]
-    return _listed(cells, window.astype(np.int64) * instance.pool_count + state.place[jobs], jobs)
+    return _listed(cells, window.astype(np.int64) * instance.pool_count + state.pool[jobs], jobs)
 
 
 def suitors_by_cell(
@@ -197,7 +196,7 @@ def new_desk() -> Desk:
     most = SEATED_MAX + SUITORS_MAX
     return Desk(
         who=np.empty(most, np.int64),
-        old=np.empty((most, 3), np.int64),
+        old=np.empty((most, 2), np.int64),
         fallback=np.empty(most),
         option_item=np.empty((most, OPTIONS_MAX), np.int64),
         option_gpus=np.empty((most, OPTIONS_MAX), np.int64),
@@ -212,13 +211,13 @@ def new_desk() -> Desk:
 @compiled_loop
 def sweep(
     instance: Instance,
+    others: Others,
     state: Occupancy,
     cells: Cells,
     seated: Lists,
     suitors: Lists,
     order: Int,
     offers: Offers,
-    shortlist: Shortlist,
     weight: float,
     scratch: Scratch,
     desk: Desk,
@@ -238,7 +237,7 @@ def sweep(
         good = -1
         for entry in range(seated.start[cell], seated.start[cell + 1]):
             job = np.int64(seated.job[entry])
-            if state.form[job] != SINGLE or state.place[job] != pool:
+            if state.pool[job] != pool:
                 continue
             here = singles.good[state.item[job]]
             if cells.window[here] != window:
@@ -253,7 +252,7 @@ def sweep(
         for entry in range(suitors.start[cell], suitors.start[cell + 1]):
             if count < sitting + SUITORS_MAX:
                 job = np.int64(suitors.job[entry])
-                if state.form[job] == SINGLE and state.place[job] == pool:
+                if state.pool[job] == pool:
                     continue
                 who[count] = job
                 count += 1
@@ -279,34 +278,24 @@ def sweep(
         gain = 0.0
         for index in range(count):
             job = who[index]
-            old[index, 0], old[index, 1], old[index, 2] = state.form[job], state.item[job], state.place[job]
+            old[index, 0], old[index, 1] = state.item[job], state.pool[job]
             if index < sitting:
-                gain += release(instance, state, job, scratch, weight)
+                gain += release(instance, others, state, job, scratch, weight)
         units = max(
             np.int64(0), min(free_in(state, pools, goods.first[good], goods.end[good], pool), np.int64(UNITS_MAX))
         )
         for index in range(count):
             job = who[index]
             if index < sitting:
-                _, form, item, place = best_of(
-                    instance,
-                    state,
-                    offers,
-                    shortlist,
-                    state.price,
-                    job,
-                    pool,
-                    True,
-                    -np.inf if jobs.must[job] else 0.0,
-                    scratch,
-                )
-                fallback[index] = -np.inf if jobs.must[job] else 0.0
-                if form != NONE:
-                    fallback[index] = take(instance, state, job, form, item, place, scratch, weight)
-                    release(instance, state, job, scratch, weight)
+                least = -np.inf if jobs.must[job] else 0.0
+                _, item, place = best_of(instance, others, state, offers, state.price, job, pool, True, least)
+                fallback[index] = least
+                if item >= 0:
+                    fallback[index] = take(instance, others, state, job, item, place, scratch, weight, False)
+                    release(instance, others, state, job, scratch, weight)
             else:
-                fallback[index] = -release(instance, state, job, scratch, weight)
-                take(instance, state, job, old[index, 0], old[index, 1], old[index, 2], scratch, weight)
+                fallback[index] = -release(instance, others, state, job, scratch, weight)
+                take(instance, others, state, job, old[index, 0], old[index, 1], scratch, weight, False)
             # Options here.
             here_count = 0
             floor = jobs.floor_row[job]
@@ -353,12 +342,12 @@ def sweep(
             if picked[index] >= 0:
                 left -= option_gpus[index, picked[index]]
             if index < sitting:
-                same = same and picked[index] >= 0 and option_item[index, picked[index]] == old[index, 1]
+                same = same and picked[index] >= 0 and option_item[index, picked[index]] == old[index, 0]
             else:
                 same = same and picked[index] < 0
         if same:
             for index in range(sitting):
-                take(instance, state, who[index], old[index, 0], old[index, 1], old[index, 2], scratch, weight)
+                take(instance, others, state, who[index], old[index, 0], old[index, 1], scratch, weight, False)
             continue
         # Carry it out: winners sit down, then the others look for what is left.
         for index in range(count):
@@ -366,29 +355,26 @@ def sweep(
                 continue
             job, item = who[index], option_item[index, picked[index]]
             if index >= sitting:
-                gain += release(instance, state, job, scratch, weight)
-            if can_take(instance, state, job, SINGLE, item, pool, scratch):
-                gain += take(instance, state, job, SINGLE, item, pool, scratch, weight)
-            elif index >= sitting:
-                gain += take(instance, state, job, old[index, 0], old[index, 1], old[index, 2], scratch, weight)
+                gain += release(instance, others, state, job, scratch, weight)
+            gain += take(instance, others, state, job, item, pool, scratch, weight, True)
+            if index >= sitting and state.item[job] < 0:
+                gain += take(instance, others, state, job, old[index, 0], old[index, 1], scratch, weight, False)
         whole = True
         for index in range(sitting):
             job = who[index]
-            if state.form[job] != NONE:
+            if state.item[job] >= 0:
                 continue
             least = -np.inf if jobs.must[job] else 0.0
-            _, form, item, place = best_of(
-                instance, state, offers, shortlist, state.price, job, -1, True, least, scratch
-            )
-            gain += take(instance, state, job, form, item, place, scratch, weight)
-            whole = whole and (form != NONE or not jobs.must[job])
+            _, item, place = best_of(instance, others, state, offers, state.price, job, -1, True, least)
+            gain += take(instance, others, state, job, item, place, scratch, weight, False)
+            whole = whole and (item >= 0 or not jobs.must[job])
         if whole and gain > LEAST_GAIN:
             changed += 1
             continue
         for index in range(count):
-            release(instance, state, who[index], scratch, weight)
+            release(instance, others, state, who[index], scratch, weight)
         for index in range(count):
-            take(instance, state, who[index], old[index, 0], old[index, 1], old[index, 2], scratch, weight)
+            take(instance, others, state, who[index], old[index, 0], old[index, 1], scratch, weight, False)
     return changed
 
 

@@ -1,102 +1,216 @@
-"""Every column of a small round within a regret, pool by pool: what `finish` chooses from.
+"""Columns written out: what each is worth, uses and may be charged; and every column within a regret.
 
-`columns.window` is for the LP and puts jobs on market nodes; a whole choice needs the pools.
+`columns` is for the LP and puts jobs on market nodes; a whole choice needs the pools.
 """
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
 import numpy as np
 
-from broker.allocation.columns import Columns
+from broker.allocation.columns import Columns, joined
 from broker.allocation.compiled import compiled_loop
-from broker.allocation.instance import SINGLE, SPAN, Index, Instance, Int, Real
-from broker.allocation.kernel import VALUE
-from broker.allocation.occupancy import Scratch, column_uses, new_scratch
+from broker.allocation.instance import BUNDLE, SINGLE, SPAN, SPAN_SITES_MAX, Index, Instance, Int, Real
+from broker.allocation.kernel import (
+    CHARGE_MAX,
+    EGRESS,
+    PART_FIELDS,
+    PARTS,
+    SPAN_OUT,
+    TERM_S,
+    VALUE,
+    budget_shares,
+    single_column,
+    span_column,
+    term_seconds,
+)
+
+# Columns that are written out at a time.
+_PORTION: Final = 32_768
+
+
+class Names(NamedTuple):
+    """Columns by name."""
+
+    job: Index
+    form: Index
+    item: Index
+    place: Index
+
+
+class Described(NamedTuple):
+    """Columns that their jobs may hold, with the most that each may be charged per hour, and its term.
+
+    A bundle's term is the longest: it does not say how fast its job is there.
+    """
+
+    columns: Columns
+    charge_max: Int
+    term_s: Int
+
+
+def described(instance: Instance, names: Names) -> Described:
+    """Write columns out, in their order; those that their jobs may not hold are left out."""
+    form, item, place = names.form, names.item, names.place
+    sizes = np.full(len(form), instance.slots + 2, np.int64)
+    span, bundle = form == SPAN, form == BUNDLE
+    sizes[span] = SPAN_SITES_MAX * (instance.spans.slots[item[span]] + 2) + 2
+    sizes[bundle] = np.diff(instance.bundles.entry_start)[item[bundle]]
+    room = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    out = np.zeros((3, len(form)), np.int64)
+    length = np.zeros(len(form), np.int64)
+    row, use = np.zeros(room[-1], np.int32), np.zeros(room[-1], np.int64)
+    _describe(instance, names, room, row, use, length, out, np.zeros(SPAN_OUT, np.int64))
+    allowed = np.flatnonzero(length >= 0)
+    length = length[allowed]
+    start = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+    entry = np.repeat(room[allowed] - start[:-1], length) + np.arange(start[-1])
+    columns = Columns(
+        names.job[allowed].astype(np.int32),
+        form[allowed].astype(np.int8),
+        item[allowed].astype(np.int32),
+        place[allowed].astype(np.int32),
+        out[0, allowed],
+        start,
+        row[entry],
+        use[entry],
+    )
+    return Described(columns, out[1, allowed], out[2, allowed])
 
 
 def near(instance: Instance, prices: Real, best: Real, width: Real) -> Columns:
     """Return every column whose surplus at `prices` is at most `width` [jobs] below the job's best.
 
-    In order of (job, form, item, place). Listed twice: first to count, then to write.
+    In order of (job, form, item, place).
     """
-    scratch = new_scratch(instance)
-    columns = _room(0, 0)
-    found = np.zeros(2, np.int64)
-    _list(instance, prices, best - width, scratch, False, columns, found)
-    columns = _room(int(found[0]), int(found[1]))
-    _list(instance, prices, best - width, scratch, True, columns, found)
-    return columns
+    found = described(instance, _named(*(np.zeros(0, np.int64) for _ in range(4)))).columns
+    counts = np.cumsum(_count_by_job(instance))
+    first = 0
+    while first < instance.job_count:
+        before = counts[first - 1] if first else 0
+        end = max(first + 1, int(np.searchsorted(counts, before + _PORTION, side="right")))
+        columns = described(instance, _every_name(instance, first, end)).columns
+        close = columns.surplus(prices) >= (best - width)[columns.job]
+        found = joined(found, columns.take(np.flatnonzero(close)))
+        first = end
+    return found.take(np.lexsort((found.place, found.item, found.form, found.job)))
 
 
-def _room(count: int, entries: int) -> Columns:
-    def index() -> Index:
-        return np.zeros(count, np.int32)
+def _count_by_job(instance: Instance) -> Int:
+    """Return how many names `_every_name` makes of each job."""
+    singles, spans, bundles = instance.singles, instance.spans, instance.bundles
+    total = np.diff(bundles.start).astype(np.int64)
+    for start, each in (
+        (singles.start, np.diff(instance.goods.offer_start)[singles.good]),
+        (spans.start, np.diff(instance.patterns.family_start)[spans.family]),
+    ):
+        summed = np.concatenate([[0], np.cumsum(each)])
+        total += summed[start[1:]] - summed[start[:-1]]
+    return total
 
-    return Columns(
-        job=index(),
-        form=np.zeros(count, np.int8),
-        item=index(),
-        place=index(),
-        value=np.zeros(count, np.int64),
-        start=np.zeros(count + 1, np.int64),
-        row=np.zeros(entries, np.int32),
-        use=np.zeros(entries, np.int64),
-    )
+
+def _every_name(instance: Instance, first: int, end: int) -> Names:
+    """Return all columns of jobs `first` up to `end` that may fit by their size."""
+    singles, spans, bundles, patterns = instance.singles, instance.spans, instance.bundles, instance.patterns
+    job, item = _items(singles.start, first, end)
+    owner, offer = _ranges(instance.goods.offer_start, singles.good[item])
+    large = instance.goods.offer_limit[offer] >= singles.gpus[item[owner]]
+    owner, offer = owner[large], offer[large]
+    single = _named(job[owner], np.full(len(owner), SINGLE), item[owner], instance.goods.offer_pool[offer])
+    job, item = _items(spans.start, first, end)
+    owner, pattern = _ranges(patterns.family_start, spans.family[item])
+    few = patterns.parts[pattern] <= spans.sites_max[item[owner]]
+    owner, pattern = owner[few], pattern[few]
+    span = _named(job[owner], np.full(len(owner), SPAN), item[owner], pattern)
+    job, item = _items(bundles.start, first, end)
+    bundle = _named(job, np.full(len(job), BUNDLE), item, np.zeros(len(job)))
+    return Names(*(np.concatenate(parts) for parts in zip(single, span, bundle, strict=True)))
+
+
+def _named(job: Int, form: Int, item: Int, place: Int) -> Names:
+    return Names(*(part.astype(np.int32) for part in (job, form, item, place)))
+
+
+def _items(start: Int, first: int, end: int) -> tuple[Int, Int]:
+    item = np.arange(start[first], start[end])
+    return np.repeat(np.arange(first, end), np.diff(start[first : end + 1])), item
+
+
+def _ranges(start: Int, which: Index) -> tuple[Int, Int]:
+    """Return every position from start[w] up to start[w + 1] for each w of `which`, and whose it is."""
+    sizes = np.diff(start)[which]
+    owner = np.repeat(np.arange(len(which)), sizes)
+    before = np.concatenate([[0], np.cumsum(sizes)])[:-1]
+    return owner, np.repeat(start[which] - before, sizes) + np.arange(len(owner))
 
 
 @compiled_loop
-def _list(
-    instance: Instance, prices: Real, least: Real, scratch: Scratch, write: bool, columns: Columns, found: Int
+def _describe(
+    instance: Instance, names: Names, room: Int, row: Index, use: Int, length: Int, written: Int, out: Int
 ) -> None:
-    singles, spans, bundles, goods, patterns = (
-        instance.singles,
-        instance.spans,
-        instance.bundles,
-        instance.goods,
-        instance.patterns,
-    )
-    listed, entries = 0, 0
-    for job in range(len(least)):
-        for form in range(3):
-            if form == SINGLE:
-                first, end = singles.start[job], singles.start[job + 1]
-            elif form == SPAN:
-                first, end = spans.start[job], spans.start[job + 1]
-            else:
-                first, end = bundles.start[job], bundles.start[job + 1]
-            for item in range(first, end):
-                low, high = np.int64(0), np.int64(1)
-                if form == SINGLE:
-                    good = singles.good[item]
-                    low, high = goods.offer_start[good], goods.offer_start[good + 1]
-                elif form == SPAN:
-                    family = spans.family[item]
-                    low, high = patterns.family_start[family], patterns.family_start[family + 1]
-                for position in range(low, high):
-                    place = position
-                    if form == SINGLE:
-                        if goods.offer_limit[position] < singles.gpus[item]:
-                            continue
-                        place = np.int64(goods.offer_pool[position])
-                    count = column_uses(instance, job, form, item, place, scratch)
-                    if count < 0:
-                        continue
-                    surplus = float(scratch.out[VALUE])
-                    for entry in range(count):
-                        surplus -= prices[scratch.row[entry]] * scratch.use[entry]
-                    if surplus < least[job]:
-                        continue
-                    if write:
-                        columns.job[listed] = job
-                        columns.form[listed] = form
-                        columns.item[listed] = item
-                        columns.place[listed] = place
-                        columns.value[listed] = scratch.out[VALUE]
-                        columns.start[listed + 1] = entries + count
-                        for entry in range(count):
-                            columns.row[entries + entry] = scratch.row[entry]
-                            columns.use[entries + entry] = scratch.use[entry]
-                    listed += 1
-                    entries += count
-    found[0] = listed
-    found[1] = entries
+    jobs, singles, patterns, bundles = instance.jobs, instance.singles, instance.patterns, instance.bundles
+    pools, first_link = len(instance.pools.site), instance.links.first_row
+    for column in range(len(names.job)):
+        job, form = np.int64(names.job[column]), names.form[column]
+        item, place = np.int64(names.item[column]), np.int64(names.place[column])
+        at = room[column]
+        gpus, slots = np.int64(0), np.int64(1)
+        speed = np.inf
+        allowed = True
+        if form == BUNDLE:
+            for entry in range(bundles.entry_start[item], bundles.entry_start[item + 1]):
+                row[at] = bundles.entry_row[entry]
+                use[at] = bundles.entry_use[entry]
+                at += 1
+            out[VALUE] = bundles.value[item]
+            out[CHARGE_MAX] = bundles.charge_max[item]
+            out[TERM_S] = np.int64(instance.term_s)
+        elif form == SINGLE:
+            good = singles.good[item]
+            gpus = np.int64(singles.gpus[item])
+            first, end = instance.goods.first[good], instance.goods.end[good]
+            slots = np.int64(end - first)
+            allowed = single_column(instance, job, item, place, out)
+            if allowed:
+                out[TERM_S] = np.int64(term_seconds(instance, job, singles.speed[item]))
+                for slot in range(first, end):
+                    row[at] = slot * pools + place
+                    use[at] = gpus
+                    at += 1
+        else:
+            gpus = np.int64(instance.spans.gpus[item])
+            slots = np.int64(instance.spans.slots[item])
+            speed = span_column(instance, job, item, place, out)
+            allowed = speed > 0.0
+            if allowed:
+                for part in range(patterns.parts[place]):
+                    field = PARTS + part * PART_FIELDS
+                    for slot in range(slots):
+                        row[at] = slot * pools + patterns.pool[place, part]
+                        use[at] = out[field]
+                        at += 1
+                    for direction in range(2):
+                        link = patterns.up[place, part] if direction == 0 else patterns.down[place, part]
+                        if link >= 0 and out[field + 2 + 2 * direction] > 0:
+                            row[at] = first_link + link
+                            use[at] = out[field + 2 + 2 * direction]
+                            at += 1
+        if not allowed:
+            length[column] = -1
+            continue
+        if form != BUNDLE:
+            rate = max(np.int64(0), out[CHARGE_MAX] + out[EGRESS] // slots)
+            budget = budget_shares(jobs, job, rate)
+            if budget > 0:
+                row[at] = jobs.budget_row[job]
+                use[at] = budget
+                at += 1
+            if jobs.floor_row[job] >= 0:
+                row[at] = jobs.floor_row[job]
+                use[at] = -gpus
+                at += 1
+        written[0, column] = out[VALUE]
+        written[1, column] = out[CHARGE_MAX]
+        written[2, column] = out[TERM_S]
+        length[column] = at - room[column]

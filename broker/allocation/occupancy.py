@@ -17,51 +17,63 @@ come and fill what a move leaves free.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
+from broker.allocation.columns import Columns
 from broker.allocation.compiled import compiled_loop
 from broker.allocation.instance import (
     BUNDLE,
     NONE,
     SINGLE,
-    SPAN_SITES_MAX,
+    SPAN,
     Choice,
     Flag,
+    Goods,
     Index,
     Instance,
     Int,
     Real,
     Rows,
+    Singles,
+    Sites,
 )
-from broker.allocation.kernel import (
-    CHARGE_MAX,
-    EGRESS,
-    PART_FIELDS,
-    PARTS,
-    SPAN_OUT,
-    VALUE,
-    budget_shares,
-    single_column,
-    span_column,
-)
+from broker.allocation.kernel import CHARGE_MAX, EGRESS, SPAN_OUT, VALUE, budget_shares, single_column
+
+
+class Others(NamedTuple):
+    """Spans and bundles that may be held, written out: those of job j are start[j] up to start[j + 1].
+
+    `form`, `item` and `place` name the column; it uses use[e] of row[e] for e in entry_start[c] up to
+    entry_start[c + 1].
+    """
+
+    start: Int
+    form: Index
+    item: Index
+    place: Index
+    value: Int
+    entry_start: Int
+    row: Index
+    use: Int
 
 
 class Occupancy(NamedTuple):
     """A state of the search. `supply` and `soft` (floors) are fixed, the others change in place.
 
-    `price` is the published price of every row, as float64. `surplus` is each job's at those
-    prices, 0 where it has no column.
+    A job in a single holds (`item`, `pool`), one in a span or bundle holds column `item` of Others
+    and pool -1, one without a place (-1, -1). `price` is the published price of every row, as
+    float64. `surplus` is each job's at those prices, 0 where it has no column.
     """
 
     price: Real
     supply: Int
     soft: Flag
     use: Int
-    form: Index
     item: Index
-    place: Index
+    pool: Index
     value: Int
     surplus: Real
 
@@ -72,6 +84,52 @@ class Scratch(NamedTuple):
     out: Int
     row: Index
     use: Int
+
+
+class _Jobs(NamedTuple):
+    must: Flag
+    locked: Int
+    home: Index
+    tier_price: Int
+    site_set: Index
+    budget_row: Index
+    budget: Int
+    floor_row: Index
+    barred_start: Int
+    barred: Int
+
+
+class _Pools(NamedTuple):
+    site: Index
+    kind: Index
+
+
+class _Placing(NamedTuple):
+    rows: Rows
+    sites: Sites
+    pools: _Pools
+    goods: Goods
+    jobs: _Jobs
+    site_sets: NDArray[np.uint64]
+    singles: Singles
+
+
+def placing(instance: Instance) -> Instance:
+    """Return the parts of an instance that the search's loops read, which is all that is passed to them.
+
+    Every array that a compiled call passes costs time to compile: half of them are for spans' speeds.
+    """
+    jobs, pools = instance.jobs, instance.pools
+    parts = _Placing(
+        rows=instance.rows,
+        sites=instance.sites,
+        pools=_Pools(pools.site, pools.kind),
+        goods=instance.goods,
+        jobs=_Jobs(*(getattr(jobs, name) for name in _Jobs._fields)),
+        site_sets=instance.site_sets,
+        singles=instance.singles,
+    )
+    return cast("Instance", parts)
 
 
 def empty_occupancy(instance: Instance, prices: Int) -> Occupancy:
@@ -89,9 +147,8 @@ def empty_occupancy(instance: Instance, prices: Int) -> Occupancy:
         supply=supply,
         soft=soft,
         use=np.zeros(len(rows.base), dtype=np.int64),
-        form=np.full(count, NONE, dtype=np.int32),
         item=np.full(count, NONE, dtype=np.int32),
-        place=np.full(count, NONE, dtype=np.int32),
+        pool=np.full(count, NONE, dtype=np.int32),
         value=np.zeros(count, dtype=np.int64),
         surplus=np.zeros(count, dtype=np.float64),
     )
@@ -103,17 +160,62 @@ def copy_into(target: Occupancy, source: Occupancy) -> None:
         np.copyto(np.asarray(mine), np.asarray(theirs))
 
 
-def new_scratch(instance: Instance) -> Scratch:
-    """Return room for the largest column of an instance."""
-    widest = instance.slots * SPAN_SITES_MAX + 2 * SPAN_SITES_MAX + 2
-    if len(instance.bundles.value):
-        widest = max(widest, int(np.diff(instance.bundles.entry_start).max()))
+def written_out(job_count: int, columns: Columns) -> Others:
+    """Return the spans and bundles among columns, each once, those of a job in their order there."""
+    wanted = np.flatnonzero((columns.form == SPAN) | (columns.form == BUNDLE))
+    names = np.stack(
+        [part[wanted].astype(np.int64) for part in (columns.job, columns.form, columns.item, columns.place)]
+    )
+    _, first = np.unique(names, axis=1, return_index=True)
+    first.sort()
+    by_job = first[np.argsort(names[0, first], kind="stable")]
+    chosen = columns.take(wanted[by_job])
+    start = np.concatenate([[0], np.cumsum(np.bincount(chosen.job, minlength=job_count))])
+    return Others(
+        start.astype(np.int64),
+        chosen.form.astype(np.int32),
+        chosen.item.astype(np.int32),
+        chosen.place.astype(np.int32),
+        chosen.value,
+        chosen.start,
+        chosen.row.astype(np.int32),
+        chosen.use,
+    )
+
+
+def no_others(job_count: int) -> Others:
+    """Return none for every job."""
+    none, nothing = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    return Others(np.zeros(job_count + 1, np.int64), none, none, none, nothing, np.zeros(1, np.int64), none, nothing)
+
+
+def held_as(others: Others, choice: Choice) -> tuple[Index, Index]:
+    """Return a choice as a state holds it: item and pool of each job, -1 where it holds nothing known."""
+    single = choice.form == SINGLE
+    item = np.where(single, choice.item, NONE).astype(np.int32)
+    pool = np.where(single, choice.place, NONE).astype(np.int32)
+    job = np.repeat(np.arange(len(others.start) - 1), np.diff(others.start))
+    same = (choice.form[job] == others.form) & (choice.item[job] == others.item) & (choice.place[job] == others.place)
+    item[job[same]] = np.flatnonzero(same)
+    return item, pool
+
+
+def new_scratch(instance: Instance, others: Others) -> Scratch:
+    """Return room for the largest column."""
+    widest = max(instance.slots + 2, int(np.diff(others.entry_start).max(initial=0)))
     return Scratch(np.zeros(SPAN_OUT, np.int64), np.zeros(widest, np.int32), np.zeros(widest, np.int64))
 
 
-def choice_of(state: Occupancy) -> Choice:
+def choice_of(state: Occupancy, others: Others) -> Choice:
     """Return the columns that the jobs hold."""
-    return Choice(state.form.astype(np.int8), state.item.copy(), state.place.copy())
+    single = state.pool >= 0
+    other = np.flatnonzero((state.item >= 0) & ~single)
+    form = np.where(single, SINGLE, NONE).astype(np.int8)
+    item, place = np.where(single, state.item, NONE).astype(np.int32), state.pool.copy()
+    form[other] = others.form[state.item[other]]
+    item[other] = others.item[state.item[other]]
+    place[other] = others.place[state.item[other]]
+    return Choice(form, item, place)
 
 
 def welfare_of(instance: Instance, state: Occupancy) -> int:
@@ -145,50 +247,28 @@ def row_cost(rows: Rows, row: int, use: int) -> int:
 
 
 @compiled_loop
-def column_uses(instance: Instance, job: int, form: int, item: int, place: int, scratch: Scratch) -> int:
+def column_uses(instance: Instance, others: Others, job: int, item: int, pool: int, scratch: Scratch) -> int:
     """Fill `scratch` with a column's value and uses; return how many rows it uses, -1 if it may not be."""
-    jobs, pools = instance.jobs, len(instance.pools.site)
+    jobs = instance.jobs
     count = 0
-    if form == BUNDLE:
-        bundles = instance.bundles
-        for entry in range(bundles.entry_start[item], bundles.entry_start[item + 1]):
-            scratch.row[count] = bundles.entry_row[entry]
-            scratch.use[count] = bundles.entry_use[entry]
+    if pool < 0:
+        for entry in range(others.entry_start[item], others.entry_start[item + 1]):
+            scratch.row[count] = others.row[entry]
+            scratch.use[count] = others.use[entry]
             count += 1
-        scratch.out[VALUE] = bundles.value[item]
-        scratch.out[CHARGE_MAX] = bundles.charge_max[item]
+        scratch.out[VALUE] = others.value[item]
         return count
-    if form == SINGLE:
-        if not single_column(instance, job, item, place, scratch.out):
-            return -1
-        good = instance.singles.good[item]
-        gpus = instance.singles.gpus[item]
-        first, end = instance.goods.first[good], instance.goods.end[good]
-        for slot in range(first, end):
-            scratch.row[count] = slot * pools + place
-            scratch.use[count] = gpus
-            count += 1
-        slots = np.int64(end - first)
-    else:
-        if span_column(instance, job, item, place, scratch.out) <= 0.0:
-            return -1
-        gpus = instance.spans.gpus[item]
-        slots = np.int64(instance.spans.slots[item])
-        patterns = instance.patterns
-        for part in range(patterns.parts[place]):
-            field = PARTS + part * PART_FIELDS
-            for slot in range(slots):
-                scratch.row[count] = slot * pools + patterns.pool[place, part]
-                scratch.use[count] = scratch.out[field]
-                count += 1
-            for direction in range(2):
-                link = patterns.up[place, part] if direction == 0 else patterns.down[place, part]
-                shares = scratch.out[field + 2 + 2 * direction]
-                if link >= 0 and shares > 0:
-                    scratch.row[count] = instance.links.first_row + link
-                    scratch.use[count] = shares
-                    count += 1
-    budget = budget_shares(jobs, job, max(np.int64(0), scratch.out[CHARGE_MAX] + scratch.out[EGRESS] // slots))
+    if not single_column(instance, job, item, pool, scratch.out):
+        return -1
+    good = instance.singles.good[item]
+    gpus = instance.singles.gpus[item]
+    first, end = instance.goods.first[good], instance.goods.end[good]
+    for slot in range(first, end):
+        scratch.row[count] = slot * len(instance.pools.site) + pool
+        scratch.use[count] = gpus
+        count += 1
+    rate = scratch.out[CHARGE_MAX] + scratch.out[EGRESS] // np.int64(end - first)
+    budget = budget_shares(jobs, job, max(np.int64(0), rate))
     if budget > 0:
         scratch.row[count] = jobs.budget_row[job]
         scratch.use[count] = budget
@@ -236,15 +316,15 @@ def shift(rows: Rows, state: Occupancy, count: int, scratch: Scratch, sign: int,
 
 
 @compiled_loop
-def release(instance: Instance, state: Occupancy, job: int, scratch: Scratch, weight: float) -> float:
+def release(instance: Instance, others: Others, state: Occupancy, job: int, scratch: Scratch, weight: float) -> float:
     """Take a job's column away from it; return what its standing gains by that (mostly below 0)."""
-    if state.form[job] == NONE:
+    item, pool = np.int64(state.item[job]), np.int64(state.pool[job])
+    if item < 0:
         return 0.0
-    count = column_uses(instance, job, state.form[job], state.item[job], state.place[job], scratch)
+    count = column_uses(instance, others, job, item, pool, scratch)
     gained = -float(state.value[job]) - shift(instance.rows, state, count, scratch, -1, weight)
-    state.form[job] = NONE
     state.item[job] = NONE
-    state.place[job] = NONE
+    state.pool[job] = NONE
     state.value[job] = 0
     state.surplus[job] = 0.0
     return gained
@@ -252,42 +332,52 @@ def release(instance: Instance, state: Occupancy, job: int, scratch: Scratch, we
 
 @compiled_loop
 def take(
-    instance: Instance, state: Occupancy, job: int, form: int, item: int, place: int, scratch: Scratch, weight: float
+    instance: Instance,
+    others: Others,
+    state: Occupancy,
+    job: int,
+    item: int,
+    pool: int,
+    scratch: Scratch,
+    weight: float,
+    must_fit: bool,
 ) -> float:
-    """Give a column to a job that has none, fits or not; return what the standing gains by that."""
-    if form == NONE:
+    """Give a column to a job that has none; return what the standing gains by that.
+
+    With `must_fit` nothing happens where it does not fit, or may not be held.
+    """
+    if item < 0:
         return 0.0
-    count = column_uses(instance, job, form, item, place, scratch)
-    state.form[job] = form
+    count = column_uses(instance, others, job, item, pool, scratch)
+    if must_fit and (count < 0 or not fits(state, count, scratch)):
+        return 0.0
     state.item[job] = item
-    state.place[job] = place
+    state.pool[job] = pool
     state.value[job] = scratch.out[VALUE]
     state.surplus[job] = surplus_of(state, count, scratch)
     return float(scratch.out[VALUE]) - shift(instance.rows, state, count, scratch, 1, weight)
 
 
 @compiled_loop
-def can_take(
-    instance: Instance, state: Occupancy, job: int, form: int, item: int, place: int, scratch: Scratch
-) -> bool:
-    """Return whether a job that has none may hold this column as things stand."""
-    count = column_uses(instance, job, form, item, place, scratch)
-    return count >= 0 and fits(state, count, scratch)
+def seat(
+    instance: Instance,
+    others: Others,
+    state: Occupancy,
+    items: Index,
+    pools: Index,
+    forced: Flag,
+    scratch: Scratch,
+) -> int:
+    """Give jobs without a column the one of `items` and `pools` where it fits; return how many it gave.
 
-
-@compiled_loop
-def seat(instance: Instance, state: Occupancy, choice: Choice, scratch: Scratch) -> int:
-    """Give every job without a column its column of `choice` where it fits; return how many it gave.
-
-    Incumbents inside their term sit in their own place, fits or not.
+    `forced` are seated whether it fits or not: incumbents inside their term in their own place.
     """
     seated = 0
-    for job in range(len(choice.form)):
-        form, item, place = np.int64(choice.form[job]), choice.item[job], choice.place[job]
-        if form == NONE or state.form[job] != NONE:
+    for job in range(len(items)):
+        item = np.int64(items[job])
+        if item < 0 or state.item[job] >= 0:
             continue
-        own = instance.jobs.must[job] and form == BUNDLE and item == instance.jobs.own[job]
-        if own or can_take(instance, state, job, form, item, place, scratch):
-            take(instance, state, job, form, item, place, scratch, 1.0)
+        take(instance, others, state, job, item, np.int64(pools[job]), scratch, 1.0, not forced[job])
+        if state.item[job] >= 0:
             seated += 1
     return seated

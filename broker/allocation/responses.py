@@ -1,8 +1,8 @@
 """Best responses: every job in turn takes the best column at prices that still fits.
 
-`best_single` is exact and stops early: the pools of a good are tried by rising price, and no
-further one can help once even free data could not make it better. `rounding` first lets the jobs
-without a place choose (`respond`), then lets those move that could do better (`improve`).
+`best_of` is exact and stops early: the pools of a good are tried by rising price, and no further one
+can help once even free data could not make it better. `rounding` first lets the jobs without a place
+choose, then lets those move that could do better (both `improve`).
 `knapsack` asks here where a job would go if it lost its place.
 """
 
@@ -13,17 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from broker.allocation.compiled import compiled_loop
-from broker.allocation.instance import BUNDLE, NONE, SINGLE, SPAN, TIERS, Index, Instance, Int, Jobs, Real, Rows, Sites
-from broker.allocation.kernel import VALUE, budget_shares, ceil_rate, column_key, is_barred
-from broker.allocation.occupancy import (
-    Occupancy,
-    Scratch,
-    column_uses,
-    fits,
-    release,
-    row_cost,
-    take,
-)
+from broker.allocation.instance import SINGLE, TIERS, Index, Instance, Int, Jobs, Real, Rows, Sites
+from broker.allocation.kernel import budget_shares, ceil_rate, column_key, is_barred
+from broker.allocation.occupancy import Occupancy, Others, Scratch, release, row_cost, take
 
 # A gain in micro-credits per hour below which a move is not one: floats sum whole numbers here.
 LEAST_GAIN = 0.5
@@ -44,20 +36,6 @@ class Offers(NamedTuple):
     limit: Int
     unit: Real
     limit_max: Int
-
-
-class Shortlist(NamedTuple):
-    """Spans worth a look: those of job j are start[j] up to start[j + 1], best first."""
-
-    start: Int
-    span: Index
-    pattern: Index
-
-
-def no_shortlist(instance: Instance) -> Shortlist:
-    """Return a shortlist without any span."""
-    none = np.zeros(0, np.int32)
-    return Shortlist(np.zeros(instance.job_count + 1, np.int64), none, none)
 
 
 def priced_offers(instance: Instance, prices: Real) -> Offers:
@@ -150,8 +128,9 @@ def single_shares(jobs: Jobs, job: int, value: int, slots: int) -> int:
 
 
 @compiled_loop
-def best_single(
+def best_of(
     instance: Instance,
+    others: Others,
     state: Occupancy,
     offers: Offers,
     prices: Real,
@@ -160,7 +139,7 @@ def best_single(
     bounded: bool,
     least: float,
 ) -> tuple[float, int, int]:
-    """Return surplus, item and pool of a job's best single above `least`; item -1 where there is none.
+    """Return surplus, item and pool of a job's best column above `least`; item -1 where there is none.
 
     `bounded` leaves out what does not fit as things stand; `skip` is a pool to leave out, or -1.
     The arithmetic is `kernel.single_column`'s, taken apart so that most pools cost one comparison.
@@ -213,142 +192,67 @@ def best_single(
                     surplus -= shares * prices[budget]
                 if surplus > best:
                     best, best_item, best_pool = surplus, np.int64(item), pool
+    for column in range(others.start[job], others.start[job + 1]):
+        surplus = float(others.value[column])
+        fitting = True
+        for entry in range(others.entry_start[column], others.entry_start[column + 1]):
+            row, use = others.row[entry], others.use[entry]
+            surplus -= prices[row] * use
+            if bounded and use > 0 and not state.soft[row] and state.use[row] + use > state.supply[row]:
+                fitting = False
+        if fitting and surplus > best:
+            best, best_item, best_pool = surplus, np.int64(column), np.int64(-1)
     return best, best_item, best_pool
 
 
 @compiled_loop
 def best_singles(
-    instance: Instance, state: Occupancy, offers: Offers, prices: Real, chosen: Int, surplus: Real
+    instance: Instance, nothing: Others, state: Occupancy, offers: Offers, chosen: Int, surplus: Real
 ) -> None:
     """Fill the surplus of the best single of every chosen job were all capacity free, at least 0."""
     for index in range(len(chosen)):
-        surplus[index] = best_single(instance, state, offers, prices, chosen[index], -1, False, 0.0)[0]
-
-
-@compiled_loop
-def best_other(
-    instance: Instance,
-    state: Occupancy,
-    shortlist: Shortlist,
-    prices: Real,
-    job: int,
-    bounded: bool,
-    least: float,
-    scratch: Scratch,
-) -> tuple[float, int, int, int]:
-    """Return surplus, form, item and place of a job's best span or bundle above `least`; form -1: none."""
-    best, form, best_item, best_place = least, NONE, np.int64(-1), np.int64(-1)
-    for entry in range(shortlist.start[job], shortlist.start[job + 1]):
-        item, place = np.int64(shortlist.span[entry]), np.int64(shortlist.pattern[entry])
-        count = column_uses(instance, job, SPAN, item, place, scratch)
-        if count < 0 or (bounded and not fits(state, count, scratch)):
-            continue
-        surplus = float(scratch.out[VALUE])
-        for use in range(count):
-            surplus -= prices[scratch.row[use]] * scratch.use[use]
-        if surplus > best:
-            best, form, best_item, best_place = surplus, SPAN, item, place
-    for bundle in range(instance.bundles.start[job], instance.bundles.start[job + 1]):
-        count = column_uses(instance, job, BUNDLE, bundle, 0, scratch)
-        if bounded and not fits(state, count, scratch):
-            continue
-        surplus = float(scratch.out[VALUE])
-        for use in range(count):
-            surplus -= prices[scratch.row[use]] * scratch.use[use]
-        if surplus > best:
-            best, form, best_item, best_place = surplus, BUNDLE, np.int64(bundle), np.int64(0)
-    return best, form, best_item, best_place
-
-
-@compiled_loop
-def best_of(
-    instance: Instance,
-    state: Occupancy,
-    offers: Offers,
-    shortlist: Shortlist,
-    prices: Real,
-    job: int,
-    skip: int,
-    bounded: bool,
-    least: float,
-    scratch: Scratch,
-) -> tuple[float, int, int, int]:
-    """Return surplus, form, item and place of a job's best column above `least`; form -1: none."""
-    best, item, place = best_single(instance, state, offers, prices, job, skip, bounded, least)
-    if shortlist.start[job] < shortlist.start[job + 1] or instance.bundles.start[job] < instance.bundles.start[job + 1]:
-        other, form, other_item, other_place = best_other(
-            instance, state, shortlist, prices, job, bounded, best, scratch
-        )
-        if form != NONE:
-            return other, form, other_item, other_place
-    if item >= 0:
-        return best, SINGLE, item, place
-    return least, NONE, item, place
-
-
-@compiled_loop
-def respond(
-    instance: Instance,
-    state: Occupancy,
-    order: Int,
-    offers: Offers,
-    shortlist: Shortlist,
-    prices: Real,
-    weight: float,
-    scratch: Scratch,
-) -> int:
-    """Give the jobs of `order` that have no place their best column that fits, one after the other."""
-    placed = 0
-    for job in order:
-        if state.form[job] != NONE:
-            continue
-        _, form, item, place = best_of(instance, state, offers, shortlist, prices, job, -1, True, 0.0, scratch)
-        if form != NONE:
-            take(instance, state, job, form, item, place, scratch, weight)
-            placed += 1
-    return placed
+        surplus[index] = best_of(instance, nothing, state, offers, state.price, chosen[index], -1, False, 0.0)[0]
 
 
 @compiled_loop
 def improve(
     instance: Instance,
+    others: Others,
     state: Occupancy,
     order: Int,
     offers: Offers,
-    shortlist: Shortlist,
     prices: Real,
     weight: float,
-    reluctance: Real,
+    vacant: bool,
     scratch: Scratch,
 ) -> int:
-    """Move jobs of `order` one by one where their standing gains more than their `reluctance`.
+    """Move jobs of `order` one by one where their standing gains; return how many moved.
 
-    Returns how many moved. Columns are looked for at `prices` and judged by what they really gain.
+    Columns are looked for at `prices` and judged by what they really gain. With `vacant`, only jobs
+    without a place choose, and take what is worth its price, whatever the standing gains.
     """
     moved = 0
     for job in order:
-        form, item, place = state.form[job], state.item[job], state.place[job]
-        gain = release(instance, state, job, scratch, weight)
-        _, new_form, new_item, new_place = best_of(
-            instance, state, offers, shortlist, prices, job, -1, True, -np.inf, scratch
-        )
-        if new_form != NONE:
-            if new_form == form and new_item == item and new_place == place:
-                take(instance, state, job, form, item, place, scratch, weight)
-                continue
-            gain += take(instance, state, job, new_form, new_item, new_place, scratch, weight)
-            if gain > max(LEAST_GAIN, reluctance[job]):
+        item, pool = np.int64(state.item[job]), np.int64(state.pool[job])
+        if vacant and item >= 0:
+            continue
+        gain = release(instance, others, state, job, scratch, weight)
+        least = 0.0 if vacant else -np.inf
+        _, new_item, new_pool = best_of(instance, others, state, offers, prices, job, -1, True, least)
+        if new_item >= 0 and (new_item != item or new_pool != pool):
+            gain += take(instance, others, state, job, new_item, new_pool, scratch, weight, False)
+            if vacant or gain > LEAST_GAIN:
                 moved += 1
                 continue
-            release(instance, state, job, scratch, weight)
-        take(instance, state, job, form, item, place, scratch, weight)
+            release(instance, others, state, job, scratch, weight)
+        take(instance, others, state, job, item, pool, scratch, weight, False)
     return moved
 
 
-def marginal_prices(instance: Instance, state: Occupancy, weight: float) -> Real:
+def marginal_prices(rows: Rows, state: Occupancy, weight: float) -> Real:
     """Return what one more unit of every row takes from the standing."""
     prices = np.empty(len(state.use))
-    _fill_marginal_prices(instance.rows, state, weight, prices)
+    _fill_marginal_prices(rows, state, weight, prices)
     return prices
 
 

@@ -19,30 +19,28 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from broker.allocation import oracle
-from broker.allocation.columns import Columns, scale, window
+from broker.allocation.columns import Columns, joined, scale, window
 from broker.allocation.crossing import choose_crossing
 from broker.allocation.finish import PROVED_GAP, finish
-from broker.allocation.instance import BUNDLE, NONE, SINGLE, SPAN, Choice, Instance, Int, Real
+from broker.allocation.instance import BUNDLE, NONE, SINGLE, SPAN, Choice, Flag, Instance, Int, Real
 from broker.allocation.knapsack import cells_of, new_desk, seated_by_cell, suitors_by_cell, sweep
-from broker.allocation.listing import near
+from broker.allocation.listing import Names, described, near
 from broker.allocation.nodes import market_nodes
 from broker.allocation.occupancy import (
     Occupancy,
+    Others,
     choice_of,
     copy_into,
     empty_occupancy,
+    held_as,
     new_scratch,
+    no_others,
+    placing,
     seat,
     welfare_of,
+    written_out,
 )
-from broker.allocation.responses import (
-    Shortlist,
-    best_singles,
-    improve,
-    marginal_prices,
-    priced_offers,
-    respond,
-)
+from broker.allocation.responses import best_singles, improve, marginal_prices, priced_offers
 from broker.allocation.uplift import drop_unfunded
 
 # An incumbent stays while its regret is at most this share of its value: a move has costs that no
@@ -111,7 +109,7 @@ def whole(
     the caller has them already.
     """
     limits = limits or Limits()
-    search = _Search(instance, prices, best)
+    search = _Search(instance, prices, best, start)
     marks = [tick()]
     kept = search.keep(start)
     marks.append(tick())
@@ -125,7 +123,7 @@ def whole(
     marks.append(tick())
     seconds = tuple(after - before for before, after in itertools.pairwise(marks))
     effort = Effort(kept, crossing_columns, crossing_nodes, placed, moved, cells, finish_columns, finish_nodes)
-    return Rounded(choice_of(search.state), welfare_of(instance, search.state), effort, optimal, seconds)
+    return Rounded(choice_of(search.state, search.others), welfare_of(instance, search.state), effort, optimal, seconds)
 
 
 def drop_uplift(instance: Instance, prices: Int, rounded: Rounded, equity_micros: int) -> Rounded:
@@ -133,46 +131,76 @@ def drop_uplift(instance: Instance, prices: Int, rounded: Rounded, equity_micros
 
     Optimality is no longer claimed once something was dropped.
     """
+    choice = rounded.choice
+    others = written_out(instance.job_count, joined(_bundles(instance), _held(instance, choice)))
     state = empty_occupancy(instance, prices)
-    scratch = new_scratch(instance)
-    seat(instance, state, _only_own(instance, rounded.choice), scratch)
-    seat(instance, state, rounded.choice, scratch)
-    if not drop_unfunded(instance, prices, state, equity_micros):
+    _seat(instance, others, state, choice)
+    if not drop_unfunded(instance, prices, others, state, equity_micros):
         return rounded
-    return rounded._replace(choice=choice_of(state), welfare=welfare_of(instance, state), optimal=False)
+    return rounded._replace(choice=choice_of(state, others), welfare=welfare_of(instance, state), optimal=False)
 
 
-def _only_own(instance: Instance, choice: Choice) -> Choice:
-    """Return the part of a choice that is incumbents inside their term in their own place."""
-    own = instance.jobs.must & (choice.form == BUNDLE) & (choice.item == instance.jobs.own)
-    return choice._replace(form=np.where(own, BUNDLE, NONE).astype(np.int8))
+def _seat(instance: Instance, others: Others, state: Occupancy, choice: Choice) -> int:
+    """Seat a choice, incumbents in their own place before all others; return how many sit."""
+    own = _own(instance, choice)
+    first = choice._replace(form=np.where(own, choice.form, NONE).astype(np.int8))
+    scratch, parts = new_scratch(instance, others), placing(instance)
+    return sum(
+        int(seat(parts, others, state, *held_as(others, part), forced, scratch))
+        for part, forced in ((first, own), (choice, np.zeros_like(own)))
+    )
+
+
+def _own(instance: Instance, choice: Choice) -> Flag:
+    """Return which jobs are incumbents inside their term in their own place."""
+    own: Flag = instance.jobs.must & (choice.form == BUNDLE) & (choice.item == instance.jobs.own)
+    return own
+
+
+def _held(instance: Instance, choice: Choice) -> Columns:
+    """Return the columns of a choice that may be held, written out."""
+    jobs = np.flatnonzero(choice.form != NONE)
+    form, item, place = (part[jobs].astype(np.int32) for part in choice)
+    return described(instance, Names(jobs.astype(np.int32), form, item, place)).columns
+
+
+def _bundles(instance: Instance) -> Columns:
+    """Return all bundles, written out."""
+    start = instance.bundles.start
+    job = np.repeat(np.arange(instance.job_count), np.diff(start)).astype(np.int32)
+    item = np.arange(len(job), dtype=np.int32)
+    return described(instance, Names(job, np.full_like(job, BUNDLE), item, np.zeros_like(job))).columns
 
 
 class _Search:
     """The state of one repair."""
 
-    def __init__(self, instance: Instance, prices: Int, best: oracle.Best | None) -> None:
+    def __init__(self, instance: Instance, prices: Int, best: oracle.Best | None, start: Choice | None) -> None:
         self.instance = instance
+        self.parts = placing(instance)
         self.prices = prices
         self.state = empty_occupancy(instance, prices)
-        self.scratch = new_scratch(instance)
         self.offers = priced_offers(instance, self.state.price)
         layout = oracle.prepare(instance)
         self.wish = oracle.best(instance, prices, layout=layout) if best is None else best
         self.best = self.wish.surplus.astype(np.float64)
         self.dual = oracle.dual_exact(instance, prices, self.wish)
-        self.shortlist = _shortlist(instance, self.state, layout, self.wish)
+        self.crossing = joined(_bundles(instance), _near_spans(instance, self.state, layout, self.wish))
+        known = self.crossing if start is None else joined(self.crossing, _held(instance, start))
+        self.others = written_out(instance.job_count, known)
+        self.scratch = new_scratch(instance, self.others)
 
     def keep(self, start: Choice | None) -> int:
         instance = self.instance
         own = instance.jobs.own
-        inside = Choice(np.where(instance.jobs.must, BUNDLE, NONE).astype(np.int8), own, np.zeros(len(own), np.int32))
-        kept = seat(instance, self.state, inside, self.scratch)
+        none = np.zeros(len(own), np.int32)
+        inside = Choice(np.where(instance.jobs.must, BUNDLE, NONE).astype(np.int8), own, none)
+        kept = _seat(instance, self.others, self.state, inside)
         if np.any(instance.jobs.must):
             order = np.flatnonzero(instance.jobs.must & (self.regret() > KEEP_REGRET * self.state.value))
             kept -= self._improve(order, 1.0)
         if start is not None:
-            kept += seat(instance, self.state, start, self.scratch)
+            kept += _seat(instance, self.others, self.state, start)
         else:
             past = (own >= 0) & ~instance.jobs.must
             if np.any(past):
@@ -182,28 +210,31 @@ class _Search:
                     & (worth >= 0)
                     & (self.best - worth <= KEEP_REGRET * instance.bundles.value[np.maximum(own, 0)])
                 )
-                kept += seat(
-                    instance,
-                    self.state,
-                    Choice(np.where(near_best, BUNDLE, NONE).astype(np.int8), own, np.zeros(len(own), np.int32)),
-                    self.scratch,
-                )
+                again = Choice(np.where(near_best, BUNDLE, NONE).astype(np.int8), own, none)
+                kept += _seat(instance, self.others, self.state, again)
         return kept
 
     def regret(self) -> Real:
         return self.best - self.state.surplus
 
+    def restless(self) -> Real:
+        """Return regrets, 0 for incumbents in their own place that regret no more than KEEP_REGRET."""
+        regret = self.regret()
+        own = _own(self.instance, choice_of(self.state, self.others))
+        regret[own & (regret <= KEEP_REGRET * self.state.value)] = 0.0
+        return regret
+
     def cross(self, nodes: int) -> tuple[int, int]:
-        columns = self.shortlist[1]
+        columns = self.crossing
         if not len(columns.job):
             return 0, 0
         single = np.zeros(self.instance.job_count)
         crossing = np.unique(columns.job).astype(np.int64)
         surplus = np.zeros(len(crossing))
-        best_singles(self.instance, self.state, self.offers, self.state.price, crossing, surplus)
+        best_singles(self.parts, no_others(self.instance.job_count), self.state, self.offers, crossing, surplus)
         single[crossing] = surplus
         found = choose_crossing(self.instance, self.state, columns, single, nodes_max=nodes)
-        seat(self.instance, self.state, found.choice, self.scratch)
+        _seat(self.instance, self.others, self.state, found.choice)
         return found.columns, found.nodes
 
     def order(self) -> Int:
@@ -218,23 +249,13 @@ class _Search:
         return np.lexsort((np.arange(len(gpus)), -self.best / np.maximum(gpus, 1), -gpus, ~sure))
 
     def respond(self) -> int:
-        return respond(
-            self.instance, self.state, self.order(), self.offers, self.shortlist[0], self.state.price, 1.0, self.scratch
-        )
+        price = self.state.price
+        return improve(self.parts, self.others, self.state, self.order(), self.offers, price, 1.0, True, self.scratch)
 
     def _improve(self, order: Int, weight: float) -> int:
-        prices = marginal_prices(self.instance, self.state, weight)
-        return improve(
-            self.instance,
-            self.state,
-            order,
-            priced_offers(self.instance, prices),
-            self.shortlist[0],
-            prices,
-            weight,
-            np.zeros(self.instance.job_count),
-            self.scratch,
-        )
+        prices = marginal_prices(self.instance.rows, self.state, weight)
+        offers = priced_offers(self.instance, prices)
+        return improve(self.parts, self.others, self.state, order, offers, prices, weight, False, self.scratch)
 
     def sweep(self, sweeps: int) -> tuple[int, int]:
         instance, state = self.instance, self.state
@@ -248,24 +269,25 @@ class _Search:
         for number in range(sweeps):
             weight = _WEIGHTS[min(number, len(_WEIGHTS) - 1)]
             seated = seated_by_cell(instance, state, cells)
-            suitors = suitors_by_cell(instance, state, cells, self.offers, self.regret(), crumb)
+            suitors = suitors_by_cell(self.parts, state, cells, self.offers, self.restless(), crumb)
             order = np.flatnonzero(np.diff(suitors.start) + np.diff(seated.start))
             cells_changed = sweep(
-                instance,
+                self.parts,
+                self.others,
                 state,
                 cells,
                 seated,
                 suitors,
                 order,
                 self.offers,
-                self.shortlist[0],
                 weight,
                 self.scratch,
                 desk,
             )
             changed += cells_changed
-            regretful = np.flatnonzero(self.regret() > crumb)
-            regretful = regretful[np.lexsort((regretful, -self.regret()[regretful]))]
+            regret = self.restless()
+            regretful = np.flatnonzero(regret > crumb)
+            regretful = regretful[np.lexsort((regretful, -regret[regretful]))]
             moved += self._improve(regretful, weight)
             welfare = welfare_of(instance, state)
             if welfare > top_welfare:
@@ -293,7 +315,7 @@ class _Search:
             columns = near(instance, self.state.price, self.best, np.maximum(width, self.regret() + 1.0))
             if len(columns.job) > limits.finish_columns:
                 break
-            found = finish(instance, self.state, columns, self.dual, width, nodes_max=limits.finish_nodes)
+            found = finish(instance, self.others, self.state, columns, self.dual, width, nodes_max=limits.finish_nodes)
             looked, nodes = looked + found.columns, nodes + found.nodes
             if found.choice is not None:
                 self._adopt(found.choice)
@@ -304,12 +326,13 @@ class _Search:
 
     def _adopt(self, choice: Choice) -> None:
         """Take a whole choice over if it can be carried out and is worth more."""
-        fresh = empty_occupancy(self.instance, self.prices)
-        seated = seat(self.instance, fresh, choice, self.scratch)
-        if seated == int(np.count_nonzero(choice.form != NONE)) and welfare_of(self.instance, fresh) > welfare_of(
-            self.instance, self.state
-        ):
-            copy_into(self.state, fresh)
+        instance = self.instance
+        others = written_out(instance.job_count, joined(self.crossing, _held(instance, choice)))
+        fresh = empty_occupancy(instance, self.prices)
+        seated = _seat(instance, others, fresh, choice)
+        whole_choice = seated == int(np.count_nonzero(choice.form != NONE))
+        if whole_choice and welfare_of(instance, fresh) > welfare_of(instance, self.state):
+            self.state, self.others, self.scratch = fresh, others, new_scratch(instance, others)
 
 
 def _bundle_surplus(instance: Instance, price: Real) -> Real:
@@ -319,17 +342,14 @@ def _bundle_surplus(instance: Instance, price: Real) -> Real:
     return np.asarray(bundles.value - paid, np.float64)
 
 
-def _shortlist(
-    instance: Instance, state: Occupancy, layout: oracle.Layout, wish: oracle.Best
-) -> tuple[Shortlist, Columns]:
-    """Return spans and bundles near their job's best, as a list to try and as columns."""
+def _near_spans(instance: Instance, state: Occupancy, layout: oracle.Layout, wish: oracle.Best) -> Columns:
+    """Return spans near their job's best, written out."""
     found = oracle.Best(wish.form.copy(), wish.item.copy(), wish.place.copy(), wish.surplus.astype(np.float64))
     nodes = market_nodes(instance, layout)
     # Only who is best off across sites competes for links; the others have a place to go.
     crossing = (wish.form == SPAN) | (wish.form == BUNDLE)
     width = np.where(crossing, _SPAN_WIDTH * scale(instance), 0.0)
     columns = window(instance, layout, nodes, state.price, width, found=found, hint=found)
-    columns = columns.take(np.flatnonzero((columns.form == SPAN) | (columns.form == BUNDLE)).astype(np.int32))
-    span = columns.form == SPAN
-    start = np.concatenate([[0], np.cumsum(np.bincount(columns.job[span], minlength=instance.job_count))])
-    return Shortlist(start, columns.item[span].astype(np.int32), columns.place[span].astype(np.int32)), columns
+    spans = np.flatnonzero(columns.form == SPAN)
+    names = (columns.job, columns.form, columns.item, columns.place)
+    return described(instance, Names(*(part[spans].astype(np.int32) for part in names))).columns
