@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from broker.allocation.columns import Columns
 from broker.allocation.instance import BUNDLE, NONE, Choice, Instance, Int
 from broker.allocation.listing import Names, described
 from broker.allocation.occupancy import (
@@ -31,11 +32,9 @@ def uplift_micros(instance: Instance, prices: Int, choice: Choice) -> Int:
     Gross is what its GPUs and its bandwidth cost now, at `prices`; a place inside a running term
     keeps its locked prices and needs nothing. A past term's own place counts the longest term.
     """
-    jobs = instance.jobs
-    kept = jobs.must & (choice.form == BUNDLE) & (choice.item == jobs.own)
+    kept = instance.jobs.must & (choice.form == BUNDLE) & (choice.item == instance.jobs.own)
     held = np.flatnonzero((choice.form != NONE) & ~kept)
-    names = Names(held.astype(np.int32), choice.form[held].astype(np.int32), choice.item[held], choice.place[held])
-    found = described(instance, names)
+    found = described(instance, _names(choice, held))
     columns = found.columns
     first_link = instance.links.first_row
     paid = columns.row < instance.pool_count
@@ -51,34 +50,52 @@ def uplift_micros(instance: Instance, prices: Int, choice: Choice) -> Int:
 def drop_unfunded(instance: Instance, prices: Int, others: Others, state: Occupancy, equity_micros: int) -> int:
     """Drop placements from `state` until `equity_micros` cover all uplifts; return how many went.
 
-    An incumbent inside its term goes back to its own place where that is still free, and stays where
-    it is otherwise: it cannot be out.
+    An incumbent inside its term cannot be out: it goes back to its own place, and whoever took that
+    meanwhile leaves it. All own places fit beside each other, so this ends.
     """
-    costs = uplift_micros(instance, prices, choice_of(state, others))
+    choice = choice_of(state, others)
+    costs = uplift_micros(instance, prices, choice)
     total = int(costs.sum())
     if total <= equity_micros:
         return 0
     scratch, parts = new_scratch(instance, others), placing(instance)
     own = held_as(others, Choice(np.full(len(costs), BUNDLE, np.int8), instance.jobs.own, np.zeros_like(state.pool)))[0]
+    users = _held(instance, choice)
+    user = np.repeat(users.job, np.diff(users.start))
     needy = np.flatnonzero(costs)
     # Least welfare per micro-credit of uplift first; ties to the later job.
     worth = (state.value[needy] / costs[needy])[::-1]
     dropped = 0
-    for job in needy[::-1][np.argsort(worth, kind="stable")]:
+    for first in needy[::-1][np.argsort(worth, kind="stable")]:
         if total <= equity_micros:
             break
-        item, pool = np.int64(state.item[job]), np.int64(state.pool[job])
-        release(parts, others, state, job, scratch, 1.0)
-        if instance.jobs.must[job]:
-            take(parts, others, state, job, np.int64(own[job]), np.int64(NONE), scratch, 1.0, True)
-            if state.item[job] < 0:
-                take(parts, others, state, job, item, pool, scratch, 1.0, False)
+        leaving = [first] if state.item[first] >= 0 else []
+        while leaving:
+            job = leaving.pop()
+            release(parts, others, state, job, scratch, 1.0)
+            total -= int(costs[job])
+            costs[job] = 0
+            dropped += 1
+            if not instance.jobs.must[job]:
                 continue
-        total -= int(costs[job])
-        dropped += 1
+            entries = slice(others.entry_start[own[job]], others.entry_start[own[job] + 1])
+            row, use = others.row[entries], others.use[entries]
+            lacking = row[(use > 0) & ~state.soft[row] & (state.use[row] + use > state.supply[row])]
+            take(parts, others, state, job, np.int64(own[job]), np.int64(NONE), scratch, 1.0, False)
+            taker = np.unique(user[np.isin(users.row, lacking) & (users.use > 0)])
+            home = instance.jobs.must & (state.pool < 0) & (state.item == own)
+            leaving += [other for other in taker if state.item[other] >= 0 and not home[other] and other not in leaving]
     if dropped:
         _refill(instance, prices, others, state)
     return dropped
+
+
+def _names(choice: Choice, held: Int) -> Names:
+    return Names(held.astype(np.int32), *(part[held].astype(np.int32) for part in choice))
+
+
+def _held(instance: Instance, choice: Choice) -> Columns:
+    return described(instance, _names(choice, np.flatnonzero(choice.form != NONE))).columns
 
 
 def _refill(instance: Instance, prices: Int, others: Others, state: Occupancy) -> None:

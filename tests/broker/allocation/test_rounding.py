@@ -406,6 +406,21 @@ def test_uplift_beyond_market_equity_is_dropped_before_commit() -> None:
     assert dropped > 0
 
 
+def test_no_equity_is_promised_for_incumbents_whose_own_place_was_taken() -> None:
+    crowded = 0
+    for seed in range(80):
+        instance = array_instances.small(seed)
+        prices = rough_prices(instance, seed)
+        rounded = whole(instance, prices, limits=_SEARCH_ONLY)
+        choice = rounded.choice
+        needy = uplift_micros(instance, prices, choice) > 0
+        crowded += bool(np.any(needy & instance.jobs.must))
+        left = drop_uplift(instance, prices, rounded, 0)
+        check(instance, prices, left)
+        assert int(uplift_micros(instance, prices, left.choice).sum()) == 0
+    assert crowded > 0
+
+
 def test_a_columns_uplift_is_what_its_gpus_cost_above_its_charge_over_the_term() -> None:
     instance = array_instances.large(120, 6, "A", 0)
     prices = relax(instance).prices
