@@ -111,19 +111,28 @@ def scale(instance: Instance) -> Real:
 
 
 def window(
-    instance: Instance, layout: Layout, nodes: Nodes, y: Real, width: Real, *, found: Best, hint: Best | None = None
+    instance: Instance,
+    layout: Layout,
+    nodes: Nodes,
+    y: Real,
+    width: Real,
+    *,
+    found: Best,
+    hint: Best | None = None,
+    width_spans: Real | None = None,
 ) -> Columns:
     """Return the columns within `width` [jobs] of their job's best at y, staying out included.
 
-    `found` is filled with the best ones. Columns are ordered by job, the best first.
+    Spans are held to `width_spans` where that is given. `found` is filled with the best ones. Columns are ordered by job, the best first.
     """
     most = 8 * instance.job_count + 4 * len(instance.singles.good) + 1024
     near = Near(
         width,
+        width if width_spans is None else width_spans,
         *(np.zeros(most, dtype) for dtype in (np.int32, np.int8, np.int32, np.int32, np.float64)),  # type: ignore[arg-type]
     )
     count = search(instance, layout, y, found, hint, near)
-    job, form, item, place, surplus = (part[:count] for part in near[1:])
+    job, form, item, place, surplus = (part[:count] for part in near[2:])
     close = surplus >= found.surplus[job] - width[job]
     outside = np.flatnonzero(~instance.jobs.must & (found.surplus <= width)).astype(np.int32)
     none = np.full(len(outside), NONE, np.int32)
@@ -163,7 +172,7 @@ def _fill(
     for column in range(len(wide.job)):
         job, form, item, place = wide.job[column], wide.form[column], wide.item[column], wide.place[column]
         at = wide.start[column]
-        gpus = np.int64(0)
+        gpus, slots = np.int64(0), np.int64(1)
         if form == 0 or form == 3:
             good = singles.good[item]
             gpus = singles.gpus[item]
@@ -184,7 +193,7 @@ def _fill(
                 wide.row[at], wide.use[at] = len(instance.rows.base) + node[cell, size], gpus
                 at += 1
         elif form == 1:
-            gpus = instance.spans.gpus[item]
+            gpus, slots = instance.spans.gpus[item], np.int64(instance.spans.slots[item])
             span_column(instance, job, item, place, out)
             for part in range(patterns.parts[place]):
                 field = PARTS + part * PART_FIELDS
@@ -203,7 +212,7 @@ def _fill(
         else:
             out[VALUE] = 0
         if gpus > 0 and jobs.budget_row[job] >= 0:
-            rate = max(np.int64(0), out[CHARGE_MAX] + out[EGRESS])
+            rate = max(np.int64(0), out[CHARGE_MAX] + out[EGRESS] // slots)
             wide.row[at], wide.use[at] = jobs.budget_row[job], budget_shares(jobs, job, rate)
             at += 1
         if gpus > 0 and jobs.floor_row[job] >= 0:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.instance import NONE, Index, Instance, Int
-from broker.allocation.oracle import Layout
+from broker.allocation.oracle import Layout, inside_one
 
 
 class Nodes(NamedTuple):
@@ -57,7 +57,7 @@ def market_nodes(instance: Instance, layout: Layout) -> Nodes:
     # The scope below through which an offer already reaches this one: its region, or its continent.
     region, continent = sites.region[offer_site], sites.continent[offer_site]
     levels = [int(first) for first in layout.level_scope] + [int(layout.level_scope[3]) + 1]
-    below_region = np.where((region >= 0) & _inside_one(sites.region, sites.continent)[region], region, NONE)
+    below_region = np.where((region >= 0) & inside_one(sites.region, sites.continent)[region], region, NONE)
     below = {1: np.full(len(offer_site), NONE), 2: below_region, 3: continent}
     offset = {1: 0, 2: levels[1], 3: levels[2]}
     for level in (1, 2, 3):
@@ -91,15 +91,6 @@ def market_nodes(instance: Instance, layout: Layout) -> Nodes:
         arc_from=arc[:, 0],
         arc_to=arc[:, 1],
     )
-
-
-def _inside_one(region: Index, continent: Index) -> NDArray[np.bool_]:
-    """Return for every region whether its sites lie in one continent; at the end False, for index -1."""
-    inside = np.zeros(int(region.max(initial=-1)) + 2, bool)
-    for index in range(len(inside) - 1):
-        found = np.unique(continent[region == index])
-        inside[index] = len(found) == 1 and found[0] >= 0
-    return inside
 
 
 def _next_at_least(served: Int, count: int, first: int) -> Index:

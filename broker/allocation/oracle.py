@@ -3,7 +3,8 @@
 Nothing is enumerated. A job's candidate on one site looks for the cheapest pool tier by tier, since
 inside one tier its data egress is the same everywhere: the first pool of the tier's price order that
 is large enough and allowed is the best one. Spans walk their family's patterns by price, grouped by
-the quality of the links, and stop where even the fastest of the group could not beat what is found.
+number of parts, by the region or continent that holds them and by the quality of the links, and stop
+where even the best of the group could not beat what is found.
 
 What bounds a span at a pattern from above:
 
@@ -84,9 +85,12 @@ class Layout(NamedTuple):
     first scope of each of the four levels is level_scope[level]. Offers of good g in scope s are
     offer[start[s * goods + g]] up to offer[start[s * goods + g + 1]], in the order of Goods;
     limit_max is the largest of their limits. `sync_s_per_byte` and `delay_s` bound a pattern's sync
-    round from below; groups of family f are group_start[f] up to group_start[f + 1], their patterns
-    pattern[group_end[k - 1]] up to pattern[group_end[k]], and group_sync and group_delay the least of
-    theirs. `gpus_min` is the smallest span of each family.
+    round from below; `link_cost` is what a byte through each of its links costs per hour of bytes/s,
+    `gpus_max` what its pools let one job have. Groups of family f are group_start[f] up to
+    group_start[f + 1], their patterns pattern[group_end[k]] up to pattern[group_end[k + 1]], all of
+    group_parts parts; group_sync, group_delay and group_cost are the least of theirs. A group's patterns
+    lie in one region (group_level 1, of which `group_site` is a site), in one continent but no region (2),
+    in no continent (3), or where levels say nothing (4). `gpus_min` is the smallest span of each family.
     """
 
     level_scope: Int
@@ -97,8 +101,14 @@ class Layout(NamedTuple):
     delay_s: Real
     group_start: Int
     group_end: Int
+    group_parts: Int
+    group_level: Int
+    group_site: Int
     group_sync: Real
     group_delay: Real
+    group_cost: Real
+    link_cost: Real
+    gpus_max: Int
     pattern: Index
     pattern_group: Index
     gpus_min: Int
@@ -108,14 +118,17 @@ class Order(NamedTuple):
     """Offers of every (scope, good) and patterns of every group by price.
 
     `price` is what a GPU of offer o costs over the good's slots, `pool_price[s - 1, p]` the same in
-    pool p from now for s slots, `pattern_price[s - 1, c]` a lower bound of it over a pattern.
+    pool p from now for s slots. `terms[s - 1, k]` are of the pattern in place k: a lower bound of that price over
+    it, its sync seconds per byte, its delay, and what a byte/s through its links costs in all over s slots;
+    `group_toll` is the least of the latter in each group.
     """
 
     offer: Index
     price: NDArray[Any]
     pool_price: NDArray[Any]
     pattern: Index
-    pattern_price: Real
+    terms: Real
+    group_toll: Real
 
 
 class Best(NamedTuple):
@@ -128,9 +141,10 @@ class Best(NamedTuple):
 
 
 class Near(NamedTuple):
-    """Columns close to their job's best: `room` [jobs] is how close; the rest is filled, row by row."""
+    """Columns close to their job's best: `room` and `room_spans` [jobs] are how close; the rest is filled, row by row."""
 
     room: NDArray[Any]
+    room_spans: NDArray[Any]
     job: Index
     form: NDArray[np.int8]
     item: Index
@@ -165,24 +179,7 @@ def prepare(instance: Instance) -> Layout:
     families = len(instance.patterns.family_start) - 1
     gpus_min = np.full(families, 2**31, np.int64)
     np.minimum.at(gpus_min, instance.spans.family, instance.spans.gpus)
-    group_start, group_end = [0], [0]
-    group_sync: list[float] = []
-    group_delay: list[float] = []
-    by_quality = np.empty(len(sync), np.int32)
-    pattern_group = np.empty(len(sync), np.int32)
-    for family in range(families):
-        first, end = (int(bound) for bound in instance.patterns.family_start[family : family + 2])
-        count = end - first
-        if count:
-            quality = first + np.argsort(sync[first:end], kind="stable")
-            by_quality[first:end] = quality
-            groups = min(_GROUPS_MAX, -(-count // _GROUP_PATTERNS))
-            for members in np.array_split(quality, groups):
-                pattern_group[members] = len(group_sync)
-                group_sync.append(float(sync[members].min()))
-                group_delay.append(float(delay[members].min()))
-                group_end.append(group_end[-1] + len(members))
-        group_start.append(len(group_sync))
+    groups = _groups(instance, sync, delay)
     return Layout(
         level_scope=level_scope,
         start=start,
@@ -190,14 +187,72 @@ def prepare(instance: Instance) -> Layout:
         limit_max=limit_max,
         sync_s_per_byte=sync,
         delay_s=delay,
-        group_start=np.array(group_start, np.int64),
-        group_end=np.array(group_end, np.int64),
-        group_sync=np.array(group_sync, np.float64),
-        group_delay=np.array(group_delay, np.float64),
-        pattern=by_quality,
-        pattern_group=pattern_group,
         gpus_min=gpus_min,
+        **groups,
     )
+
+
+def _groups(instance: Instance, sync: Real, delay: Real) -> dict[str, NDArray[Any]]:
+    """Return the part of Layout that groups patterns."""
+    patterns, sites, links = instance.patterns, instance.sites, instance.links
+    count, families = len(patterns.parts), len(patterns.family_start) - 1
+    used = np.arange(SPAN_SITES_MAX) < patterns.parts[:, None]
+    pool = np.where(used, patterns.pool, patterns.pool[:, :1])
+    site = instance.pools.site[pool]
+    region, continent = sites.region[site], sites.continent[site]
+    one_region = (region == region[:, :1]).all(axis=1) & (region[:, 0] >= 0)
+    one_continent = (continent == continent[:, :1]).all(axis=1) & (continent[:, 0] >= 0)
+    straddling = ((region >= 0) & ~inside_one(sites.region, sites.continent)[region]).any(axis=1)
+    level = np.where(straddling, 4, np.where(one_region, 1, np.where(one_continent, 2, 3)))
+    scope = np.where(level == 1, region[:, 0], np.where(level == 2, continent[:, 0], 0))
+    joined = patterns.up >= 0
+    egress = links.egress_micros_per_gb.astype(np.float64) * _HOUR_PER_GB
+    link_cost = np.zeros(count)
+    if len(egress):
+        others = (patterns.parts - 1)[:, None]
+        both = egress[np.maximum(patterns.up, 0)] + others * egress[np.maximum(patterns.down, 0)]
+        link_cost = np.where(joined, both, 0.0).sum(axis=1)
+    family = np.repeat(np.arange(families), np.diff(patterns.family_start))
+    dearness = np.floor(np.log2(1e-3 + link_cost))
+    ranked = np.lexsort((sync, dearness, scope, level, patterns.parts, family))
+    alike = np.stack([part[ranked] for part in (family, patterns.parts, level, scope)])
+    heads = np.flatnonzero(np.concatenate([[True] * bool(count), (np.diff(alike, axis=1) != 0).any(axis=0)]))
+    ends = np.append(heads[1:], count)
+    edges = [
+        edge
+        for first, end in zip(heads.tolist(), ends.tolist(), strict=bool(count))
+        for edge in range(first, end, -(-(end - first) // -(-(end - first) // _GROUP_PATTERNS)))
+    ]
+    first = np.array(edges, np.int64)
+    lead = ranked[first]
+    pattern_group = np.empty(count, np.int32)
+    pattern_group[ranked] = np.repeat(np.arange(len(first)), np.diff(np.append(first, count)))
+    least = [np.minimum.reduceat(part[ranked], first) if count else part for part in (sync, delay, link_cost)]
+    return {
+        "group_start": np.searchsorted(family[lead], np.arange(families + 1)).astype(np.int64),
+        "group_end": np.append(first, count).astype(np.int64),
+        "group_parts": patterns.parts[lead].astype(np.int64),
+        "group_level": level[lead].astype(np.int64),
+        "group_site": site[lead, 0].astype(np.int64),
+        "group_sync": least[0],
+        "group_delay": least[1],
+        "group_cost": least[2],
+        "link_cost": link_cost,
+        "gpus_max": np.where(used, instance.pools.job_max[pool], 0).sum(axis=1).astype(np.int64),
+        "pattern": ranked.astype(np.int32),
+        "pattern_group": pattern_group,
+    }
+
+
+def inside_one(region: Index, continent: Index) -> NDArray[np.bool_]:
+    """Return for every region whether its sites lie in one continent; at the end False, for index -1."""
+    most = np.full(int(region.max(initial=-1)) + 2, -1, np.int64)
+    least = np.full(len(most), 2**31, np.int64)
+    np.maximum.at(most, region, continent)
+    np.minimum.at(least, region, continent)
+    inside: NDArray[np.bool_] = (most == least) & (least >= 0)
+    inside[-1] = False
+    return inside
 
 
 def order(instance: Instance, layout: Layout, y: Prices) -> Order:
@@ -215,12 +270,31 @@ def order(instance: Instance, layout: Layout, y: Prices) -> Order:
     families = len(patterns.family_start) - 1
     family = np.repeat(np.arange(families), np.diff(patterns.family_start))
     used = int(instance.spans.slots.max(initial=0))
-    bound = np.zeros((used, len(family)), np.float64)
+    rent = _link_rent(instance, y)
+    bound = np.zeros(len(family), np.float64)
     sorted_patterns = np.zeros((used, len(family)), np.int32)
+    terms, group_toll = np.zeros((used, len(family), 4)), np.zeros((used, len(layout.group_sync)))
     for index in range(used):
-        _bound_patterns(instance, pool_price[index], layout.gpus_min, family, bound[index])
-        sorted_patterns[index] = np.lexsort((bound[index], layout.pattern_group))
-    return Order(ranked, price, pool_price, sorted_patterns, bound)
+        _bound_patterns(instance, pool_price[index], layout.gpus_min, family, bound)
+        by_price = np.lexsort((bound, layout.pattern_group))
+        sorted_patterns[index] = by_price
+        toll = layout.link_cost * (index + 1) + rent
+        for place, term in enumerate((bound, layout.sync_s_per_byte, layout.delay_s, toll)):
+            terms[index, :, place] = term[by_price]
+        if len(family):
+            group_toll[index] = np.minimum.reduceat(toll[layout.pattern], layout.group_end[:-1])
+    return Order(ranked, price, pool_price, sorted_patterns, terms, group_toll)
+
+
+def _link_rent(instance: Instance, y: Prices) -> Real:
+    """Return per pattern what a byte/s through each of its links pays for their shares."""
+    patterns, links = instance.patterns, instance.links
+    if not len(links.bits_per_s):
+        return np.zeros(len(patterns.parts))
+    rate = 8.0 * SHARES / links.bits_per_s * y[links.first_row : links.first_row + len(links.bits_per_s)]
+    others = (patterns.parts - 1)[:, None]
+    both = rate[np.maximum(patterns.up, 0)] + others * rate[np.maximum(patterns.down, 0)]
+    return np.where(patterns.up >= 0, both, 0.0).sum(axis=1)
 
 
 def best(instance: Instance, y: Prices, *, layout: Layout | None = None, hint: Best | None = None) -> Best:
@@ -259,7 +333,8 @@ def search(instance: Instance, layout: Layout, y: Prices, found: Best, hint: Bes
 def no_room(instance: Instance, y: Prices) -> Near:
     """Return a `Near` that keeps nothing."""
     none = np.zeros(0, np.int32)
-    return Near(np.zeros(instance.job_count, y.dtype), none, np.zeros(0, np.int8), none, none, np.zeros(0, y.dtype))
+    room = np.zeros(instance.job_count, y.dtype)
+    return Near(room, room, none, np.zeros(0, np.int8), none, none, np.zeros(0, y.dtype))
 
 
 def supply_rent(instance: Instance, y: Real) -> float:
@@ -377,20 +452,21 @@ def scope_of(instance: Instance, layout: Layout, home: int, tier: int) -> int:
 @inlined
 def single_surplus(instance: Instance, y: np.ndarray, job: int, single: int, price: float, out: Int) -> float:
     """Return a single's surplus from `out` of `single_column` and the price of a GPU over its slots."""
-    gpus = instance.singles.gpus[single]
-    worth = out[VALUE] + side_surplus(instance, y, job, gpus, out)
+    gpus, good = instance.singles.gpus[single], instance.singles.good[single]
+    slots = np.int64(instance.goods.end[good] - instance.goods.first[good])
+    worth = out[VALUE] + side_surplus(instance, y, job, gpus, slots, out)
     return worth - gpus * price
 
 
 @inlined
-def side_surplus(instance: Instance, y: np.ndarray, job: int, gpus: int, out: Int) -> float:
+def side_surplus(instance: Instance, y: np.ndarray, job: int, gpus: int, slots: np.int64, out: Int) -> float:
     """Return the credit of a job's fairness floor less the price of its budget, for singles and spans."""
     jobs = instance.jobs
     extra = y[0] * 0
     if jobs.floor_row[job] >= 0:
         extra += gpus * y[jobs.floor_row[job]]
     if jobs.budget_row[job] >= 0:
-        rate = max(np.int64(0), out[CHARGE_MAX] + out[EGRESS])
+        rate = max(np.int64(0), out[CHARGE_MAX] + out[EGRESS] // slots)
         extra -= budget_shares(jobs, job, rate) * y[jobs.budget_row[job]]
     return extra
 
@@ -402,7 +478,8 @@ def span_surplus(
     """Return a span's surplus from `out` of `span_column` and the pools' prices over its slots."""
     patterns = instance.patterns
     first_row = instance.links.first_row
-    surplus = out[VALUE] + side_surplus(instance, y, job, instance.spans.gpus[span], out)
+    slots = np.int64(instance.spans.slots[span])
+    surplus = out[VALUE] + side_surplus(instance, y, job, instance.spans.gpus[span], slots, out)
     for part in range(patterns.parts[pattern]):
         field = PARTS + part * PART_FIELDS
         surplus -= out[field] * prices[patterns.pool[pattern, part]]
@@ -423,13 +500,28 @@ def bundle_surplus(instance: Instance, y: np.ndarray, bundle: int) -> float:
 
 
 @inlined
-def value_bound(instance: Instance, job: int, speed: float, afford: float) -> float:
-    """Return what no span of a job at most this fast is worth per hour."""
+def value_bound(instance: Instance, job: int, slots: np.int64, speed: float, afford: float, toll: float) -> float:
+    """Return what no span of a job at most this fast is worth over its slots, paying `toll` per sample/s."""
     jobs = instance.jobs
-    least = afford
+    least = afford * slots
     for piece in range(jobs.value_slope.shape[1]):
-        least = min(least, jobs.value_base[job, piece] + jobs.value_slope[job, piece] * speed)
-    return least
+        slope = jobs.value_slope[job, piece] * slots - toll * (1 - _MARGIN)
+        least = min(least, jobs.value_base[job, piece] * slots + max(0.0, slope) * speed)
+    return least + 1 + abs(least) * _MARGIN
+
+
+@inlined
+def group_tier(instance: Instance, layout: Layout, group: int, home: int) -> int:
+    """Return a tier in which every pattern of a group has a part; -1 where that is not known."""
+    level = layout.group_level[group]
+    if home < 0 or level == 4:
+        return -1
+    sites, site = instance.sites, layout.group_site[group]
+    if level == 1 and sites.region[home] == sites.region[site]:
+        return 1
+    if level <= 2 and sites.continent[home] == sites.continent[site]:
+        return 2
+    return 3
 
 
 @inlined
@@ -499,7 +591,6 @@ def _best_of_all(
         instance.patterns,
     )
     zero = y[0] * 0
-    first_row = instance.links.first_row
     for job in range(len(found.form)):
         top, top_key = zero, column_key(0, 0, 0)
         top_form, top_item, top_place = -1, -1, -1
@@ -575,73 +666,65 @@ def _best_of_all(
                         top_form, top_item, top_place = 0, single, pool
         if spans.start[job] < spans.start[job + 1]:
             size = least_sync_bytes(instance, job)
-            steps = jobs.period_steps[job]
+            steps, batch = jobs.period_steps[job], jobs.batch_per_gpu[job]
+            room = near.room_spans[job]
             for span in range(spans.start[job], spans.start[job + 1]):
-                family, gpus = spans.family[span], spans.gpus[span]
-                if patterns.family_start[family] == patterns.family_start[family + 1]:
-                    continue
-                slots = spans.slots[span]
+                family, gpus, slots = spans.family[span], spans.gpus[span], np.int64(spans.slots[span])
                 prices = ranked.pool_price[slots - 1]
-                least_s = least_step_s(instance, job, span, patterns.family_start[family])
-                fastest = jobs.batch_per_gpu[job] * gpus / least_s * (1 + _MARGIN)
-                afford = float(affordable_rate(jobs, job, term_seconds(instance, job, fastest), 1))
-                destroyed = float(restart_rate(jobs, job, instance.term_s)) if jobs.own[job] >= 0 else 0.0
-                extra = float(gpus * credit)
+                destroyed = float(restart_rate(jobs, job, instance.term_s)) * slots if jobs.own[job] >= 0 else 0.0
+                fixed = float(gpus * credit) - destroyed
+                per_speed = size / (batch * gpus * steps)
+                last_parts, least_s, afford = -1, 0.0, 0.0
                 for group in range(layout.group_start[family], layout.group_start[family + 1]):
+                    parts = layout.group_parts[group]
+                    if parts > spans.sites_max[span]:
+                        continue
+                    tier, reading = group_tier(instance, layout, group, home), 0.0
+                    if tier >= 0:
+                        price_per_gb = jobs.tier_price[job, tier]
+                        if price_per_gb < 0:
+                            continue
+                        # Further out than the home's own region or continent, all parts are.
+                        if layout.group_level[group] < tier:
+                            reading = jobs.data_bytes_per_sample[job] * price_per_gb * _HOUR_PER_GB * slots
+                    if parts != last_parts:
+                        last_parts = parts
+                        least_s = least_step_s(instance, job, span, layout.pattern[layout.group_end[group]])
+                        fastest = batch * gpus / least_s * (1 + _MARGIN)
+                        afford = float(affordable_rate(jobs, job, term_seconds(instance, job, fastest), 1))
                     step_s = least_s + (size * layout.group_sync[group] + layout.group_delay[group]) / steps
-                    speed = jobs.batch_per_gpu[job] * gpus / step_s
+                    speed = batch * gpus / step_s
                     if jobs.samples_left[job] / speed > jobs.deadline_s[job] * (1 + _MARGIN):
                         continue
-                    worth = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
-                    worth += 1 + abs(worth) * _MARGIN
+                    toll = reading + per_speed * ranked.group_toll[slots - 1, group]
+                    worth = value_bound(instance, job, slots, speed, afford, toll) + fixed
                     for at in range(layout.group_end[group], layout.group_end[group + 1]):
-                        pattern = ranked.pattern[slots - 1, at]
-                        if (
-                            any_found
-                            and worth - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top - room
-                        ):
+                        dues = gpus * ranked.terms[slots - 1, at, 0] * (1 - _MARGIN)
+                        if any_found and worth - dues < top - room:
                             break
-                        if patterns.parts[pattern] > spans.sites_max[span]:
+                        sync_s = size * ranked.terms[slots - 1, at, 1] + ranked.terms[slots - 1, at, 2]
+                        speed = batch * gpus / (least_s + sync_s / steps)
+                        toll = reading + per_speed * ranked.terms[slots - 1, at, 3]
+                        closer = value_bound(instance, job, slots, speed, afford, toll) + fixed
+                        if any_found and closer - dues < top - room:
                             continue
-                        step_s = least_s + (size * layout.sync_s_per_byte[pattern] + layout.delay_s[pattern]) / steps
-                        speed = jobs.batch_per_gpu[job] * gpus / step_s
-                        closer = (value_bound(instance, job, speed, afford) - destroyed) * slots + extra
-                        closer += 1 + abs(closer) * _MARGIN
-                        if (
-                            any_found
-                            and closer - gpus * ranked.pattern_price[slots - 1, pattern] * (1 - _MARGIN) < top - room
-                        ):
-                            continue
-                        allowed = True
-                        for part in range(patterns.parts[pattern]):
+                        pattern = ranked.pattern[slots - 1, at]
+                        allowed = gpus <= layout.gpus_max[pattern]
+                        for part in range(parts):
                             site = instance.pools.site[patterns.pool[pattern, part]]
                             allowed = allowed and site_allowed(instance, job, site)
-                        if not allowed or not split(gpus, patterns.weight[pattern], patterns.parts[pattern], counts):
+                        if not allowed or not split(gpus, patterns.weight[pattern], parts, counts):
                             continue
-                        # Traffic grows with speed: data, contributions and shares of links cost at least `toll`
-                        # per sample/s, each rounded up later.
-                        cost, toll = 0.0, 0.0
-                        others = patterns.parts[pattern] - 1
-                        per_speed = size / (jobs.batch_per_gpu[job] * gpus * steps)
-                        for part in range(patterns.parts[pattern]):
+                        # As before, with the pattern's own shares of GPUs and of data.
+                        cost, toll = 0.0, per_speed * ranked.terms[slots - 1, at, 3]
+                        for part in range(parts):
                             pool = patterns.pool[pattern, part]
                             cost += counts[part] * prices[pool]
                             allowed = allowed and counts[part] <= instance.pools.job_max[pool]
                             tier = tier_of(instance, job, instance.pools.site[pool])
                             data = jobs.data_bytes_per_sample[job] * counts[part] / gpus
                             toll += data * jobs.tier_price[job, tier] * _HOUR_PER_GB * slots
-                            for direction in range(2):
-                                link = patterns.up[pattern, part] if direction == 0 else patterns.down[pattern, part]
-                                if link >= 0:
-                                    sent = per_speed * (1 if direction == 0 else others)
-                                    toll += sent * instance.links.egress_micros_per_gb[link] * _HOUR_PER_GB * slots
-                                    toll += sent * 8.0 * SHARES / instance.links.bits_per_s[link] * y[first_row + link]
-                        least = afford * slots
-                        for piece in range(jobs.value_slope.shape[1]):
-                            slope = jobs.value_slope[job, piece] * slots - toll * (1 - _MARGIN)
-                            least = min(least, jobs.value_base[job, piece] * slots + max(0.0, slope) * speed)
-                        closer = least - destroyed * slots + extra
-                        closer += 1 + abs(closer) * _MARGIN
+                        closer = value_bound(instance, job, slots, speed, afford, toll) + fixed
                         if not allowed or (any_found and closer - cost * (1 - _MARGIN) < top - room):
                             continue
                         if span_column(instance, job, span, pattern, out) <= 0:

@@ -91,7 +91,7 @@ def relax(
     y = start_prices(instance, layout, last_prices)
     lap("discovery")
     found = _nothing(instance)
-    columns = window(instance, layout, nodes, y, WIDTH * scales, found=found)
+    columns = window(instance, layout, nodes, y, WIDTH * scales, found=found, width_spans=WIDTH_LATER * scales)
     lap("window")
     master = Master(instance, nodes, engine or HighsEngine(), columns)
     lap("build")

@@ -26,9 +26,9 @@ def every_column(instance: Instance, job: int) -> list[Listed]:  # noqa: C901 - 
     out = np.zeros(kernel.SPAN_OUT, np.int64)
     listed: list[Listed] = []
 
-    def side(uses: dict[int, int], gpus: int) -> None:
+    def side(uses: dict[int, int], gpus: int, slots: int) -> None:
         if jobs.budget_row[job] >= 0:
-            rate = max(0, int(out[kernel.CHARGE_MAX] + out[kernel.EGRESS]))
+            rate = max(0, int(out[kernel.CHARGE_MAX] + out[kernel.EGRESS] // slots))
             uses[int(jobs.budget_row[job])] = math.ceil(rate * 10_000 / int(jobs.budget[job]))
         if jobs.floor_row[job] >= 0:
             uses[int(jobs.floor_row[job])] = -gpus
@@ -40,7 +40,7 @@ def every_column(instance: Instance, job: int) -> list[Listed]:  # noqa: C901 - 
             if goods.offer_limit[offer] >= singles.gpus[item] and kernel.single_column(instance, job, item, pool, out):
                 gpus = int(singles.gpus[item])
                 uses = {t * instance.pool_count + pool: gpus for t in range(goods.first[good], goods.end[good])}
-                side(uses, gpus)
+                side(uses, gpus, int(goods.end[good] - goods.first[good]))
                 listed.append((SINGLE, item, pool, int(out[kernel.VALUE]), uses))
     for item in range(spans.start[job], spans.start[job + 1]):
         family = spans.family[item]
@@ -54,13 +54,37 @@ def every_column(instance: Instance, job: int) -> list[Listed]:  # noqa: C901 - 
                     if patterns.up[pattern, part] >= 0:
                         uses[instance.links.first_row + int(patterns.up[pattern, part])] = int(out[field + 2])
                         uses[instance.links.first_row + int(patterns.down[pattern, part])] = int(out[field + 4])
-                side(uses, int(spans.gpus[item]))
+                side(uses, int(spans.gpus[item]), int(spans.slots[item]))
                 listed.append((SPAN, item, pattern, int(out[kernel.VALUE]), uses))
     for item in range(instance.bundles.start[job], instance.bundles.start[job + 1]):
         entries = slice(instance.bundles.entry_start[item], instance.bundles.entry_start[item + 1])
         rows, uses_of = instance.bundles.entry_row[entries].tolist(), instance.bundles.entry_use[entries].tolist()
         listed.append((BUNDLE, item, 0, int(instance.bundles.value[item]), dict(zip(rows, uses_of, strict=True))))
     return listed
+
+
+def with_families_of_any_size(instance: Instance) -> Instance:
+    """Return the same market with pairs and triples of one kind in one family, and slow rings inside sites."""
+    patterns = instance.patterns
+    family = np.repeat(np.arange(len(patterns.family_start) - 1), np.diff(patterns.family_start))
+    kinds = np.where(patterns.pool >= 0, instance.pools.kind[patterns.pool], 0)
+    lowest = np.where(patterns.pool >= 0, kinds, 99).min(axis=1)
+    highest = kinds.max(axis=1)
+    merged = {int(f): (int(lowest[family == f].min()), int(highest[family == f].max())) for f in np.unique(family)}
+    names = sorted(set(merged.values()))
+    joined = np.array([names.index(merged[int(f)]) for f in family], np.int64)
+    order = np.argsort(joined, kind="stable")
+    start = np.searchsorted(joined[order], np.arange(len(names) + 1)).astype(np.int64)
+    spans = instance.spans
+    held = np.array(
+        [names.index(merged[int(f)]) if int(f) in merged else len(names) - 1 for f in spans.family], np.int32
+    )
+    return instance._replace(
+        kinds=instance.kinds._replace(ring_bits_per_s=instance.kinds.ring_bits_per_s / 300),
+        jobs=instance.jobs._replace(ring_bits_per_s=instance.jobs.ring_bits_per_s / 300),
+        patterns=type(patterns)(*(part[order] for part in patterns[:-1]), start),
+        spans=spans._replace(family=held),
+    )
 
 
 def some_prices(instance: Instance, seed: int) -> NDArray[Any]:
@@ -74,7 +98,18 @@ def some_prices(instance: Instance, seed: int) -> NDArray[Any]:
 @pytest.mark.parametrize("seed", range(60))
 def test_best_column_and_dual_equal_brute_force_over_every_column(seed: int) -> None:
     instance = array_instances.small(seed)
-    prices = some_prices(instance, seed)
+    check(instance, some_prices(instance, seed))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_so_it_does_where_a_family_joins_patterns_of_two_and_three_parts(seed: int) -> None:
+    instance = array_instances.small(seed)
+    if len(instance.patterns.parts):
+        instance = with_families_of_any_size(instance)
+    check(instance, some_prices(instance, seed))
+
+
+def check(instance: Instance, prices: NDArray[Any]) -> None:
     expected_total = 0
     found = oracle.best(instance, prices)
     for job in range(instance.job_count):
