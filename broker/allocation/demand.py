@@ -298,8 +298,21 @@ class Demand:
                 continue
             up, down = self._links_of(here, hub)
             found += [_Groups(weights, pools, up, down) for weights in WEIGHTS[parts]]
+            if len(types) < PAIR:
+                found += self._by_what_they_give(pools, up, down)
         self._groups[types] = found
         return found
+
+    def _by_what_they_give(self, pools: Array, up: Array, down: Array) -> list[_Groups]:
+        """Return the groups of unlike pools, divided by the most that each gives one job."""
+        gives = self._bench.most[0][pools]
+        distinct, number = np.unique(gives, axis=0, return_inverse=True)
+        number = number.reshape(-1)
+        return [
+            _Groups(tuple(weights), pools[number == place], up[number == place], down[number == place])
+            for place, weights in enumerate(distinct.tolist())
+            if len(set(weights)) > 1
+        ]
 
     @cached_property
     def _site_groups(self) -> dict[int, tuple[Array, Array]]:
@@ -329,6 +342,7 @@ class Demand:
                 if parts == PAIR:
                     count += sum(int((at[a][sites[:, 0]] & at[b][sites[:, 1]]).sum()) for a, b in mixes)
                 count *= len(WEIGHTS[parts])
+                count += sum(self._unlike(sites, gpu_type) for gpu_type in at)
                 if count <= room or nearest <= parts - 1 or parts == PAIR:
                     break
                 nearest -= 1
@@ -338,6 +352,12 @@ class Demand:
             room -= count
             found[parts] = (sites, hubs)
         return found
+
+    def _unlike(self, sites: Array, gpu_type: str) -> int:
+        """Return how many groups have pools of a type that do not all give the same."""
+        pools = self._pool_at(gpu_type)[sites]
+        gives = self._bench.most[0][pools[(pools >= 0).all(axis=1)]]
+        return int((gives != gives[:, :1]).any(axis=1).sum())
 
     def _neighbours(self, at: Mapping[str, Array]) -> dict[int, list[int]]:
         """Return each listening site's partners by links both ways, the best links first."""

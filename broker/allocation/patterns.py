@@ -18,7 +18,8 @@ from broker.allocation.instance import NONE, SPAN_SITES_MAX, Flag, Index, Int, L
 PATTERNS_MAX: Final = 200_000
 # Spans of three and four sites look at this many of a hub's best neighbours, fewer where that is too many.
 NEIGHBOURS_MAX: Final = 16
-# How a span's GPUs are divided, by number of sites: evenly, or with one site the largest.
+# How a span's GPUs are divided, by number of sites: evenly, or with one site the largest. Pools of one
+# type may also be divided by what each may give one job, so that what only just fits together is found.
 WEIGHTS: Final = {2: ((1, 1), (3, 1), (1, 3)), 3: ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)), 4: ((1, 1, 1, 1),)}
 # A family's place in the int64 that names it: four kinds, and how a mix of two types is divided.
 _KIND_BITS: Final = 15
@@ -87,7 +88,9 @@ def joined(
         weights = np.array(WEIGHTS[parts], dtype=np.int32)
         neighbours = NEIGHBOURS_MAX if parts > 2 else 1 << 30
         mixed = mixes if parts == 2 else np.zeros_like(mixes)
-        arguments = (joining, listens, pool_of, mixed, weights, np.full((4, SPAN_SITES_MAX), NONE, np.int32))
+        gives = np.minimum(pools.job_max, np.iinfo(np.int32).max).astype(np.int32)
+        scratch = np.full((4, SPAN_SITES_MAX), NONE, np.int32)
+        arguments = (joining, listens, pool_of, mixed, weights, gives, scratch)
         count = int(_enumerate(*arguments, neighbours, room, np.zeros((0, 1), np.int32)))
         while count > room and neighbours > parts - 1 and parts > 2:
             neighbours -= 1
@@ -147,6 +150,7 @@ def _enumerate(
     pool_of: Index,
     mixes: Flag,
     weights: Index,
+    gives: Index,
     scratch: Index,
     neighbours: int,
     room: int,
@@ -191,12 +195,19 @@ def _enumerate(
                                 whole = False
                         if not whole:
                             continue
-                        for weight in range(len(weights)):
+                        uneven = False
+                        for part in range(1, parts):
+                            if second == kind and gives[pool_of[sites[part], kind]] != gives[pool_of[sites[0], kind]]:
+                                uneven = True
+                        for weight in range(len(weights) + (1 if uneven else 0)):
                             if count < len(rows):
                                 row = rows[count]
                                 for part in range(parts):
                                     row[part] = pool_of[sites[part], kind if part == 0 else second]
-                                    row[4 + part] = weights[weight, part]
+                                    if weight < len(weights):
+                                        row[4 + part] = weights[weight, part]
+                                    else:
+                                        row[4 + part] = gives[row[part]]
                                     row[8 + part] = ups[part]
                                     row[12 + part] = downs[part]
                                     if ups[part] < 0:

@@ -92,8 +92,9 @@ def _spans(rules: Rules, job: JobState) -> Iterator[Place]:
 
 def _divided(rules: Rules, job: JobState, group: list[PoolState], hub: str, totals: list[int]) -> Iterator[Place]:
     seen = set()
+    given = tuple(rules.most(pool) for pool in group)
     for total in totals:
-        for weights in WEIGHTS[len(group)]:
+        for weights in (*WEIGHTS[len(group)], given):
             counts = tuple(divided(total, weights))
             fits = all(1 <= n <= rules.most(pool) for n, pool in zip(counts, group, strict=True))
             if not fits or counts in seen:
