@@ -48,8 +48,9 @@ from broker.allocation.uplift import drop_unfunded
 KEEP_REGRET: Final = 0.02
 # Jobs whose surplus is at least this share of their value choose first: the LP serves all of them.
 _SURE: Final = 0.1
-# How much a sweep counts what is left unused, from leaning on others to welfare itself.
-_WEIGHTS: Final = (0.5, 0.7, 0.9, 1.0, 1.0, 1.0)
+# How much a sweep counts what is left unused, from leaning on others to welfare itself. Each chain of
+# sweeps begins where the responses ended: which of them gets furthest differs from market to market.
+_CHAINS: Final = ((0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.0, 1.0), (0.5, 0.7, 0.9, 1.0, 1.0, 1.0))
 # Suitors regret at least this share of their best surplus's mean, so that no effort goes into crumbs.
 _CRUMB: Final = 1e-7
 _SPAN_WIDTH: Final = 0.05
@@ -60,7 +61,7 @@ _FINISH_SHARES: Final = (0.05, np.inf)
 class Limits(NamedTuple):
     """Bounds of the effort, all counts."""
 
-    sweeps: int = 6
+    sweeps: int = 14
     crossing_nodes: int = 200
     finish_jobs: int = 500
     finish_nodes: int = 4000
@@ -266,8 +267,15 @@ class _Search:
         top = empty_occupancy(instance, self.prices)
         copy_into(top, state)
         top_welfare = welfare_of(instance, state)
-        for number in range(sweeps):
-            weight = _WEIGHTS[min(number, len(_WEIGHTS) - 1)]
+        begin = empty_occupancy(instance, self.prices)
+        copy_into(begin, state)
+        settled = False
+        for number, weight in [row for chain in _CHAINS for row in enumerate(chain)][:sweeps]:
+            if number == 0:
+                copy_into(state, begin)
+                settled = False
+            if settled:
+                continue
             seated = seated_by_cell(instance, state, cells)
             suitors = suitors_by_cell(self.parts, state, cells, self.offers, self.restless(), crumb)
             order = np.flatnonzero(np.diff(suitors.start) + np.diff(seated.start))
@@ -294,7 +302,8 @@ class _Search:
                 top_welfare = welfare
                 copy_into(top, state)
             elif weight == 1.0:
-                break
+                # Nothing more to gain in this chain.
+                settled = True
         copy_into(state, top)
         return moved, changed
 
