@@ -33,7 +33,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.compiled import compiled, compiled_loop, inlined
-from broker.allocation.instance import NONE, SHARES, SPAN_SITES_MAX, Index, Instance, Int, Real
+from broker.allocation.instance import (
+    NONE,
+    RATE_MICROS_PER_HOUR_MAX,
+    SHARES,
+    SPAN_SITES_MAX,
+    Index,
+    Instance,
+    Int,
+    Real,
+)
 from broker.allocation.kernel import (
     CHARGE_MAX,
     CODECS,
@@ -76,6 +85,8 @@ _HOUR_PER_GB: Final = 3600.0 / 1e9
 _LINK_EFFICIENCY: Final = throughput.LINK_EFFICIENCY
 # Bounds are computed in floats: this much is added so that rounding never cuts off the best column.
 _MARGIN: Final = 1e-9
+# A quarter of what floats count exactly.
+_WHOLE_MAX: Final = 2.0**51
 
 
 class Layout(NamedTuple):
@@ -311,8 +322,31 @@ def best(instance: Instance, y: Prices, *, layout: Layout | None = None, hint: B
         np.full(count, NONE, np.int32),
         np.zeros(count, y.dtype),
     )
+    if y.dtype == np.int64 and _whole_in_floats(instance, y):
+        # Whole numbers below 2^53 are exact as floats: the loop is compiled once, not twice.
+        real = y.astype(np.float64)
+        nearly = Best(found.form.copy(), found.item.copy(), found.place.copy(), np.zeros(count))
+        search(instance, layout, real, nearly, hint, no_room(instance, real))
+        if float(nearly.surplus.min(initial=0.0)) > -_WHOLE_MAX:
+            return nearly._replace(surplus=nearly.surplus.astype(np.int64))
     search(instance, layout, y, found, hint, no_room(instance, y))
     return found
+
+
+def _whole_in_floats(instance: Instance, y: Int) -> bool:
+    """Return whether a float search at whole prices is exact for every column that can be a job's best.
+
+    What a column gives, value and floor's credit, stays below _WHOLE_MAX. What it pays only falls from
+    there, and a sum that falls so far that it is rounded ends at -2^53 or below, where it is no job's
+    best: the caller checks that the best are above -_WHOLE_MAX.
+    """
+    gpus = int(max(instance.singles.gpus.max(initial=0), instance.spans.gpus.max(initial=0)))
+    floors = instance.jobs.floor_row[instance.jobs.floor_row >= 0]
+    given = int(max(instance.singles.value.max(initial=0), instance.bundles.value.max(initial=0)))
+    given = max(given, RATE_MICROS_PER_HOUR_MAX * int(instance.spans.slots.max(initial=0)))
+    uses = instance.bundles.entry_use
+    credit = max(gpus, -int(uses.min(initial=0)) * len(floors)) * int(y[floors].max(initial=0))
+    return given + credit < _WHOLE_MAX and int(y.max(initial=0)) < _WHOLE_MAX
 
 
 def search(instance: Instance, layout: Layout, y: Prices, found: Best, hint: Best | None, near: Near) -> int:
