@@ -225,7 +225,8 @@ def _expected(snapshot: Snapshot, book: JobState) -> set[str]:
         for size in range(2, book.sites_max + 1):
             for group in itertools.combinations(sorted(sites), size):
                 hubs = [h for h in group if h in listening and all({(h, o), (o, h)} <= pairs for o in group if o != h)]
-                for count, weights in itertools.product(sorted(rungs), WEIGHTS[size]):
+                gives = tuple(room[site] for site in group)
+                for count, weights in itertools.product(sorted(rungs), (*WEIGHTS[size], gives)):
                     exact = [count * weight / sum(weights) for weight in weights]
                     split = [int(share) for share in exact]
                     by_rest = sorted(range(size), key=lambda part: (split[part] - exact[part], part))

@@ -61,7 +61,7 @@ def test_a_job_page_shows_its_curves_where_it_runs_and_why(tenant: Visitor, scen
 
 def test_a_job_that_waits_says_why(tenant: Visitor, scene: Scene) -> None:
     tenant.visit(f"/jobs/{scene.jobs['left-out']}")
-    expect(tenant.page.locator("main")).to_contain_text("budget")
+    expect(tenant.page.locator("main")).to_contain_text("would reach it")
 
 
 def test_what_a_site_prints_and_reports_stays_text(tenant: Visitor, scene: Scene) -> None:
