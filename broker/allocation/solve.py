@@ -2,7 +2,8 @@
 
     snapshot ─ tables ─ compile ─ solve ─ write ─ clearing
 
-Nothing reads a clock, a file or a random number.
+Nothing reads a clock, a file or a random number. Last round's prices are in the snapshot for quotes;
+the search for prices does not begin there, so that a clearing cannot depend on the round before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import numpy as np
 
 from broker.allocation.clearing import Clearing
 from broker.allocation.compile import compile_market
-from broker.allocation.instance import Real
 from broker.allocation.snapshot import Snapshot
 from broker.allocation.solver import Outcome, solve
 from broker.allocation.table_rows import from_snapshot
@@ -50,7 +50,6 @@ def clear_tables(
     outcome = solve(
         compiled.instance,
         equity_micros=int(tables.market("market_equity_micros")),
-        last_prices=_last_prices(market),
         tick=tick,
     )
     started = tick()
@@ -70,26 +69,3 @@ def solver_version() -> str:
     """Return the name under which a clearing can be replayed to the bit."""
     highs = highspy.Highs()  # type: ignore[no-untyped-call]  # highspy's own signature lacks types
     return f"{ALGORITHM} highs/{highs.version()} numpy/{np.__version__}"
-
-
-def _last_prices(market: Market) -> Real | None:
-    """Return last round's prices by row, the ask where a pool had none; None where no pool had one."""
-    last = dict(
-        zip(
-            market.tables.names("last_prices.pool_id"),
-            market.tables["last_prices.price_micros_per_gpu_hour"].tolist(),
-            strict=True,
-        )
-    )
-    if not any(pool_id in last for pool_id in market.names.pools):
-        return None
-    instance = market.instance
-    rows = instance.rows
-    prices = np.zeros(instance.row_count)
-    for slot in range(instance.slots):
-        for pool, pool_id in enumerate(market.names.pools):
-            row = slot * instance.pool_count + pool
-            first = rows.step_start[row]
-            ask = int(rows.step_cost[first]) if first < rows.step_start[row + 1] else 0
-            prices[row] = max(ask, last.get(pool_id, 0))
-    return prices

@@ -72,7 +72,9 @@ def solve(
         return _nothing(instance)
     relaxed = relax(instance, last_prices=last_prices, limits=limits, tick=tick)
     started = tick()
-    whole = rounding.whole(instance, relaxed.prices, limits=rounding_limits or RoundingLimits(), tick=tick)
+    whole = rounding.whole(
+        instance, relaxed.prices, best=relaxed.best, limits=rounding_limits or RoundingLimits(), tick=tick
+    )
     funded = rounding.drop_uplift(instance, relaxed.prices, whole, equity_micros)
     seconds = {**relaxed.seconds, "rounding": tick() - started}
     near = relaxed.bound - funded.welfare <= OPTIMAL_GAP * abs(relaxed.bound)

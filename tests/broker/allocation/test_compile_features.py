@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -227,7 +228,7 @@ def _expected(snapshot: Snapshot, book: JobState) -> set[str]:
                 hubs = [h for h in group if h in listening and all({(h, o), (o, h)} <= pairs for o in group if o != h)]
                 gives = tuple(room[site] for site in group)
                 for count, weights in itertools.product(sorted(rungs), (*WEIGHTS[size], gives)):
-                    exact = [count * weight / sum(weights) for weight in weights]
+                    exact = [Fraction(count * weight, sum(weights)) for weight in weights]
                     split = [int(share) for share in exact]
                     by_rest = sorted(range(size), key=lambda part: (split[part] - exact[part], part))
                     for part in by_rest[: count - sum(split)]:
