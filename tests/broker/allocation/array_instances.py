@@ -51,7 +51,7 @@ _TYPES = (
 _LOAD = 1.3
 
 
-def small(seed: int) -> Instance:  # noqa: C901, PLR0912, PLR0915 - one market, written out feature by feature
+def small(seed: int) -> Instance:  # noqa: PLR0912, PLR0915 - one market, written out feature by feature
     """Return a market of 3 to 8 jobs whose columns can all be listed."""
     rng = np.random.default_rng(seed)
     slots = int(rng.integers(1, 4))
