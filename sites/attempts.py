@@ -7,9 +7,8 @@
     EXITED     reported until the broker has done with the lease; after `done` the gateway stays
                till then, because other sites may still fetch the last round from it
 
-`step` looks at what is and moves on; it may be called at any time, by an agent that has just
-started too: every phase is in the journal before anything of it is done, and every run is found
-again by its folder.
+`step` looks at what is and moves on, at any time, by an agent that has just started too: every
+phase is in the journal before anything of it is done, and every run is found again by its folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What every job would rather have at the published prices, found by looking at everything at once.
 
-The verifier's own oracle: for each job, each count and each way to divide it, all pools or all
-groups of sites are valued together as numpy columns. Slow beside the solver's and with nothing in
-common with it, which is the point.
+The verifier's own oracle: for each job, count and way to divide it, all pools or groups of sites
+are valued together as numpy columns. Slow, and with nothing in common with the solver's: the point.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ _link_transfer_s = cast("Callable[..., Array]", throughput.link_transfer_s)
 PAIR: Final = 2
 # Nothing that may not be had is ever best.
 NEVER: Final = -(2**62)
-# What the market's chapter says about spans: how many groups there may be, and how many of a hub's
-# best neighbours groups of three and four sites are made of.
+# As the chapter says: how many groups there may be, and of how many of a hub's best neighbours.
 GROUPS_MAX: Final = 200_000
 NEIGHBOURS_MAX: Final = 16
 
@@ -176,7 +174,7 @@ class Demand:
             for count in ladder(request):
                 step = computing + _all_reduce_s(float(work.parameters), count, ring)
                 speed = work.batch_per_gpu * count / step
-                data = self._data(job, speed)
+                data = np.ceil((job.data.bytes_per_sample if job.data is not None else 0.0) * speed).astype(np.int64)
                 costs = _cost(data, tariff[self._bench.site[pools]])
                 hourly = self._hourly(job, speed, 1 + (data > 0))
                 # A job that runs is not put off: it stays, moves or ends.
@@ -248,11 +246,6 @@ class Demand:
             return np.zeros(len(speed), dtype=bool)
         due_s = (job.deadline_ms - self._rules.snapshot.taken_at_ms) / 1000
         return starts_s + self._rules.left(job) / speed > due_s
-
-    def _data(self, job: JobState, speed: Array) -> Array:
-        if job.data is None:
-            return np.zeros(len(speed), dtype=np.int64)
-        return np.ceil(job.data.bytes_per_sample * speed).astype(np.int64)
 
     def _barred_single(self, job: JobState, pools: Array, count: int) -> Array:
         if not job.barred:
