@@ -11,7 +11,7 @@ import numpy as np
 
 from broker.allocation import kernel
 from broker.allocation.compiled import compiled_loop
-from broker.allocation.configuration import Configuration, Part, Traffic
+from broker.allocation.configuration import Configuration, Part, Traffic, configuration_of
 from broker.allocation.incumbents import Leases, Own
 from broker.allocation.instance import BUNDLE, SINGLE, SPAN, SPAN_SITES_MAX, Flag, Instance, Int
 from broker.allocation.tables import CODECS, STRATEGIES, Tables, starts
@@ -133,28 +133,7 @@ class Names:
             flops_per_sample=float(tables["jobs.flops_per_sample"][job]),
         )
         prediction = predict(workload, plan, parts, self._speeds(parts, hub), hub)
-        return Configuration(
-            parts=tuple(
-                Part(
-                    pool_id=f"{part.site_id}/{part.gpu_type}",
-                    site_id=part.site_id,
-                    gpu_type=part.gpu_type,
-                    gpus=part.gpus,
-                )
-                for part in parts
-            ),
-            sync=plan,
-            hub_site=hub,
-            samples_per_s=prediction.samples_per_s,
-            compute_s=prediction.compute_s,
-            intra_site_s=prediction.intra_site_s,
-            inter_site_s=prediction.inter_site_s,
-            step_s=prediction.step_s,
-            traffic=tuple(
-                Traffic(from_site=row.from_site, to_site=row.to_site, bytes_per_s=int(np.ceil(row.bytes_per_s)))
-                for row in prediction.traffic
-            ),
-        )
+        return configuration_of(parts, plan, hub, prediction)
 
     def _speeds(self, parts: list[SitePart], hub: str | None) -> dict[tuple[str, str], Link]:
         """Return the links between the hub and the other parts."""
