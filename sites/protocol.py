@@ -51,6 +51,10 @@ LeaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
 GpuId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:._-]{1,64}$")]
 Sentence = Annotated[str, StringConstraints(max_length=1000)]
 Micros = Annotated[int, Field(ge=0, le=10**15)]
+# An offer beyond these would make a whole round's snapshot invalid, so it is refused at the door.
+Rate = Annotated[int, Field(ge=0, le=2**45)]
+FlopsPerSecond = Annotated[float, Field(ge=1, le=1e18)]
+BitsPerSecond = Annotated[float, Field(ge=1, le=1e15)]
 
 
 class Message(BaseModel):
@@ -82,18 +86,18 @@ class PoolOffer(Message):
 
     gpu_type: str
     gpu_ids: tuple[GpuId, ...] = Field(max_length=GPUS_PER_POOL_MAX)
-    ask_micros_per_gpu_hour: Micros
-    flops_per_s: float | None = Field(default=None, gt=0)
+    ask_micros_per_gpu_hour: Rate
+    flops_per_s: FlopsPerSecond | None = None
 
 
 class LinkOffer(Message):
     """The directed link from this site to `target`, and what the site asks for egress on it."""
 
     target: SiteId
-    bandwidth_bits_per_s: float = Field(gt=0)
+    bandwidth_bits_per_s: BitsPerSecond
     delay_s: float = Field(ge=0, le=60)
     loss: float = Field(default=0.0, ge=0, lt=1)
-    egress_price_micros_per_gb: Micros = 0
+    egress_price_micros_per_gb: Rate = 0
 
 
 class Offer(Message):
