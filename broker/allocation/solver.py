@@ -20,11 +20,12 @@ import numpy as np
 from broker.allocation import rounding
 from broker.allocation.clearing import Status
 from broker.allocation.columns import Columns, describe
-from broker.allocation.instance import NONE, Choice, Instance, Int, Real
+from broker.allocation.instance import NONE, Choice, Instance, Int, Real, capacity
+from broker.allocation.master import PERTURBATION
 from broker.allocation.nodes import market_nodes
 from broker.allocation.oracle import Best, best, prepare
 from broker.allocation.relaxation import Limits as RelaxationLimits
-from broker.allocation.relaxation import relax
+from broker.allocation.relaxation import Relaxation, relax
 from broker.allocation.rounding import Limits as RoundingLimits
 
 # Placements within this share of the bound need no search to be called optimal.
@@ -88,8 +89,7 @@ def solve(
         choice=funded.choice,
         welfare=funded.welfare,
         bound=relaxed.bound,
-        # The LP was solved with a hair more supply (see the chapter): no optimum exceeds the bound.
-        lp_objective=min(relaxed.lp_objective, float(relaxed.bound)),
+        lp_objective=_without_perturbation(instance, relaxed),
         status=status,
         columns=relaxed.columns,
         lp_rounds=relaxed.iterations,
@@ -98,6 +98,18 @@ def solve(
         prices_settled=relaxed.optimal,
         seconds=seconds,
     )
+
+
+def _without_perturbation(instance: Instance, relaxed: Relaxation) -> float:
+    """Return the LP's optimum without what its hair more supply can have added.
+
+    A point further above the bound than that is left there: it would prove the bound wrong, and the
+    certificate's check must see it.
+    """
+    supply = np.maximum(1, np.abs(capacity(instance.rows)))
+    added = PERTURBATION * (float(relaxed.prices @ supply.astype(np.float64)) + abs(float(relaxed.bound))) + 1
+    above = relaxed.lp_objective - relaxed.bound
+    return float(relaxed.bound) if 0 < above <= added else relaxed.lp_objective
 
 
 def held_columns(instance: Instance, choice: Choice) -> Columns:

@@ -78,30 +78,31 @@ def test_ignored_names_are_left_out(tmp_path: Path) -> None:
     assert [name for name, content in tree(workdir).items() if content] == ["keep/data.bin", "train.py"]
 
 
-@pytest.mark.parametrize(
-    ("packed", "code"),
-    [
-        (archive(file("../escape.py")), "bundle.path"),
-        (archive(file("/etc/cron.d/job")), "bundle.path"),
-        (archive(file("a/../../b")), "bundle.path"),
-        (archive(file("a\nb.py")), "bundle.path"),
-        (archive(file("a.py"), file("./a.py")), "bundle.path"),
-        (archive(file("a"), file("a/b")), "bundle.path"),
-        (archive(special("out", tarfile.SYMTYPE, "/etc/passwd")), "bundle.member"),
-        (archive(special("out", tarfile.LNKTYPE, "/etc/passwd")), "bundle.member"),
-        (archive(special("null", tarfile.CHRTYPE)), "bundle.member"),
-        (archive(special("pipe", tarfile.FIFOTYPE)), "bundle.member"),
-        (archive(file("n" * 300), form=tarfile.PAX_FORMAT), "bundle.member"),
-        (archive(file("n" * 300), form=tarfile.GNU_FORMAT), "bundle.member"),
-        (archive(file("training/__init__.py")), "bundle.reserved_name"),
-        (archive(file("broker.py")), "bundle.reserved_name"),
-        (archive(file("sites.cpython-311-x86_64-linux-gnu.so")), "bundle.reserved_name"),
-        (archive(file("a.py"))[:-20], "bundle.invalid"),
-        (b"not gzip at all", "bundle.invalid"),
-        (gzip.compress(b"\xff" * 2048), "bundle.invalid"),
-        (gzip.compress(b""), "bundle.invalid"),
-    ],
-)
+# Named, since an archive's own bytes hold the time at which it was packed.
+HOSTILE = {
+    "parent folder": (archive(file("../escape.py")), "bundle.path"),
+    "absolute path": (archive(file("/etc/cron.d/job")), "bundle.path"),
+    "parent inside the path": (archive(file("a/../../b")), "bundle.path"),
+    "line feed in a name": (archive(file("a\nb.py")), "bundle.path"),
+    "one name twice": (archive(file("a.py"), file("./a.py")), "bundle.path"),
+    "file as a folder": (archive(file("a"), file("a/b")), "bundle.path"),
+    "symbolic link": (archive(special("out", tarfile.SYMTYPE, "/etc/passwd")), "bundle.member"),
+    "hard link": (archive(special("out", tarfile.LNKTYPE, "/etc/passwd")), "bundle.member"),
+    "device": (archive(special("null", tarfile.CHRTYPE)), "bundle.member"),
+    "pipe": (archive(special("pipe", tarfile.FIFOTYPE)), "bundle.member"),
+    "long name in PAX": (archive(file("n" * 300), form=tarfile.PAX_FORMAT), "bundle.member"),
+    "long name in GNU": (archive(file("n" * 300), form=tarfile.GNU_FORMAT), "bundle.member"),
+    "training package": (archive(file("training/__init__.py")), "bundle.reserved_name"),
+    "broker module": (archive(file("broker.py")), "bundle.reserved_name"),
+    "sites library": (archive(file("sites.cpython-311-x86_64-linux-gnu.so")), "bundle.reserved_name"),
+    "cut off": (archive(file("a.py"))[:-20], "bundle.invalid"),
+    "not gzip": (b"not gzip at all", "bundle.invalid"),
+    "not tar": (gzip.compress(b"\xff" * 2048), "bundle.invalid"),
+    "nothing": (gzip.compress(b""), "bundle.invalid"),
+}
+
+
+@pytest.mark.parametrize(("packed", "code"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_bundle_is_refused_and_leaves_nothing(packed: bytes, code: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError) as refused:
         unpack(packed, tmp_path)
