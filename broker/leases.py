@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cryptography import x509
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
@@ -24,6 +24,7 @@ from broker.database.tables import (
     LeasedGpu,
     Placement,
     Round,
+    UsageReport,
 )
 from broker.market import Market
 from broker.terms import begin_first_term, open_first_term
@@ -226,11 +227,17 @@ def end_lease(session: Session, market: Market, lease: Lease, cause: str) -> Non
         return
     now_ms = market.clock.now_ms()
     never_started = lease.state in {LeaseState.PROPOSED, LeaseState.CONFIRMED}
-    lease.ended_ms, lease.end_cause = now_ms, cause
+    # UTC may have been stepped back: a lease never ends before what was taken for it while it lived.
+    lease.ended_ms, lease.end_cause = max(now_ms, _newest_report_ms(session, lease)), cause
     change_state(session, lease, LeaseState.ENDED, now_ms=now_ms, detail=cause)
     if never_started:
         # A site starts only on seeing `active`, which this lease never was.
         free_leased_gpus(session, lease)
+
+
+def _newest_report_ms(session: Session, lease: Lease) -> int:
+    newest = select(func.max(UsageReport.received_ms)).where(UsageReport.lease_id == lease.lease_id)
+    return session.scalar(newest) or 0
 
 
 def free_leased_gpus(session: Session, lease: Lease) -> None:

@@ -16,6 +16,7 @@ from broker.audit import audit
 from broker.database.tables import Hold, Lease, Link, Placement, UsageReport
 from broker.errors import BrokerError, StaleEpochError
 from broker.invoices import invoice, statement
+from broker.leases import end_lease
 from broker.market import Market
 from broker.metering import (
     EGRESS_HEADROOM,
@@ -25,7 +26,7 @@ from broker.metering import (
     accept_usage,
     charges_of,
 )
-from broker.transitions import LeaseState, change_state
+from broker.transitions import LeaseState
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Terms
 from sites.protocol import Usage
 from tests.broker.sold import BANDWIDTH, BUDGET, CREDIT, EQUITY, HOUR_MS, sold_market
@@ -117,6 +118,16 @@ def test_expired_lease_cannot_post_usage(market: Market) -> None:
         _report(market, "ada", 2, gpu_ms=1000)
     assert _report(market, "ada", 1, gpu_ms=1000) == 1  # what was taken stays acknowledged
     assert _reports(market) == 1
+
+
+def test_a_report_taken_before_expiry_counts_as_such_though_utc_was_stepped_back_between(market: Market) -> None:
+    market.clock.advance_s(60)
+    _report(market, "ada", 1, gpu_ms=1000)
+    market.clock.step_utc_s(-300)
+    _end(market, "ada", "expired")
+    assert [finding for finding in market.database.read(audit) if finding.invariant == 6] == []
+    with pytest.raises(UsageRefusedError, match="expired before this report came"):
+        _report(market, "ada", 2, gpu_ms=1000)
 
 
 def test_the_final_report_of_an_ended_lease_is_taken_for_a_while(market: Market) -> None:
@@ -282,9 +293,7 @@ def _report(
 
 def _end(market: Market, site: str, cause: str) -> None:
     def work(session: Session) -> None:
-        lease = session.get_one(Lease, f"lease_{site}")
-        lease.ended_ms, lease.end_cause = market.clock.now_ms(), cause
-        change_state(session, lease, LeaseState.ENDED, now_ms=market.clock.now_ms())
+        end_lease(session, market, session.get_one(Lease, f"lease_{site}"), cause)
 
     market.database.write("probe", work)
 
