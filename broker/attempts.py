@@ -235,7 +235,7 @@ def _attempt_order(session: Session, placement: Placement, lease: Lease, spec: J
     assert lease.certificate_pem is not None, "an active lease has its attempt's certificate"
     return AttemptOrder(
         spec=spec,
-        sync=award.configuration.sync,
+        sync=spec.market.sync.placed(award.configuration.sync),
         seed=_seed_of(lease.job_id),
         weight_max=weight_max(spec, award, lease),
         certificate_pem=lease.certificate_pem,

@@ -274,6 +274,7 @@ def _compose(
 ) -> View:
     spec = JobSpec.model_validate_json(session.get_one(Job, placement.job_id).spec)
     award = Award.model_validate_json(placement.award)
+    plan = spec.market.sync.placed(award.configuration.sync)
     listening = [lease.site_id for lease in gang if lease.gateway_address is not None and lease.site_id != hub]
     members = []
     for lease in gang:
@@ -298,8 +299,8 @@ def _compose(
         base_hash=base_hash,
         base_reporter=base_reporter,
         joining=joining,
-        quorum=len(members),
-        grace_s=market.settings.grace_s,
+        quorum=plan.quorum_of(len(members)),
+        grace_s=plan.grace_s if plan.strategy == "quorum" else market.settings.grace_s,
         issued_ms=market.clock.now_ms(),
     )
 

@@ -12,7 +12,7 @@
       deadline: 2030-01-31T12:00:00Z
       sites_max: 2
       workload: {samples: 19200, batch_per_gpu: 16, parameters: 136960, flops_per_sample: 5.3e7}
-      sync: {codec: auto}
+      sync: auto                        # or a block: {strategy: streaming, fragments: 4, …}
 
 Reading is strict, since a misspelt key would otherwise cost money: unknown keys, doubled keys, aliases and tags are
 refused, each with its line. `budget` and `bid` are credits here and micro-credits on the wire.
@@ -178,6 +178,8 @@ def _market(market: dict[str, Any], problems: Problems) -> dict[str, Any]:
             found[name] = convert(value)
         except ValueError as error:
             problems.append((f"/market/{key}", str(error)))
+    if isinstance(found.get("sync"), str):  # `sync: streaming` is the whole block with its defaults
+        found["sync"] = {"strategy": found["sync"]}
     for block in ("workload", "sync"):
         if isinstance(found.get(block), dict):
             found[block] = {key: _number(value) for key, value in found[block].items()}

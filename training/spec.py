@@ -34,8 +34,21 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 EnvironmentValue = Annotated[str, StringConstraints(max_length=4096)]
 
-Strategy = Literal["auto", "local", "diloco"]
-Codec = Literal["auto", "fp32", "int8", "topk2"]
+# New words go to the end of these lists: recorded markets name a strategy and a codec by its place.
+Strategy = Literal["auto", "local", "diloco", "every_step", "streaming", "sparse", "quorum", "neighbour", "async"]
+Codec = Literal["auto", "fp32", "int8", "topk2", "bf16", "int4", "fp4", "sign", "lowrank"]
+Topology = Literal["exponential", "ring", "metropolis"]
+
+# What a strategy takes where the plan leaves it open.
+_NEEDS: Final[dict[str, dict[str, object]]] = {
+    # Gradients of one step, as exact as all-reduce inside a site.
+    "every_step": {"codec": "fp32", "period_steps": 1},
+    # Without a carry's help 4 bits are the floor; int4's mean is right (arXiv 2501.18512 and 2604.21428).
+    "streaming": {"codec": "int4"},
+    "sparse": {"codec": "topk2"},
+}
+# Timeouts nest: grace < patience < process group (training.ranks.group_timeout).
+GRACE_SHARE: Final = 60
 
 
 class _Strict(BaseModel):
@@ -97,8 +110,9 @@ class Workload(_Strict):
 class SyncPlan(_Strict):
     """How sites of one job agree: the policy on its round log.
 
-    `period_steps` is H, the inner steps between two sync rounds. `patience_s` is the one timeout
-    a user sees; every other is derived from it.
+    `period_steps` is H, the inner steps between two exchanges of the same parameters. `patience_s` is the one timeout
+    a user sees; every other is derived from it. The numbers further down belong to single strategies
+    (training/README.md, Strategies), and the others ignore them.
     """
 
     strategy: Strategy = "auto"
@@ -108,6 +122,59 @@ class SyncPlan(_Strict):
     outer_momentum: float = Field(default=0.9, ge=0, lt=1)
     checkpoint_rounds: int = Field(default=5, ge=1, le=10_000)
     patience_s: float = Field(default=60.0, ge=1, le=3600)
+    target_utilisation: float = Field(default=0.95, ge=0.5, le=0.999, description="share of time that computes")
+    max_egress_gb: float | None = Field(default=None, gt=0, le=1e9, description="each site's, over the whole job")
+    fragments: int = Field(default=4, ge=1, le=64, description="streaming: P, of which one travels at a time")
+    overlap_steps: int = Field(default=1, ge=0, le=1000, description="streaming: tau, inner steps while it travels")
+    mixing: float = Field(default=0.0, ge=0, lt=1, description="streaming: alpha, the local share kept")
+    quorum_sites: int | None = Field(default=None, ge=1, le=SITES_PER_JOB_MAX, description="quorum: K, else most sites")
+    topology: Topology = "exponential"
+    nesterov_delay: int = Field(default=4, ge=1, le=64, description="async: arrivals between two momentum steps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed(cls, data: object) -> object:
+        """Let a strategy say what it needs where the tenant leaves it open, so that the market prices just that."""
+        if not isinstance(data, dict):
+            return data
+        needs = _NEEDS.get(str(data.get("strategy")), {})
+        asked = {name: value for name, value in data.items() if (name, value) != ("codec", "auto")}
+        return {"codec": "auto"} | needs | asked if needs else data
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.strategy == "every_step" and self.period_steps != 1:
+            message = "every_step exchanges gradients at every step; leave period_steps out, or choose diloco"
+            raise ValueError(message)
+        return self
+
+    @property
+    def round_steps(self) -> int:
+        """The inner steps between two sync rounds: H, or H / P where fragments take turns."""
+        return self.period_steps // self.fragments if self.strategy == "streaming" else self.period_steps
+
+    @property
+    def grace_s(self) -> float:
+        """How long a met quorum waits for the rest: a sixtieth of the patience, 1 s by default."""
+        return self.patience_s / GRACE_SHARE
+
+    def quorum_of(self, sites: int) -> int:
+        """Return how many of `sites` contributions seal a round."""
+        if self.strategy == "async":
+            return 1
+        if self.strategy != "quorum":
+            return sites
+        return min(sites, self.quorum_sites or sites // 2 + 1)
+
+    def placed(self, market: SyncPlan) -> SyncPlan:
+        """Return this plan as the market resolved it; what the market does not weigh stays as the tenant wrote it."""
+        weighed = ("strategy", "codec", "period_steps")
+        return self.model_copy(update={name: getattr(market, name) for name in weighed})
+
+    @property
+    def between_sites(self) -> Strategy:
+        """The strategy on several sites: `auto` is diloco there."""
+        return "diloco" if self.strategy == "auto" else self.strategy
 
 
 class MarketTerms(_Strict):
@@ -125,6 +192,22 @@ class MarketTerms(_Strict):
     deadline_ms: int | None = Field(default=None, ge=0, description="UTC milliseconds")
     workload: Workload
     sync: SyncPlan = SyncPlan()
+
+    @model_validator(mode="after")
+    def _streams_in_turn(self) -> Self:
+        """Check what a market's snapshot does not carry, so not every SyncPlan that is read can be asked for it."""
+        sync = self.sync
+        if sync.strategy == "streaming" and sync.period_steps % sync.fragments:
+            message = f"period_steps {sync.period_steps} is not a multiple of the {sync.fragments} fragments"
+            raise ValueError(message)
+        if sync.strategy == "streaming" and sync.overlap_steps >= sync.period_steps // sync.fragments:
+            longest = sync.period_steps // sync.fragments - 1
+            message = (
+                f"overlap_steps {sync.overlap_steps} reaches into the next fragment's turn; at most {longest} fit "
+                f"between {sync.fragments} fragments in {sync.period_steps} steps"
+            )
+            raise ValueError(message)
+        return self
 
 
 class JobSpec(_Strict):

@@ -28,7 +28,18 @@ BYTES_PER_PARAMETER: Final = 4
 #   topk2  1 in 64 values, 2 bits each, indices entropy-coded (SparseLoCo, arXiv 2508.15706, with
 #          7.43 index bits per kept value), one fp16 scale per block of 4096: 209 as payload,
 #          195 once framing and acknowledgements are counted
-CODEC_RATIOS: Final[dict[str, float]] = {"fp32": 1.0, "int8": 3.97, "topk2": 195.0}
+#   bf16, int4, fp4, sign: 16, 4, 4 and 1 bits, with one fp32 scale per block of 256 (4 bits) or 1,024 (1 bit)
+#   lowrank depends on the model's matrices; 30 is a transformer of width 256, wider ones gain more
+CODEC_RATIOS: Final[dict[str, float]] = {
+    "fp32": 1.0,
+    "int8": 3.97,
+    "topk2": 195.0,
+    "bf16": 2.0,
+    "int4": 7.75,
+    "fp4": 7.75,
+    "sign": 31.0,
+    "lowrank": 30.0,
+}
 # From the least to the most lossy: `auto` takes the first whose sync is cheap enough. fp32 is
 # left out: int8 with its carry trains as well at a quarter of the traffic.
 AUTO_CODECS: Final = ("int8", "topk2")
@@ -141,7 +152,7 @@ def resolve_sync(
 ) -> ResolvedSync | None:
     """Return the plan that `auto` stands for on these sites; None where no hub can join them.
 
-    One site trains locally. Several use diloco through the listening site that makes the sync
+    One site trains locally. Several use the plan's strategy, else diloco, through the listening site that makes the sync
     round shortest (ties: the first by name), with the least lossy codec whose sync takes at most
     a tenth of the inner steps before it, else the most compressed one.
     """
@@ -161,7 +172,7 @@ def resolve_sync(
     sites = [part.site_id for part in parts]
     codecs: tuple[str, ...] = AUTO_CODECS if plan.codec == "auto" else (plan.codec,)
     for codec in codecs:
-        resolved = plan.model_copy(update={"strategy": "diloco", "codec": codec})
+        resolved = plan.model_copy(update={"strategy": plan.between_sites, "codec": codec})
         sync_s, hub = min((_sync_round(workload, resolved, sites, links, hub)[0], hub) for hub in hubs)
         share = sync_s / steps_s
         if share <= SYNC_SHARE_MAX:

@@ -108,7 +108,8 @@ class Names:
             for part in range(patterns.parts[pattern])
         ]
         codec = kernel.CODECS[out[kernel.CODEC]]
-        plan = self._plan("jobs", job).model_copy(update={"strategy": "diloco", "codec": codec})
+        asked = self._plan("jobs", job)
+        plan = asked.model_copy(update={"strategy": asked.between_sites, "codec": codec})
         return self._predicted(job, parts, plan, parts[patterns.hub[pattern]].site_id)
 
     def _part(self, job: int, pool: int, gpus: int) -> SitePart:

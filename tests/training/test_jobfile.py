@@ -127,3 +127,17 @@ def test_what_a_job_file_must_not_hold_is_refused(text: str, what: str) -> None:
 def test_any_bytes_are_a_job_or_a_spec_error(content: bytes) -> None:
     with contextlib.suppress(SpecError):
         read_job_file(content).spec(DIGEST)
+
+
+@pytest.mark.parametrize("strategy", ["every_step", "diloco", "streaming", "sparse", "quorum", "neighbour", "async"])
+def test_a_strategy_can_be_written_as_one_word(strategy: str) -> None:
+    spec = spec_of(JOB + f"  sync: {strategy}\n")
+    assert spec.market.sync.strategy == strategy
+    assert spec_of(JOB + f"  sync: {{strategy: {strategy}}}\n") == spec
+
+
+def test_fragments_must_take_turns_evenly_and_not_overlap() -> None:
+    block = "  sync: {{strategy: streaming, period_steps: 12, fragments: {}, overlap_steps: {}}}\n"
+    assert spec_of(JOB + block.format(4, 2)).market.sync.round_steps == 3
+    assert faults(JOB + block.format(5, 1)) == {"/market": 7}
+    assert faults(JOB + block.format(4, 3)) == {"/market": 7}

@@ -131,6 +131,18 @@ def test_what_the_plan_states_is_kept() -> None:
     assert resolve_sync(WORKLOAD, SyncPlan(strategy="local"), [ADA, BOB], mesh(), BOTH) is None
 
 
+def test_a_strategy_says_what_it_needs_and_keeps_its_name_on_several_sites() -> None:
+    needs = {"sparse": ("topk2", 20), "streaming": ("int4", 20), "every_step": ("fp32", 1), "quorum": ("int8", 20)}
+    for strategy, expected in needs.items():
+        plan = SyncPlan.model_validate({"strategy": strategy})
+        resolved = resolve_sync(WORKLOAD, plan, [ADA, BOB], mesh(1e10), BOTH)
+        assert resolved is not None
+        assert resolved.plan.strategy == strategy
+        assert (resolved.plan.codec, resolved.plan.period_steps) == expected
+    kept = SyncPlan.model_validate({"strategy": "sparse", "codec": "sign"})
+    assert kept.codec == "sign"
+
+
 def test_only_a_listening_site_with_links_both_ways_is_a_hub() -> None:
     assert resolve_sync(WORKLOAD, SyncPlan(), [ADA, BOB], mesh(), frozenset()) is None
     one_way = {pair: link for pair, link in mesh().items() if pair != ("bob", "ada")}

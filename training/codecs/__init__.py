@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
+from training.codecs.bf16 import Bf16
+from training.codecs.fp4 import Fp4
 from training.codecs.fp32 import Fp32
-from training.codecs.framing import ELEMENTS_MAX, MAGNITUDE_MAX, Values
+from training.codecs.framing import ELEMENTS_MAX, MAGNITUDE_MAX, NO_HINT, Hint, Values
+from training.codecs.int4 import Int4
 from training.codecs.int8 import Int8
+from training.codecs.lowrank import LowRank
+from training.codecs.sign import Sign
 from training.codecs.topk2 import Topk2
 from training.errors import CodecError
 
-__all__ = ["CODECS", "ELEMENTS_MAX", "MAGNITUDE_MAX", "Codec", "Values", "decode"]
+__all__ = ["CODECS", "ELEMENTS_MAX", "MAGNITUDE_MAX", "NO_HINT", "Codec", "Hint", "Values", "decode"]
 
 
 class Codec(Protocol):
@@ -31,15 +36,19 @@ class Codec(Protocol):
         """The four bytes that its payloads begin with."""
         ...
 
-    def encode(self, values: Values, carry: Values | None) -> tuple[bytes, Values]:
+    def encode(
+        self, values: Values, carry: Values | None, hint: Hint = NO_HINT, out: Values | None = None
+    ) -> tuple[bytes, Values]:
         """Return the payload of flat `values` with their carry, and the new carry of the same shape.
+
+        The new carry is written to `out` where one is given; it may be `carry` itself.
 
         Raises CodecError where a value is NaN, infinite or beyond MAGNITUDE_MAX.
         """
         ...
 
-    def decode(self, payload: bytes, elements: int) -> Values:
-        """Return the `elements` values of a payload. Raises CodecError on any other bytes."""
+    def decode(self, payload: bytes, elements: int, out: Values | None = None) -> Values:
+        """Return the `elements` values of a payload, in `out` where one is given. Raises CodecError on any other bytes."""
         ...
 
     def size_bytes_max(self, elements: int) -> int:
@@ -47,7 +56,8 @@ class Codec(Protocol):
         ...
 
 
-CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (Fp32(), Int8(), Topk2())}
+_ALL: Final[tuple[Codec, ...]] = (Fp32(), Bf16(), Int8(), Int4(), Fp4(), Sign(), LowRank(), Topk2())
+CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in _ALL}
 _BY_MAGIC: Final = {codec.magic: codec for codec in CODECS.values()}
 
 

@@ -6,7 +6,18 @@ from typing import Final
 
 import numpy as np
 
-from training.codecs.framing import HEADER, Values, body, checked, exact_length, header, with_carry
+from training.codecs.framing import (
+    HEADER,
+    NO_HINT,
+    Hint,
+    Values,
+    body,
+    checked,
+    exact_length,
+    header,
+    output,
+    with_carry,
+)
 
 
 class Fp32:
@@ -15,16 +26,23 @@ class Fp32:
     name: Final = "fp32"
     magic: Final = b"HFP1"
 
-    def encode(self, values: Values, carry: Values | None) -> tuple[bytes, Values]:
+    def encode(
+        self, values: Values, carry: Values | None, hint: Hint = NO_HINT, out: Values | None = None
+    ) -> tuple[bytes, Values]:
         """Return the payload of `values + carry` and the carry that is left: zeros."""
         total = with_carry(values, carry)
-        return header(self.magic, total.size) + total.astype("<f4").tobytes(), np.zeros_like(total)
+        payload = header(self.magic, total.size) + total.astype("<f4").tobytes()
+        left = output(out, total.size)
+        left[:] = 0
+        return payload, left
 
-    def decode(self, payload: bytes, elements: int) -> Values:
+    def decode(self, payload: bytes, elements: int, out: Values | None = None) -> Values:
         """Return the values. Raises CodecError on anything but a payload of `elements` values."""
         view = body(payload, self.magic, elements)
         exact_length(view, 4 * elements)
-        return checked(np.frombuffer(view, dtype="<f4").astype(np.float32), "the payload")
+        values = output(out, elements)
+        values[:] = np.frombuffer(view, dtype="<f4")
+        return checked(values, "the payload")
 
     def size_bytes_max(self, elements: int) -> int:
         """Return the most bytes that a payload of `elements` values takes."""

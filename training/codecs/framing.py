@@ -7,6 +7,7 @@ before it allocates anything.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -22,6 +23,21 @@ ELEMENTS_MAX: Final = 1 << 26
 # A difference of parameters beyond this is a diverged run. It keeps sums and scales of
 # contributions far from float32's overflow at 3.4e38.
 MAGNITUDE_MAX: Final = np.float32(2.0**100)
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What an encoder may know beyond the values: a key for its rounding, and the matrices that lie in them.
+
+    `key` names the contribution (64 bits of site, round and fragment), so that encoding it again gives the same bytes. `shapes`
+    are (rows, columns) of consecutive stretches that together are the whole array; empty where nothing is known.
+    """
+
+    key: int = 0
+    shapes: tuple[tuple[int, int], ...] = ()
+
+
+NO_HINT: Final = Hint()
 
 
 def header(magic: bytes, elements: int) -> bytes:
@@ -59,11 +75,25 @@ def checked(values: Values, what: str) -> Values:
     """Return `values`, or raise CodecError where one is NaN, infinite or beyond MAGNITUDE_MAX."""
     assert values.ndim == 1, "codecs take flat arrays"
     assert values.dtype == np.float32, f"codecs take float32, not {values.dtype}"
-    # A comparison with NaN is false, so one pass finds all three faults.
-    if not bool(np.all(np.abs(values) <= MAGNITUDE_MAX)):
-        message = f"{what} holds NaN, infinite or huge values; lower the learning rate or clip the gradients"
-        raise CodecError(message)
+    # A comparison with NaN is false, so two reductions find all three faults.
+    if values.size and not (bool(values.max() <= MAGNITUDE_MAX) and bool(values.min() >= -MAGNITUDE_MAX)):
+        raise unsound(what)
     return values
+
+
+def unsound(what: str) -> CodecError:
+    """Return the error for values that no merge would survive."""
+    return CodecError(f"{what} holds NaN, infinite or huge values; lower the learning rate or clip the gradients")
+
+
+def output(out: Values | None, elements: int) -> Values:
+    """Return `out`, checked, or a new array of `elements` values: fresh memory costs as much as a codec."""
+    if out is None:
+        return np.empty(elements, dtype=np.float32)
+    assert out.shape == (elements,), "the output has the values' shape"
+    assert out.dtype == np.float32
+    assert out.flags.c_contiguous
+    return out
 
 
 def with_carry(values: Values, carry: Values | None, decay: np.float32 | None = None) -> Values:

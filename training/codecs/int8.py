@@ -10,16 +10,14 @@ from typing import Final
 
 import numpy as np
 
-from training.codecs.framing import HEADER, Values, body, exact_length, header, with_carry
-from training.errors import CodecError
+from training.codecs import blocks
+from training.codecs.blocks import SCALE_MIN, Codes
+from training.codecs.framing import NO_HINT, Hint, Values
 
 # The block size of published int8 pseudo-gradients is 1,024 to 4,096; the smaller keeps one
 # outlier from flattening more than a thousand neighbours, for 0.4 % more bytes.
 BLOCK: Final = 1024
 _LEVELS: Final = np.float32(127)
-# Below the smallest normal number a scale loses bits; such a block waits in the carry.
-_SCALE_MIN: Final = np.finfo(np.float32).tiny
-_SCALE_MAX: Final = np.float32(2.0**100)
 
 
 class Int8:
@@ -27,37 +25,38 @@ class Int8:
 
     name: Final = "int8"
     magic: Final = b"HI81"
+    block: Final = BLOCK
+    bits: Final = 8
 
-    def encode(self, values: Values, carry: Values | None) -> tuple[bytes, Values]:
+    def encode(
+        self, values: Values, carry: Values | None, hint: Hint = NO_HINT, out: Values | None = None
+    ) -> tuple[bytes, Values]:
         """Return the payload of `values + carry` and what rounding left of it."""
-        total = with_carry(values, carry)
-        blocks = -(-total.size // BLOCK)
-        padded = np.zeros(blocks * BLOCK, dtype=np.float32)
-        padded[: total.size] = total
-        grid = padded.reshape(blocks, BLOCK)
-        scales = np.max(np.abs(grid), axis=1, initial=np.float32(0)) / _LEVELS
-        scales[scales < _SCALE_MIN] = 0
-        divisors = np.where(scales > 0, scales, np.float32(np.inf))
-        steps = np.clip(np.rint(grid / divisors[:, None]), -_LEVELS, _LEVELS).astype(np.int8)
-        payload = (
-            header(self.magic, total.size) + scales.astype("<f4").tobytes() + steps.reshape(-1)[: total.size].tobytes()
-        )
-        return payload, total - self.decode(payload, total.size)
+        return blocks.encode(self, values, carry, key=hint.key, out=out)
 
-    def decode(self, payload: bytes, elements: int) -> Values:
+    def decode(self, payload: bytes, elements: int, out: Values | None = None) -> Values:
         """Return the values. Raises CodecError on anything but a payload of `elements` values."""
-        view = body(payload, self.magic, elements)
-        blocks = -(-elements // BLOCK)
-        exact_length(view, 4 * blocks + elements)
-        scales = np.frombuffer(view[: 4 * blocks], dtype="<f4").astype(np.float32)
-        if not bool(np.all((scales >= 0) & (scales <= _SCALE_MAX))):
-            message = "a block's scale is NaN, negative or huge; the payload is damaged or forged"
-            raise CodecError(message)
-        steps = np.frombuffer(view[4 * blocks :], dtype=np.int8)
-        values = steps.astype(np.float32)
-        values *= np.repeat(scales, BLOCK)[:elements]
-        return values
+        return blocks.decode(self, payload, elements, out)
 
     def size_bytes_max(self, elements: int) -> int:
         """Return the most bytes that a payload of `elements` values takes."""
-        return HEADER.size + 4 * -(-elements // BLOCK) + elements
+        return blocks.size_bytes_max(self, elements)
+
+    def scales(self, total: Values, peaks: Values) -> Values:
+        """Return a 127th of each block's largest magnitude."""
+        steps = peaks / _LEVELS
+        steps[steps < SCALE_MIN] = 0
+        return steps
+
+    def pack(self, total: Values, scales: Values, work: Values, *, key: int, first: int) -> Codes:
+        """Return the nearest steps. A quotient passes 127 by half a unit in the last place at most: it rounds back."""
+        blocks.divided(total, np.where(scales > 0, scales, np.float32(np.inf)), work)
+        np.rint(work, out=work)
+        steps = work.astype(np.int8)
+        blocks.scaled(work, scales, work)
+        return steps.view(np.uint8)
+
+    def unpack(self, codes: Codes, scales: Values, work: Values) -> None:
+        """Write the steps times their scale."""
+        np.copyto(work, codes.view(np.int8))
+        blocks.scaled(work, scales, work)

@@ -12,12 +12,13 @@ remainders (5 bits) · unary quotients. All lengths but the last follow from the
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from training.codecs.framing import HEADER, Values, body, header, with_carry
+from training.codecs.framing import HEADER, MAGNITUDE_MAX, NO_HINT, Hint, Values, body, header, output, unsound
 from training.codecs.golomb import PARAMETER, decode_gaps, encode_gaps, pack, packed_bytes, unary_bits_max, unpack
 from training.errors import CodecError
 
@@ -25,6 +26,9 @@ CHUNK: Final = 4096
 KEPT_PER_CHUNK: Final = 64
 # SparseLoCo's default, the decay of its error feedback.
 BETA: Final = np.float32(0.95)
+# 256 KiB of float32 at a time: what is done to a tile, is done in the cache.
+_TILE: Final = 16 * CHUNK
+_GROUP: Final = 8
 _EXPONENT: Final = struct.Struct("<h")
 _EXPONENT_MAX: Final = 101
 _EXPONENT_MIN: Final = -149
@@ -39,34 +43,37 @@ class Topk2:
     name: Final = "topk2"
     magic: Final = b"HTK1"
 
-    def encode(self, values: Values, carry: Values | None) -> tuple[bytes, Values]:
+    def encode(
+        self, values: Values, carry: Values | None, hint: Hint = NO_HINT, out: Values | None = None
+    ) -> tuple[bytes, Values]:
         """Return the payload of the largest of `values + beta * carry`, and all the rest of it."""
-        total = with_carry(values, carry, BETA)
-        largest = float(np.max(np.abs(total), initial=np.float32(0)))
-        exponent = int(np.clip(np.frexp(largest)[1], _EXPONENT_MIN, _EXPONENT_MAX)) if largest else 0
-        positions, levels, codes = [], [], []
-        for start, grid in _chunks(total):
-            kept = _largest(np.abs(grid), _kept(grid.shape[1]))
-            picked = np.take_along_axis(grid, kept, axis=1)
-            level, high = _two_levels(np.abs(picked), exponent)
-            positions.append((kept + start + np.arange(len(grid))[:, None] * grid.shape[1]).reshape(-1))
+        left = _with_decayed(values, carry, output(out, values.size))
+        exponent, picks = _picked(left)
+        places = _joined([pick.places.reshape(-1) for pick in picks])
+        levels, codes = [], []
+        for pick in picks:
+            level, high = _two_levels(np.abs(pick.values), exponent)
             levels.append(level)
-            codes.append((((picked < 0).astype(np.int64) << 1) | high).reshape(-1))
-        places = _joined(positions)
+            codes.append((((pick.values < 0).astype(np.int64) << 1) | high).reshape(-1))
+        code = _joined(codes)
         remainders, unary = encode_gaps(np.diff(places, prepend=-1) - 1)
         payload = b"".join(
             (
-                header(self.magic, total.size),
+                header(self.magic, left.size),
                 _EXPONENT.pack(exponent),
                 b"".join(level.astype("<f2").tobytes() for level in levels),
-                pack(_joined(codes), 2),
+                pack(code, 2),
                 remainders,
                 unary,
             )
         )
-        return payload, total - self.decode(payload, total.size)
+        # The very magnitudes that a decoder reads, by the same product.
+        magnitudes = np.ldexp(np.concatenate([np.zeros((0, 2), np.float32), *levels]), exponent).astype(np.float32)
+        sent = magnitudes[_chunk_of(code.size, len(magnitudes)), code & 1]
+        left[places] -= np.where(code & 2, -sent, sent)
+        return payload, left
 
-    def decode(self, payload: bytes, elements: int) -> Values:
+    def decode(self, payload: bytes, elements: int, out: Values | None = None) -> Values:
         """Return the values. Raises CodecError on anything but a payload of `elements` values."""
         view = body(payload, self.magic, elements)
         chunks, count = _counts(elements)
@@ -80,13 +87,14 @@ class Topk2:
         levels = _read_levels(view[: ends[1]], chunks)
         codes = unpack(view[ends[1] : ends[2]], 2, count)
         places = np.cumsum(decode_gaps(view[ends[2] : ends[3]], view[ends[3] :], count) + 1) - 1
-        chunk_of = np.minimum(np.arange(count) // KEPT_PER_CHUNK, max(0, chunks - 1))
+        chunk_of = _chunk_of(count, chunks)
         # Places ascend, so the last one tells whether all lie inside a short last chunk.
         if not bool(np.all(places // CHUNK == chunk_of)) or (count and int(places[-1]) >= elements):
             message = "a kept position lies outside its chunk; the payload is damaged or forged"
             raise CodecError(message)
         magnitudes = levels[chunk_of, codes & 1]
-        values = np.zeros(elements, dtype=np.float32)
+        values = output(out, elements)
+        values[:] = 0
         values[places] = np.where(codes & 2, -magnitudes, magnitudes)
         return values
 
@@ -107,26 +115,88 @@ def _counts(elements: int) -> tuple[int, int]:
     return whole + (rest > 0), whole * KEPT_PER_CHUNK + _kept(rest)
 
 
-def _chunks(values: Values) -> list[tuple[int, _Grid]]:
-    """Return the whole chunks as one grid, and the last partial one as another, with their offsets."""
-    cut = values.size - values.size % CHUNK
-    parts = [(0, values[:cut].reshape(-1, CHUNK)), (cut, values[cut:].reshape(1, -1))]
-    return [(start, grid) for start, grid in parts if grid.size]
+def _chunk_of(count: int, chunks: int) -> _Indices:
+    """Return the chunk that each of `count` kept values is from."""
+    return np.minimum(np.arange(count) // KEPT_PER_CHUNK, max(0, chunks - 1))
 
 
-def _largest(magnitudes: _Grid, count: int) -> _Indices:
-    """Return the columns of each row's `count` largest, ascending; of equals the first ones win.
+def _with_decayed(values: Values, carry: Values | None, total: Values) -> Values:
+    """Write `values + beta * carry` to `total`, tile by tile so that the product stays in the cache."""
+    assert values.ndim == 1, "codecs take flat arrays"
+    assert values.dtype == np.float32, f"codecs take float32, not {values.dtype}"
+    if carry is None:
+        total[:] = values
+        return total
+    assert carry.shape == values.shape, "a carry belongs to one fragment"
+    scratch = np.empty(min(_TILE, values.size), dtype=np.float32)
+    for start in range(0, values.size, _TILE):
+        stop = min(start + _TILE, values.size)
+        decayed = np.multiply(carry[start:stop], BETA, out=scratch[: stop - start])
+        np.add(values[start:stop], decayed, out=total[start:stop])
+    return total
 
-    numpy's partition may order equals differently on unlike CPUs, so only the threshold's *value*
-    is taken from it.
+
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    """The kept values of some chunks of one width: a row for each chunk, places ascending in the whole array."""
+
+    places: _Indices
+    values: _Grid
+
+
+def _picked(total: Values) -> tuple[int, list[_Pick]]:
+    """Return the exponent of the largest magnitude, and what is kept of each chunk."""
+    picks, largest = [], np.float32(0)
+    scratch = np.empty(min(_TILE, -(-total.size // CHUNK) * CHUNK), dtype=np.float32)
+    whole = total.size - total.size % CHUNK
+    spans = [(start, min(start + _TILE, whole), CHUNK) for start in range(0, whole, _TILE)]
+    if whole < total.size:
+        spans.append((whole, total.size, total.size - whole))
+    for start, stop, width in spans:
+        magnitudes = np.abs(total[start:stop], out=scratch[: stop - start]).reshape(-1, width)
+        kept, peak = _largest(magnitudes, _kept(width))
+        if not peak <= MAGNITUDE_MAX:
+            raise unsound("the contribution with its carry")
+        largest = max(largest, peak)
+        places = kept + (start + width * np.arange(len(kept)))[:, None]
+        picks.append(_Pick(places, total[places]))
+    exponent = int(np.clip(np.frexp(largest)[1], _EXPONENT_MIN, _EXPONENT_MAX)) if largest else 0
+    return exponent, picks
+
+
+def _largest(magnitudes: _Grid, count: int) -> tuple[_Indices, np.float32]:
+    """Return the columns of each row's `count` largest, ascending, and the largest of all; of equals the first win.
+
+    The maxima of a row's groups of eight are elements of it, so the `count`-th largest of them is no more than the
+    `count`-th largest of all: whatever is smaller is out. The few candidates left are then cut exactly. numpy's
+    partition may order equals differently on unlike processors, so only values are taken from it.
     """
-    width = magnitudes.shape[1]
-    threshold = np.partition(magnitudes, width - count, axis=1)[:, width - count, None]
-    above = magnitudes > threshold
-    equal = magnitudes == threshold
-    room = count - above.sum(axis=1, keepdims=True)
-    chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
-    return np.nonzero(chosen)[1].reshape(-1, count)
+    rows, width = magnitudes.shape
+    groups = width // _GROUP
+    bounds = magnitudes
+    if width % _GROUP == 0 and groups > count:
+        bounds = magnitudes.reshape(rows, _GROUP, groups).max(axis=1)
+    top = np.partition(bounds, bounds.shape[1] - count, axis=1)[:, bounds.shape[1] - count :]
+    peak = top.max(initial=np.float32(0))
+    candidates = np.flatnonzero(magnitudes >= top[:, :1])
+    row_of = candidates // width
+    found = magnitudes.reshape(-1)[candidates]
+    per_row = np.bincount(row_of, minlength=rows)
+    if not bool((per_row >= count).all()):  # a NaN is larger than nothing, also not than itself
+        raise unsound("the contribution with its carry")
+    if candidates.size > rows * count:
+        column = np.arange(candidates.size) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        table = np.full((rows, int(per_row.max())), -1, dtype=np.float32)
+        table[row_of, column] = found
+        threshold = np.partition(table, table.shape[1] - count, axis=1)[:, table.shape[1] - count]
+        above = found > threshold[row_of]
+        equal = found == threshold[row_of]
+        room = count - np.bincount(row_of[above], minlength=rows)
+        before = np.cumsum(equal) - equal  # equals before this one, over all rows
+        first = np.concatenate([[0], np.cumsum(np.bincount(row_of[equal], minlength=rows))[:-1]])
+        chosen = above | (equal & (before - first[row_of] < room[row_of]))
+        candidates = candidates[chosen]
+    return candidates.reshape(rows, count) % width, peak
 
 
 def _two_levels(magnitudes: _Grid, exponent: int) -> tuple[_Grid, _Indices]:

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from training.codecs import CODECS, MAGNITUDE_MAX, Codec, Values, decode
+from training.codecs import CODECS, MAGNITUDE_MAX, NO_HINT, Codec, Hint, Values, decode
+from training.codecs.blocks import TILE
+from training.codecs.int4 import random_bytes
 from training.codecs.int8 import BLOCK
 from training.codecs.topk2 import BETA, CHUNK, KEPT_PER_CHUNK
 from training.errors import CodecError
@@ -38,8 +40,8 @@ def test_decoded_plus_new_carry_is_input_plus_old_carry(codec: Codec, case: tupl
     decoded = codec.decode(payload, values.size)
     total = values + (BETA * carry if codec.name == "topk2" else carry)
     error = np.abs(decoded.astype(np.float64) + left - total)
-    # One float32 subtraction made the carry: half a unit in the last place of the larger operand.
-    bound = np.maximum(np.abs(decoded), np.abs(total)).astype(np.float64) * 2.0**-24 + 2.0**-149
+    # One float32 subtraction made the carry: half a unit in the last place of its result.
+    bound = np.abs(left).astype(np.float64) * 2.0**-24 + 2.0**-149
     assert np.all(error <= bound)
 
 
@@ -87,6 +89,120 @@ def test_int8_errs_by_at_most_half_a_step_of_its_block() -> None:
     step = np.abs(values).reshape(10, BLOCK).max(axis=1) / 127
     assert np.all(error <= step[:, None] * (0.5 + 1e-5))
     assert error.max(axis=1) == pytest.approx(step / 2, rel=0.05), "the bound is met, so the test could fail"
+
+
+def wide(seed: int = 0) -> Values:
+    """Forty blocks of 256 whose magnitudes span ten orders."""
+    return normal(40 * 256, seed) * np.repeat(10.0 ** np.arange(-5, 5), 1024).astype(np.float32)
+
+
+def test_bf16_errs_by_at_most_a_256th_of_each_value() -> None:
+    values = wide()
+    error = np.abs(CODECS["bf16"].decode(CODECS["bf16"].encode(values, None)[0], values.size) - values)
+    assert np.all(error <= np.abs(values) / 256)
+    assert np.max(error / np.abs(values)) > 0.95 / 256, "the bound is met, so the test could fail"
+
+
+def test_int4_errs_by_less_than_a_step_and_not_to_one_side() -> None:
+    values = wide()
+    step = np.repeat(np.abs(values).reshape(-1, 256).max(axis=1) / 7, 256)
+    total = np.zeros(values.size, dtype=np.float64)
+    rounds = 400
+    for key in range(rounds):
+        payload, _ = CODECS["int4"].encode(values, None, Hint(key=key << 40 | 7))
+        decoded = CODECS["int4"].decode(payload, values.size)
+        assert np.all(np.abs(decoded - values) <= step * (1 + 1e-5))
+        total += decoded
+    bias = (total / rounds - values) / step
+    # A rounding is right in the mean: its own deviation is at most half a step, so the mean's half / 20.
+    assert np.abs(bias).max() < 5 * 0.5 / np.sqrt(rounds)
+    assert abs(bias.mean()) < 4 * 0.5 / np.sqrt(rounds * values.size) + 1 / 512
+    nearest = np.rint(values / step) * step
+    assert np.abs((nearest - values) / step).max() > 0.45, "rounding to nearest would fail the bound above"
+
+
+def test_int4_rounds_alike_under_one_key_and_otherwise_under_another() -> None:
+    values = normal(3 * TILE + 77)
+    first, again, other = (CODECS["int4"].encode(values, None, Hint(key=key))[0] for key in (5, 5, 6))
+    assert first == again
+    assert first != other
+    stream = random_bytes(1 << 16, 9, 0)
+    assert np.array_equal(stream[400:], random_bytes((1 << 16) - 400, 9, 400)), (
+        "a place's bits do not depend on the tile"
+    )
+    counts = np.bincount(stream, minlength=256)
+    assert abs(counts - 256).max() < 6 * 16, "each byte about equally often"
+
+
+def test_fp4_errs_by_a_third_of_each_value_or_3_256ths_of_its_block() -> None:
+    values = wide()
+    error = np.abs(CODECS["fp4"].decode(CODECS["fp4"].encode(values, None)[0], values.size) - values)
+    peak = np.repeat(np.abs(values).reshape(-1, 256).max(axis=1), 256)
+    assert np.all(error <= np.maximum(np.abs(values) / 3, peak * 3 / 256) * (1 + 1e-5))
+    assert np.max(error / np.abs(values) * (np.abs(values) > peak / 64)) > 0.32, "the bound is met"
+
+
+def test_sign_errs_in_the_square_by_what_one_magnitude_cannot_hold() -> None:
+    values = wide()
+    error = CODECS["sign"].decode(CODECS["sign"].encode(values, None)[0], values.size) - values
+    blocks, errors = values.reshape(-1, 1024).astype(np.float64), error.reshape(-1, 1024).astype(np.float64)
+    expected = (blocks**2).sum(axis=1) - np.abs(blocks).sum(axis=1) ** 2 / 1024
+    assert (errors**2).sum(axis=1) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lowrank_errs_by_the_singular_values_that_it_leaves_out() -> None:
+    chance = np.random.default_rng(3)
+    left, right = np.linalg.qr(chance.standard_normal((96, 96)))[0], np.linalg.qr(chance.standard_normal((160, 96)))[0]
+    spectrum = 2.0 ** -np.arange(96)
+    matrix = (left * spectrum @ right.T).astype(np.float32)
+    bias = chance.standard_normal(200).astype(np.float32)
+    values = np.concatenate([matrix.reshape(-1), bias])
+    payload, carry = CODECS["lowrank"].encode(values, None, Hint(shapes=((96, 160), (1, 200))))
+    assert len(payload) < 2 * (4 * (96 + 160) + 200) + 60
+    rest = carry[: matrix.size]
+    best = np.sqrt((spectrum[4:] ** 2).sum())
+    # bfloat16 factors add up to a 256th of what is sent to what the best rank 4 leaves.
+    assert best <= np.linalg.norm(rest) * (1 + 1e-5)
+    assert np.linalg.norm(rest) <= 1.1 * best + np.linalg.norm(matrix) / 256
+    assert np.all(np.abs(carry[matrix.size :]) <= np.abs(bias) / 256)
+
+
+def test_over_rounds_every_codec_below_four_bits_sends_the_whole_of_a_constant_gradient() -> None:
+    values = normal(CHUNK)
+    for name in ("sign", "lowrank"):
+        carry, total = None, np.zeros(CHUNK, dtype=np.float64)
+        for _ in range(300):
+            payload, carry = CODECS[name].encode(values, carry)
+            total += CODECS[name].decode(payload, CHUNK)
+        assert np.linalg.norm(total / 300 - values) < 0.1 * np.linalg.norm(values), name
+        alone = CODECS[name].decode(CODECS[name].encode(values, None)[0], CHUNK)
+        assert np.linalg.norm(alone - values) > 0.5 * np.linalg.norm(values), "without the carry most of it is lost"
+
+
+@codecs
+def test_the_carry_and_the_values_may_be_written_in_place(codec: Codec) -> None:
+    values, carry = normal(5000), normal(5000, 1)
+    payload, left = codec.encode(values, carry)
+    target = np.empty(5000, dtype=np.float32)
+    same, in_place = codec.encode(values, carry, NO_HINT, carry)
+    assert same == payload
+    assert in_place is carry
+    assert np.array_equal(in_place, left)
+    assert codec.decode(payload, 5000, target) is target
+    assert np.array_equal(target, codec.decode(payload, 5000))
+
+
+@pytest.mark.parametrize("spread", [1, 3, 50])
+def test_topk2_picks_exactly_among_near_and_equal_magnitudes(spread: int) -> None:
+    """Few distinct magnitudes, so that nearly every threshold is a tie, against sorting in Python."""
+    values = np.random.default_rng(spread).integers(-spread, spread + 1, 3 * CHUNK + 1000).astype(np.float32)
+    decoded = CODECS["topk2"].decode(CODECS["topk2"].encode(values, None)[0], values.size)
+    for start in range(0, values.size, CHUNK):
+        chunk = np.abs(values[start : start + CHUNK])
+        count = -(-chunk.size * KEPT_PER_CHUNK // CHUNK)
+        expected = sorted(sorted(range(chunk.size), key=lambda place: (-chunk[place], place))[:count])
+        sent = np.flatnonzero(decoded[start : start + CHUNK])
+        assert sent.tolist() == [place for place in expected if chunk[place] > 0]
 
 
 def test_topk2_sends_the_largest_of_each_chunk_with_their_signs() -> None:
