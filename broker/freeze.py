@@ -20,7 +20,7 @@ class FrozenError(ConflictError):
     code = "market.frozen"
 
 
-def set_frozen(market: Market, *, frozen: bool, reason: str = "") -> bool:
+def set_frozen(market: Market, *, frozen: bool, reason: str = "", actor: str | None = None) -> bool:
     """Freeze or thaw the market; return whether that changed anything."""
     now_ms = market.clock.now_ms()
 
@@ -30,7 +30,9 @@ def set_frozen(market: Market, *, frozen: bool, reason: str = "") -> bool:
         if (state.frozen_ms is not None) == frozen:
             return False
         state.frozen_ms = now_ms if frozen else None
-        record_event(session, "market", now_ms=now_ms, after="frozen" if frozen else "thawed", detail=reason)
+        record_event(
+            session, "market", now_ms=now_ms, after="frozen" if frozen else "thawed", detail=reason, actor=actor
+        )
         return True
 
     changed = market.database.write("freeze", work)

@@ -20,7 +20,8 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Hold, Lease, Link, Placement, Term, UsageReport
+from broker.database.papers import Term
+from broker.database.tables import Hold, Lease, Link, Placement, UsageReport
 from broker.errors import ConflictError, RefusedError, StaleEpochError
 from broker.market import Market
 from broker.terms import Part, spans, split, terms_of
@@ -57,7 +58,10 @@ class EgressImpossibleError(RefusedError):
 
 @dataclass(frozen=True, slots=True)
 class Charges:
-    """What one report comes to, in micro-credits; every figure is nought or more."""
+    """What one report comes to, in micro-credits; every figure is nought or more.
+
+    But for the discount, which is below nought by the premium of a buyer that pays as bid.
+    """
 
     gpu_micros: int
     rent_micros: int
@@ -135,7 +139,7 @@ def charges_of(
     # What the buyer would pay without a discount, and with it but without the reservation's bound.
     boundless = 2**63
     gross = settle(
-        replace(terms, uplift_micros_per_hour=0),
+        replace(terms, uplift_micros_per_hour=0, premium_micros_per_hour=0),
         delivery,
         reservation_left_micros=boundless,
         equity_left_micros=0,
@@ -322,6 +326,7 @@ def _sold_and_delivered(session: Session, award: Award, lease: Lease, part: Part
         ),
         links=tuple(links),
         uplift_micros_per_hour=award.uplift_micros_per_hour,
+        premium_micros_per_hour=award.premium_micros_per_hour,
     )
     delivery = Delivery(
         gpu_ms={lease.pool_id: part.gpu_milliseconds},

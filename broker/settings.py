@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     proposal_s: float = Field(default=30.0, gt=0, description="an unconfirmed proposal falls through after this")
     term_s: int = Field(default=3600, ge=10, le=7 * 86_400)
     round_s: float = Field(default=5.0, gt=0, description="the beat of rounds when nothing rings")
+    economics_s: float = Field(default=20.0, gt=0, le=600, description="time to find what sharing was worth in a round")
+    economics_rounds_max: int = Field(
+        default=100, ge=1, description="rounds that may wait for that; older ones go without"
+    )
     barred_rounds: int = Field(default=20, ge=1, description="how long a vetoed configuration stays barred")
     reconcile_s: float = Field(default=2.0, gt=0, description="the beat of reconcile and settle")
     settle_s: float = Field(default=60.0, gt=0, description="how long a final report may lag behind a lost lease")

@@ -14,7 +14,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Placement, Term
+from broker.database.papers import Term
+from broker.database.tables import Placement
 from pricing.money import divide_up
 from sites.protocol import Usage
 
@@ -40,7 +41,8 @@ class Part:
 
 def open_first_term(session: Session, placement: Placement, award: Award) -> None:
     """Write down the term that a proposal would have; it begins once the gang is active."""
-    session.add(_term(placement, award, number=1))
+    session.flush()  # the placement itself, which the term refers to
+    session.add(_term(placement, award, number=1, round_number=placement.round_number))
 
 
 def begin_first_term(session: Session, placement: Placement) -> None:
@@ -49,11 +51,11 @@ def begin_first_term(session: Session, placement: Placement) -> None:
     term.starts_ms, term.ends_ms = placement.active_ms, placement.term_ends_ms
 
 
-def append_term(session: Session, placement: Placement, award: Award) -> None:
-    """Let another term follow the last one at the award's price, and reserve it."""
+def append_term(session: Session, placement: Placement, award: Award, round_number: int) -> None:
+    """Let another term follow the last one at the price of the round that renewed it, and reserve it."""
     last = terms_of(session, placement.placement_id)[-1]
     assert last.ends_ms is not None, "an active placement has a term with an end"
-    term = _term(placement, award, number=last.number + 1)
+    term = _term(placement, award, number=last.number + 1, round_number=round_number)
     term.starts_ms, term.ends_ms = last.ends_ms, last.ends_ms + award.term_s * 1000
     session.add(term)
     placement.term_ends_ms = term.ends_ms
@@ -117,10 +119,11 @@ def _between(number: int, before: Part, until: Part) -> Part:
     )
 
 
-def _term(placement: Placement, award: Award, *, number: int) -> Term:
+def _term(placement: Placement, award: Award, *, number: int, round_number: int) -> Term:
     return Term(
         placement_id=placement.placement_id,
         number=number,
+        round_number=round_number,
         award=award.model_dump_json(),
         reserved_micros=award.reservation_micros,
         charged_micros=0,

@@ -155,8 +155,9 @@ def record_event(
     site_id: str | None = None,
     lease_id: str | None = None,
     round_number: int | None = None,
+    actor: str | None = None,
 ) -> None:
-    """Append one event; `kind` names what it is about."""
+    """Append one event; `kind` names what it is about, `actor` who asked for it where a person or a token did."""
     session.add(
         Event(
             kind=kind,
@@ -168,6 +169,7 @@ def record_event(
             site_id=site_id,
             lease_id=lease_id,
             round_number=round_number,
+            actor=actor,
             created_ms=now_ms,
         )
     )

@@ -1,11 +1,13 @@
-"""Payment rules beside the market's own: what the same placements would have cost under others.
+"""Payment rules: what buyers pay for the same placements, and what they would have paid under another rule.
 
-The market charges uniform prices. These functions answer an auditor's question, from a cleared
-round's figures alone: what would buyers pay as bid, or under the Threshold rule, and so how much
-could a buyer gain by shading its bid?
+A market charges by one of two rules (`PaymentRule`, an admin's choice that each round's snapshot holds):
 
-* *uniform*: the price of what is used, never above the value (the market's rule).
-* *pay as bid*: the whole value. Sites get their price; the rest is the market's.
+* *uniform*: the price of what is used, never above the value (the default).
+* *pay as bid*: the whole value. Sites get their price; the rest is the market's fee.
+
+The functions over `Trade` answer an auditor's question, from a cleared round's figures alone: what would buyers
+pay under each rule, and so how much could a buyer gain by shading its bid?
+
 * *Threshold* (Parkes, Kalagnanam and Eso 2001): value less a discount. VCG's discount of a buyer
   is what the others would lose without it, W - W_without. All of them together may exceed what
   the round's surplus can pay, so each is cut by the same amount C, the least that fits: the
@@ -14,10 +16,26 @@ could a buyer gain by shading its bid?
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pricing.errors import QuantityError
+
+
+class PaymentRule(enum.StrEnum):
+    """What buyers pay. Placements, prices and what sites get are the same under either."""
+
+    UNIFORM = "uniform"
+    PAY_AS_BID = "pay_as_bid"
+
+
+def premium_micros_per_hour(rule: PaymentRule, *, gross: int, charge_max: int) -> int:
+    """Return what a buyer pays per hour beyond the market's prices: up to its value where the rule is pay-as-bid.
+
+    `gross` is what GPUs and link rent cost at the prices, `charge_max` the most that the buyer may be charged.
+    """
+    return max(0, charge_max - gross) if rule is PaymentRule.PAY_AS_BID else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,17 +54,26 @@ class LinkTerms:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The price of a term: rows, and the uplift per hour that market equity adds for the buyer."""
+    """The price of a term: rows, the uplift per hour that market equity adds, the premium that its buyer adds.
+
+    A premium is what a pay-as-bid market charges beyond its prices (`pricing.payments`); it goes to the fee.
+    """
 
     pools: Sequence[PoolTerms]
     links: Sequence[LinkTerms] = ()
     uplift_micros_per_hour: int = 0
+    premium_micros_per_hour: int = 0
 
     @property
     def gross_micros_per_hour(self) -> int:
         """GPUs and link rent per hour at the market's prices."""
         gpus = sum(row.price_micros_per_gpu_hour * row.gpus for row in self.pools)
         return gpus + sum(row.rent_micros_per_hour for row in self.links)
+
+    @property
+    def charge_micros_per_hour(self) -> int:
+        """What the buyer pays of it per hour, before egress."""
+        return self.gross_micros_per_hour - self.uplift_micros_per_hour + self.premium_micros_per_hour
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,7 @@ class Settlement:
 
 def reservation_micros(terms: Terms, term_s: int) -> Micros:
     """Return the most that a term can cost: price x GPUs x term and the predicted egress, rounded up."""
-    charge_rate = terms.gross_micros_per_hour - terms.uplift_micros_per_hour
+    charge_rate = terms.charge_micros_per_hour
     egress = sum(
         divide_up(row.egress_bytes_per_s * term_s * row.egress_price_micros_per_gb, BYTES_PER_GB) for row in terms.links
     )
@@ -121,7 +130,7 @@ def reservation_micros(terms: Terms, term_s: int) -> Micros:
 def settle(terms: Terms, delivery: Delivery, *, reservation_left_micros: int, equity_left_micros: int) -> Settlement:
     """Return the postings for a delivery under a term's prices.
 
-    The buyer's discount is the uplift's share of the gross rate. Raises QuantityError where the
+    The buyer's discount is the uplift's share of the gross rate, its premium a share on top. Raises QuantityError where the
     delivery names a pool or a link that the terms do not have.
     """
     _refuse_strangers(terms, delivery)
@@ -145,13 +154,13 @@ def settle(terms: Terms, delivery: Delivery, *, reservation_left_micros: int, eq
 
 
 def _metered_charge(terms: Terms, delivery: Delivery) -> int:
-    """Return the charge for GPUs and rent: the exact sum, less the uplift's share, rounded down once."""
+    """Return the charge for GPUs and rent: the exact sum times what is charged of the gross rate, rounded down once."""
     gross = sum(row.price_micros_per_gpu_hour * delivery.gpu_ms.get(row.pool_id, 0) for row in terms.pools)
     gross += sum(row.rent_micros_per_hour * delivery.rented_ms_of(row) for row in terms.links)
     gross_rate = terms.gross_micros_per_hour
     if gross_rate == 0:
         return 0
-    return gross * (gross_rate - terms.uplift_micros_per_hour) // (gross_rate * MILLISECONDS_PER_HOUR)
+    return gross * terms.charge_micros_per_hour // (gross_rate * MILLISECONDS_PER_HOUR)
 
 
 def _within(

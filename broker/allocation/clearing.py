@@ -7,7 +7,7 @@ micro-credits per hour.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -103,7 +103,8 @@ class Placement(Row):
 
     `value_micros_per_hour` is what the job's predicted progress is worth by its own bid, after
     what a move destroys. The buyer pays the rows of `pools` and `links` less
-    `uplift_micros_per_hour`, which market equity adds. `term_s` is how long the price is locked;
+    `uplift_micros_per_hour`, which market equity adds, and where it pays as bid
+    `premium_micros_per_hour` on top, which is the market's fee. `term_s` is how long the price is locked;
     a `keep` goes on under its lease as it stands, its term unchanged. `reservation_micros` is
     the most that the term can cost the buyer.
     """
@@ -117,6 +118,7 @@ class Placement(Row):
     links: tuple[LinkCharge, ...] = ()
     data: tuple[DataCharge, ...] = ()
     uplift_micros_per_hour: int = Field(default=0, ge=0)
+    premium_micros_per_hour: int = Field(default=0, ge=0)
     term_s: int = Field(ge=1)
     reservation_micros: int = Field(ge=0)
     samples_per_s: float = Field(gt=0)
@@ -124,9 +126,10 @@ class Placement(Row):
 
     @property
     def charge_micros_per_hour(self) -> int:
-        """What the buyer pays per hour: GPUs and link rent, less uplift; egress comes by the byte."""
+        """What the buyer pays per hour: GPUs and link rent, less uplift, plus premium; egress comes by the byte."""
         gross = sum(row.price_micros_per_gpu_hour * row.gpus for row in self.pools)
-        return gross + sum(row.rent_micros_per_hour for row in self.links) - self.uplift_micros_per_hour
+        rent = sum(row.rent_micros_per_hour for row in self.links)
+        return gross + rent - self.uplift_micros_per_hour + self.premium_micros_per_hour
 
 
 class Unplaced(Row):
@@ -205,3 +208,11 @@ class Clearing(Document):
     transfers: tuple[Transfer, ...] = ()
     certificate: Certificate
     effort: Effort = Effort()
+
+    def spelled(self) -> dict[str, Any]:
+        """Return what the canonical JSON says: a premium only where there is one, as in clearings from before it."""
+        document = super().spelled()
+        for row in document["placements"]:
+            if not row["premium_micros_per_hour"]:
+                del row["premium_micros_per_hour"]
+        return document

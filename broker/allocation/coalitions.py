@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, takewhile
 from typing import Final
 
 import numpy as np
@@ -191,8 +191,14 @@ class Standing:
         return min((gain.slack_micros_per_hour for gain in self.gains), default=0)
 
 
-def standing(market: Market, clearing: Clearing, *, sampled: int = 64) -> Standing:
-    """Return how every site and coalition stands at the prices of a clearing of this market."""
+def standing(
+    market: Market, clearing: Clearing, *, sampled: int = 64, stop: Callable[[], bool] = lambda: False
+) -> Standing:
+    """Return how every site and coalition stands at the prices of a clearing of this market.
+
+    `stop` is asked before each coalition: once it says so, the rest is left out, and the answer is not complete.
+    Sites by themselves come first.
+    """
     instance = market.instance
     prices = published(market, clearing)
     earned = rents(instance, prices)
@@ -204,10 +210,30 @@ def standing(market: Market, clearing: Clearing, *, sampled: int = 64) -> Standi
     first = instance.links.first_row
     np.add.at(by_site, instance.links.from_site, earned[first : first + links])
     surplus = np.asarray(best_columns(instance, prices).surplus, dtype=np.int64)
-    found = gains(instance, by_site, surplus, _optimum, coalitions_of(sites, sampled))
-    complete = sites <= SITES_EXACT_MAX
+    wanted = coalitions_of(sites, sampled)
+    found = gains(instance, by_site, surplus, _optimum, takewhile(lambda _coalition: not stop(), wanted))
+    complete = sites <= SITES_EXACT_MAX and len(found) == len(wanted)
     everyone = gains(instance, by_site, surplus, _optimum, [range(sites)])[0].alone_micros_per_hour if complete else 0
     return Standing(tuple(found), complete, _shapley(found, everyone, sites) if complete else None)
+
+
+def marginal_values(
+    market: Market, jobs: Sequence[int], *, stop: Callable[[], bool] = lambda: False
+) -> dict[int, int] | None:
+    """Return what the optimum of the LP would lose without each of some jobs; None where `stop` cut it short.
+
+    Both optima are those of a market in which nothing runs yet, so that they differ by the job alone.
+    """
+    instance = market.instance
+    everyone = np.ones(instance.job_count, dtype=np.bool_)
+    whole, lost = _optimum(_jobs_only(instance, everyone)), {}
+    for job in jobs:
+        if stop():
+            return None
+        others = everyone.copy()
+        others[job] = False
+        lost[job] = max(0, whole - _optimum(_jobs_only(instance, others)))
+    return lost
 
 
 def _shapley(found: Sequence[CoalitionGain], everyone: int, sites: int) -> tuple[int, ...]:

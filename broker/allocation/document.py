@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,7 +29,11 @@ class Document(Row):
 
     def to_json(self) -> bytes:
         """Return the canonical JSON: sorted keys, no spaces, ASCII."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return json.dumps(self.spelled(), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def spelled(self) -> dict[str, Any]:
+        """Return the plain values that the canonical JSON says."""
+        return self.model_dump(mode="json")
 
     def digest(self) -> str:
         """Return the SHA-256 of the canonical JSON in hexadecimal."""

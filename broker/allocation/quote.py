@@ -117,6 +117,8 @@ def _row(rules: Rules, job: JobState, parts: list[SitePart], plan: SyncPlan, hub
     option = rules.option(job, parts, plan, hub, action="start")
     price = gpus + (option.egress if option is not None else 0)
     value = rules.value_rate(job, sold.samples_per_s)
+    if option is not None and rules.snapshot.payment_rule == "pay_as_bid":
+        price = max(price, option.value)
     seconds = rules.left(job) / sold.samples_per_s
     if sold.key in job.barred:
         reason: str | None = "a site declined this configuration a short while ago"

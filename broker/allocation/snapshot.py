@@ -278,6 +278,9 @@ class Snapshot(Document):
     term_s: int = Field(ge=1, le=TERM_S_MAX, description="seconds for which a price is locked")
     market_equity_micros: MicrosAmount = Field(default=0, description="micro-credits")
     fee_basis_points: int = Field(default=0, ge=0, le=10_000, description="ten-thousandths of the price")
+    payment_rule: Literal["uniform", "pay_as_bid"] = Field(
+        default="uniform", description="what buyers pay: the prices, or their whole value; placements are the same"
+    )
     pools: tuple[PoolState, ...] = Field(default=(), max_length=POOLS_MAX)
     sites: tuple[SiteState, ...] = Field(default=(), max_length=POOLS_MAX)
     links: tuple[LinkState, ...] = Field(default=(), max_length=LINKS_MAX)

@@ -26,14 +26,19 @@ from broker.allocation.writing import written
 ALGORITHM: Final = "configuration-lp/2"
 
 
-def clear(snapshot: Snapshot) -> Clearing:
-    """Return the clearing of a snapshot.
+def clear(
+    snapshot: Snapshot,
+    *,
+    tick: Callable[[], float] = lambda: 0.0,
+    watch: Callable[[Outcome], object] = id,
+) -> Clearing:
+    """Return the clearing of a snapshot; `watch` sees the outcome with its times by phase, counted by `tick`.
 
     Raises broker.allocation.errors.AllocationError where the market is too large to state, or the
     solver gives nothing that stands up to our own check; then the round should be recorded as
     failed and the snapshot kept.
     """
-    return clear_tables(from_snapshot(snapshot))
+    return clear_tables(from_snapshot(snapshot), tick=tick, watch=watch)
 
 
 def clear_tables(

@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.errors import DocumentError
-from broker.allocation.tables import ROWS_MAX, SCHEMA, TABLES_VERSION, Array, Column, Tables, column_names, starts
+from broker.allocation.tables import (
+    LATER_COLUMNS,
+    ROWS_MAX,
+    SCHEMA,
+    TABLES_VERSION,
+    Array,
+    Column,
+    Tables,
+    column_names,
+    starts,
+)
 from training.catalogue import GPU_TYPES
 
 _SITE_ID: Final = re.compile(rb"[a-z][a-z0-9-]{0,30}")
@@ -26,6 +36,7 @@ def checked(arrays: Mapping[str, Array]) -> Tables:
     """Return the tables that `arrays` are. Raises DocumentError where they break a rule."""
     if "market.version" in arrays:
         check_version(arrays["market.version"])
+    arrays = {**_later(arrays), **arrays}
     missing = [name for name in column_names() if name not in arrays]
     extra = sorted(set(arrays) - set(column_names()))
     if missing or extra:
@@ -54,6 +65,16 @@ def checked(arrays: Mapping[str, Array]) -> Tables:
     _texts(tables)
     _rules(tables)
     return tables
+
+
+def _later(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the columns that a file from before they existed lacks, as not used."""
+    found = {}
+    for name, unused in LATER_COLUMNS.items():
+        group, _, column = name.partition(".")
+        first = arrays.get(f"{group}.{next(iter(SCHEMA[group]))}")
+        found[name] = np.full(0 if first is None else len(first), unused, SCHEMA[group][column].dtype)
+    return found
 
 
 def check_version(version: Array) -> None:

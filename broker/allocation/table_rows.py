@@ -25,7 +25,17 @@ from broker.allocation.snapshot import (
     TenantState,
 )
 from broker.allocation.table_checks import checked
-from broker.allocation.tables import CODECS, RESIDENCIES, SCHEMA, STRATEGIES, Array, Tables, starts
+from broker.allocation.tables import (
+    CODECS,
+    LATER_COLUMNS,
+    PAYMENT_RULES,
+    RESIDENCIES,
+    SCHEMA,
+    STRATEGIES,
+    Array,
+    Tables,
+    starts,
+)
 from training.spec import GpuRequest, SyncPlan, Workload
 
 _MARKET: Final = tuple(SCHEMA["market"])
@@ -71,6 +81,8 @@ class TablesBuilder:
         """Return the finished tables; groups that were not added are empty."""
         for group, columns in SCHEMA.items():
             for name, column in columns.items():
+                if f"{group}.{name}" in LATER_COLUMNS:
+                    continue  # `checked` adds what is not used
                 self._arrays.setdefault(f"{group}.{name}", np.zeros(0, "S1" if column.dtype == "S" else column.dtype))
         return checked(self._arrays)
 
@@ -79,7 +91,8 @@ def from_snapshot(snapshot: Snapshot) -> Tables:
     """Return a snapshot's columns, rows sorted. Raises DocumentError where a value fits no column."""
     build = TablesBuilder()
     names = Names(_texts(snapshot))
-    build.add("market", **{name: [getattr(snapshot, name)] for name in _MARKET})
+    build.add("market", **{name: [getattr(snapshot, name)] for name in _MARKET if name != "payment_rule"})
+    build.add("market", payment_rule=[PAYMENT_RULES.index(snapshot.payment_rule)])
     build.add("names", text=names.texts)
     site_index = _sites(build, snapshot, names)
     _pools(build, snapshot, names, site_index)
@@ -287,6 +300,7 @@ def _ascii(values: Sequence[str] | Array) -> Array:
 def to_snapshot(tables: Tables) -> Snapshot:
     """Return the snapshot that columns hold, rows in canonical order."""
     market: dict[str, Any] = {name: tables[f"market.{name}"][0].item() for name in _MARKET}
+    market["payment_rule"] = PAYMENT_RULES[market["payment_rule"]]
     site_ids = tables.names("sites.site_id")
     return Snapshot(
         **market,

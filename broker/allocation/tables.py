@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from broker.allocation import snapshot as limits
 from broker.allocation.instance import RATE_MICROS_PER_HOUR_MAX
+from pricing.payments import PaymentRule
 from training.spec import BUDGET_MICROS_MAX, GPUS_PER_JOB_MAX, SAMPLES_MAX, SITES_PER_JOB_MAX, Codec, Strategy
 
 Array = NDArray[Any]
@@ -31,6 +32,10 @@ STRATEGIES: Final[tuple[str, ...]] = get_args(Strategy)
 CODECS: Final[tuple[str, ...]] = get_args(Codec)
 # From the narrowest to the widest: a residency's index is the highest tier that it allows.
 RESIDENCIES: Final[tuple[str, ...]] = get_args(limits.Residency)
+PAYMENT_RULES: Final[tuple[str, ...]] = tuple(PaymentRule)
+# Columns that came after the version did, with the value that means "not used". Where they have it they are no
+# part of the digest, and a file without them is read as if they had it: what was taken before keeps its name.
+LATER_COLUMNS: Final[Mapping[str, int]] = MappingProxyType({"market.payment_rule": 0})
 NAME_LENGTH_MAX: Final = 100
 FINITE_MAX: Final = 1e300
 
@@ -91,6 +96,7 @@ SCHEMA: Final[Mapping[str, Mapping[str, Column]]] = MappingProxyType(
             "term_s": _whole(limits.TERM_S_MAX, 1),
             "market_equity_micros": _MICROS,
             "fee_basis_points": _whole(10_000),
+            "payment_rule": _choice(PAYMENT_RULES),
             "floor_penalty_micros_per_gpu_hour": _RATE,
             "slots": _whole(limits.SLOTS_MAX, 1),
             "slot_s": _whole(limits.SLOT_S_MAX, 60),
@@ -268,6 +274,8 @@ class Tables:
         """Return the SHA-256 over all columns in the schema's order: name, type, length, bytes."""
         digest = hashlib.sha256()
         for name, array in self._arrays.items():
+            if name in LATER_COLUMNS and (array == LATER_COLUMNS[name]).all():
+                continue
             digest.update(f"{name} {array.dtype.str} {len(array)}\n".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()

@@ -266,8 +266,10 @@ class _Check:
             option, job = self.chosen[row.job_id], self.rules.jobs[row.job_id]
             self._rows(row, job, option)
             if row.action == "keep":
+                self.expect(row.premium_micros_per_hour == 0, "premium", row.job_id, "a kept lease goes on as sold")
                 continue
             charge, uplift = row.charge_micros_per_hour, row.uplift_micros_per_hour
+            gross = charge + uplift - row.premium_micros_per_hour
             drawn += math.ceil(Fraction(uplift * row.term_s, 3600))
             self.expect(
                 0 <= charge <= max(0, option.charge_max),
@@ -276,10 +278,18 @@ class _Check:
                 f"pays {charge}, may pay {option.charge_max}",
             )
             self.expect(
-                uplift == max(0, charge + uplift - max(0, option.charge_max)),
+                uplift == max(0, gross - max(0, option.charge_max)),
                 "uplift",
                 row.job_id,
                 f"uplift of {uplift} is not what it lacks",
+            )
+            as_bid = self.snapshot.payment_rule == "pay_as_bid"
+            premium = max(0, option.charge_max - gross) if as_bid else 0
+            self.expect(
+                row.premium_micros_per_hour == premium,
+                "premium",
+                row.job_id,
+                f"premium of {row.premium_micros_per_hour}, the payment rule makes it {premium}",
             )
             reserved = math.ceil(Fraction(charge * row.term_s, 3600)) + self._carried(row, job, option)
             self.expect(

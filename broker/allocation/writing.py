@@ -26,10 +26,12 @@ from broker.allocation.instance import BUNDLE, NONE, Choice, Instance, Int
 from broker.allocation.oracle import dual_exact, exact_dot
 from broker.allocation.rents import costs, rents, rounding, supplied
 from broker.allocation.solver import Outcome, best_columns, held_columns, used_rows
+from broker.allocation.tables import PAYMENT_RULES
 from broker.allocation.won import Market, Won
 from pricing.asks import BASIS_POINTS, Ask
 from pricing.fairness import LostOpportunity, Resource, owen_transfers
 from pricing.money import BYTES_PER_GB, SECONDS_PER_HOUR, divide_up
+from pricing.payments import PaymentRule, premium_micros_per_hour
 from pricing.settlement import LinkTerms, PoolTerms, Terms, reservation_micros
 
 # The proved gap between the published bound and the LP's own optimum, relative, beside what
@@ -90,6 +92,7 @@ class _Books:
         first = self.instance.links.first_row
         self.link_rows = np.arange(first, first + len(self.instance.links.from_site))
         self.fee = int(market.tables.market("fee_basis_points"))
+        self.rule = PaymentRule(PAYMENT_RULES[market.tables.market("payment_rule")])
         self.asks = [self._ask(pool) for pool in range(self.instance.pool_count)]
         # Jobs inside their term stay at their locked price even where this round's buys fewer GPUs.
         self.sold = supplied(self.instance, prices)
@@ -108,8 +111,8 @@ class _Books:
     def placement(self, column: Won) -> Placement:
         """Return a column as a placement with its rows of money."""
         pools, links = self._pool_charges(column), self._link_charges(column)
-        uplift = column.uplift(self.market, self.prices)
-        terms = _terms(pools, links, uplift)
+        uplift, premium = column.uplift(self.market, self.prices), self.premium(column)
+        terms = _terms(pools, links, uplift, premium)
         data = sum(
             divide_up(row.bytes_per_s * column.term_s * row.price_micros_per_gb, BYTES_PER_GB) for row in column.data
         )
@@ -124,11 +127,19 @@ class _Books:
             links=links,
             data=column.data,
             uplift_micros_per_hour=uplift,
+            premium_micros_per_hour=premium,
             term_s=column.term_s,
             reservation_micros=reservation_micros(terms, column.term_s) + data,
             samples_per_s=column.configuration.samples_per_s,
             why=why_placed(self.market, self.prices, column),
         )
+
+    def premium(self, column: Won) -> int:
+        """Return what a column's buyer pays per hour beyond the prices; a kept one goes on as it was sold."""
+        if column.action == "keep":
+            return 0
+        gross = column.gross(self.market, self.prices)
+        return premium_micros_per_hour(self.rule, gross=gross, charge_max=column.charge_max)
 
     def _pool_charges(self, column: Won) -> tuple[PoolCharge, ...]:
         """Return the rows of a placement: a kept one at its locked prices, any other at the market's."""
@@ -219,7 +230,10 @@ class _Books:
         )
         paying = [column for column in now if column.action != "keep"]
         uplifts = [column.uplift(self.market, prices) for column in paying]
-        charges = [column.gross(self.market, prices) - uplift for column, uplift in zip(paying, uplifts, strict=True)]
+        charges = [
+            column.gross(self.market, prices) - uplift + self.premium(column)
+            for column, uplift in zip(paying, uplifts, strict=True)
+        ]
         drawn = sum(
             divide_up(uplift * column.term_s, SECONDS_PER_HOUR) for column, uplift in zip(paying, uplifts, strict=True)
         )
@@ -276,7 +290,7 @@ def _surplus(instance: Instance, choice: Choice, prices: Int) -> Int:
     return surplus
 
 
-def _terms(pools: Sequence[PoolCharge], links: Sequence[LinkCharge], uplift: int) -> Terms:
+def _terms(pools: Sequence[PoolCharge], links: Sequence[LinkCharge], uplift: int, premium: int) -> Terms:
     return Terms(
         pools=[
             PoolTerms(row.pool_id, row.site_id, row.gpus, row.price_micros_per_gpu_hour, row.payout_micros_per_gpu_hour)
@@ -293,4 +307,5 @@ def _terms(pools: Sequence[PoolCharge], links: Sequence[LinkCharge], uplift: int
             for row in links
         ],
         uplift_micros_per_hour=uplift,
+        premium_micros_per_hour=premium,
     )

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.api.answers import answers
-from broker.api.context import the_market
+from broker.api.context import the_actor, the_market
 from broker.api.documents import EventPage, event_document
 from broker.api.idempotency import IdempotencyHeader, once
 from broker.api.market_routes import RoundPath
@@ -31,11 +31,14 @@ from broker.identity.join import invite_site
 from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, change_password, create_user, disable_user
 from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token, tokens_of
 from broker.invoices import statement
+from broker.payment_rules import payment_rule, set_payment_rule
 from broker.queries.accounts import list_accounts
+from broker.queries.market import find_certificate, find_round
 from broker.queries.money import list_tenants
 from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
 from broker.tenants import create_tenant, deposit
+from pricing.payments import PaymentRule
 from training.spec import BUDGET_MICROS_MAX, SiteId
 
 DEFAULT_TOKEN_LIFE_S: Final = 30 * 86_400
@@ -56,6 +59,7 @@ class NewTenant(_Body):
 
     tenant_id: TenantId
     name: str = Field(default="", max_length=200)
+    home_site: SiteId | None = Field(default=None, description="the site whose own customer it is")
 
 
 class TenantPath(BaseModel):
@@ -117,10 +121,16 @@ class FreezeReason(_Body):
     reason: str = Field(default="", max_length=500)
 
 
+class PaymentRuleBody(_Body):
+    """What buyers pay: the market's prices, or their whole value."""
+
+    payment_rule: PaymentRule
+
+
 @api.post("/tenants", responses=answers(None, 201))
 def post_tenant(body: NewTenant) -> Response:
     """Open a tenant with its accounts."""
-    tenant = create_tenant(the_market(), body.tenant_id, body.name)
+    tenant = create_tenant(the_market(), body.tenant_id, body.name, home_site=body.home_site, actor=the_actor())
     return json_answer({"tenant_id": tenant.tenant_id, "name": tenant.name}, HTTPStatus.CREATED)
 
 
@@ -150,10 +160,12 @@ def post_deposit(path: TenantPath, header: IdempotencyHeader, body: Deposit) -> 
     """Give a tenant credits, once for each idempotency key."""
     market = the_market()
     key = once(market, "admin")
+    actor = the_actor()
 
     def effect() -> Response:
         def work(session: Session) -> str:
-            balance = deposit(session, market, path.tenant_id, body.amount_micros, market.ids.new("deposit"))
+            transfer_id = market.ids.new("deposit")
+            balance = deposit(session, market, path.tenant_id, body.amount_micros, transfer_id, actor=actor)
             text = json.dumps({"tenant_id": path.tenant_id, "balance_micros": balance})
             key.record(session, HTTPStatus.OK, text)
             return text
@@ -282,13 +294,31 @@ def post_remove(path: SitePath) -> Response:
 @api.post("/freeze", responses=answers())
 def post_freeze(body: FreezeReason) -> Response:
     """Stop the market from taking anything new; what runs goes on."""
-    return json_answer({"frozen": True, "changed": set_frozen(the_market(), frozen=True, reason=body.reason)})
+    return _set_frozen(body, frozen=True)
 
 
 @api.post("/thaw", responses=answers())
 def post_thaw(body: FreezeReason) -> Response:
     """Let the market take work again."""
-    return json_answer({"frozen": False, "changed": set_frozen(the_market(), frozen=False, reason=body.reason)})
+    return _set_frozen(body, frozen=False)
+
+
+def _set_frozen(body: FreezeReason, *, frozen: bool) -> Response:
+    changed = set_frozen(the_market(), frozen=frozen, reason=body.reason, actor=the_actor())
+    return json_answer({"frozen": frozen, "changed": changed})
+
+
+@api.get("/payment-rule", responses=answers())
+def get_payment_rule() -> Response:
+    """Show what buyers pay from the next round on."""
+    return json_answer({"payment_rule": the_market().database.read(payment_rule).value})
+
+
+@api.post("/payment-rule", responses=answers())
+def post_payment_rule(body: PaymentRuleBody) -> Response:
+    """Set what buyers pay from the next round on; what is sold already keeps its terms."""
+    changed = set_payment_rule(the_market(), body.payment_rule, actor=the_actor())
+    return json_answer({"payment_rule": body.payment_rule.value, "changed": changed})
 
 
 @api.get("/audit", responses=answers())
@@ -308,13 +338,38 @@ def get_events(query: PageQuery) -> Response:
     rows = market.database.read(lambda session: list(session.scalars(wanted)))
     shown = rows[: query.limit]
     more = encode_cursor(market, "events", [shown[-1].event_id]) if len(rows) > len(shown) else None
-    return json_answer(EventPage(items=[event_document(event) for event in shown], next_cursor=more))
+    return json_answer(EventPage(items=[event_document(event, to_admin=True) for event in shown], next_cursor=more))
 
 
 @api.get("/rounds/<int:round_number>/replay", responses=answers())
 def get_replay(path: RoundPath) -> Response:
     """Solve a stored round again and verify it with code of its own."""
     return json_answer(replay(the_market(), path.round_number).as_json())
+
+
+@api.get("/rounds/<int:round_number>/snapshot", responses=answers())
+def get_snapshot(path: RoundPath) -> Response:
+    """Return a round's snapshot as it was taken, while it is retained; its bids are the tenants' own affair."""
+    return _stored_document(path.round_number, "snapshot_digest")
+
+
+@api.get("/rounds/<int:round_number>/clearing", responses=answers())
+def get_clearing(path: RoundPath) -> Response:
+    """Return a round's clearing as it was committed, while it is retained."""
+    return _stored_document(path.round_number, "clearing_digest")
+
+
+@api.get("/rounds/<int:round_number>/sites", responses=answers())
+def get_round_sites(path: RoundPath) -> Response:
+    """Show each site in a round: its rent, and what it and its customers have with the others and alone."""
+    row = the_market().database.read(lambda session: find_certificate(session, path.round_number))
+    return json_answer({"economics": row.economics, "items": json.loads(row.sites)})
+
+
+def _stored_document(round_number: int, which: str) -> Response:
+    market = the_market()
+    row = market.database.read(lambda session: find_round(session, round_number))
+    return Response(market.artifacts.get_bytes(getattr(row, which)), content_type="application/json")
 
 
 @api.get("/ledger", responses=answers())

@@ -61,6 +61,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("GET", "/v1/prices"): Access(Who.ANYONE),
     ("GET", "/v1/rounds"): Access(Who.ANYONE),
     ("GET", "/v1/rounds/<int:round_number>"): Access(Who.ANYONE),
+    ("GET", "/v1/rounds/<int:round_number>/certificate"): Access(Who.ANYONE),
     # Tenants.
     ("GET", "/v1/account"): _LEDGER,
     ("POST", "/v1/quote"): Access(Who.TENANT, Scope.JOBS_READ, SPEC_BYTES_MAX),
@@ -96,9 +97,14 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("POST", "/v1/admin/sites/<string:site_id>/remove"): _SITES,
     ("POST", "/v1/admin/freeze"): _ADMIN,
     ("POST", "/v1/admin/thaw"): _ADMIN,
+    ("GET", "/v1/admin/payment-rule"): _ADMIN_READ,
+    ("POST", "/v1/admin/payment-rule"): _ADMIN,
     ("GET", "/v1/admin/audit"): _ADMIN_READ,
     ("GET", "/v1/admin/events"): _ADMIN_READ,
     ("GET", "/v1/admin/rounds/<int:round_number>/replay"): _ADMIN_READ,
+    ("GET", "/v1/admin/rounds/<int:round_number>/snapshot"): _ADMIN_READ,
+    ("GET", "/v1/admin/rounds/<int:round_number>/clearing"): _ADMIN_READ,
+    ("GET", "/v1/admin/rounds/<int:round_number>/sites"): _ADMIN_READ,
     ("GET", "/v1/admin/ledger"): Access(Who.ADMIN, Scope.LEDGER_READ),
     # Sites; enrolment carries its own one-time token.
     ("POST", "/site/v1/enrol"): Access(Who.ANYONE, body_bytes_max=SMALL_BODY_BYTES_MAX),

@@ -23,6 +23,12 @@ def the_principal() -> Principal | None:
     return cast("Principal | None", g.get("principal"))
 
 
+def the_actor() -> str | None:
+    """Return by whom the request is made, for the record: the token's id, never its secret."""
+    principal = the_principal()
+    return None if principal is None else f"token {principal.token_id}"
+
+
 def the_tenant_id() -> str:
     """Return the tenant on whose behalf the request is made; the access table has checked that there is one."""
     principal = the_principal()

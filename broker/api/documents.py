@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -115,6 +115,7 @@ class EventDocument(BaseModel):
     site_id: str | None
     lease_id: str | None
     round_number: int | None
+    actor: str | None = Field(default=None, description="who asked for it; admins see it")
 
 
 class EventPage(BaseModel):
@@ -191,8 +192,8 @@ def placement_document(session: Session, job: Job, placement: Placement, now_ms:
     )
 
 
-def event_document(event: Event) -> EventDocument:
-    """Return an event as it is shown."""
+def event_document(event: Event, *, to_admin: bool = False) -> EventDocument:
+    """Return an event as it is shown to a tenant or to an admin."""
     return EventDocument(
         event_id=event.event_id,
         created_ms=event.created_ms,
@@ -204,6 +205,7 @@ def event_document(event: Event) -> EventDocument:
         site_id=event.site_id,
         lease_id=event.lease_id,
         round_number=event.round_number,
+        actor=event.actor if to_admin else None,
     )
 
 

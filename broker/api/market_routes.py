@@ -19,9 +19,11 @@ from broker.api.problems import json_answer
 from broker.api.site_routes import OFFSET_MAX
 from broker.database.tables import Job, MarketState, Placement, Pool, Round, Site
 from broker.identity.tokens import TokenKind
-from broker.queries.market import RoundRow, find_round, list_rounds, round_row
+from broker.queries.market import RoundRow, find_certificate, find_round, list_rounds, round_row
 from broker.queries.money import tenant_balance
+from broker.rounds.certificate import SignedCertificate, Statement, read_statement
 from broker.transitions import SiteState
+from training.roundlog.signing import SignedDocument
 
 HISTORY_ROUNDS_MAX: Final = 1000
 _tag = Tag(name="market", description="Prices and rounds, which anyone may see, and the caller's account.")
@@ -114,6 +116,19 @@ class RoundDetail(RoundDocument):
     placements: list[PlacementSummary]
 
 
+class CertificateDocument(BaseModel):
+    """A round's certificate: `statement` to read, `signed` (the same, base64) and `key_pem` to check.
+
+    The market's CA vouches for `key_pem`, whose key signed the statement. `economics` of the statement is there once
+    it has been worked out; then the document is signed anew.
+    """
+
+    statement: Statement
+    signed: SignedDocument
+    key_pem: str
+    signed_ms: int
+
+
 class AccountDocument(BaseModel):
     """What a tenant may spend, and what its open jobs have set aside."""
 
@@ -149,6 +164,21 @@ def get_rounds(query: PageQuery) -> Response:
 def get_round(path: RoundPath) -> Response:
     """Show one round: prices, certificate, and the caller's placements in it."""
     return json_answer(the_market().database.read(lambda session: _round(session, path.round_number)))
+
+
+@api.get("/rounds/<int:round_number>/certificate", responses=answers(CertificateDocument))
+def get_certificate(path: RoundPath) -> Response:
+    """Show what the market states of a round, signed: bound, gap, price support, balance, and what sharing was worth."""
+    row = the_market().database.read(lambda session: find_certificate(session, path.round_number))
+    document = SignedCertificate.model_validate_json(row.document)
+    return json_answer(
+        CertificateDocument(
+            statement=read_statement(document),
+            signed=document.signed,
+            key_pem=document.key_pem,
+            signed_ms=row.signed_ms,
+        )
+    )
 
 
 @api.get("/account", responses=answers(AccountDocument), security=[{"token": []}])

@@ -9,7 +9,8 @@ from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.orm import QueryableAttribute, Session
 
 from broker.audit.finding import Finding
-from broker.database.tables import Account, Hold, Job, Lease, Placement, Term, Transfer, UsageReport
+from broker.database.papers import Term
+from broker.database.tables import Account, Hold, Job, Lease, Placement, Transfer, UsageReport
 from broker.ledger import FEES, AccountKind, TransferKind, held_account, site_account
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from pricing.money import cost_micros

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from broker.cli import config
+from broker.cli import admin_rounds, config
 from broker.cli.errors import CliError, UsageError
 from broker.cli.output import MICROS_PER_CREDIT, JsonOption, credits_text, print_json, print_table, time_text
 
@@ -28,6 +28,7 @@ user_app = typer.Typer(help="People who sign in to the portal.", no_args_is_help
 site_app = typer.Typer(help="Sites of the federation.", no_args_is_help=True, rich_markup_mode=None)
 for name, sub in (("tenant", tenant_app), ("user", user_app), ("site", site_app)):
     app.add_typer(sub, name=name)
+admin_rounds.register(app)
 
 FIRST_TOKEN_LIFE_S: Final = 30 * 86_400
 SECONDS_PER_DAY: Final = 86_400
@@ -41,7 +42,6 @@ PasswordFile = Annotated[
     Path | None, typer.Option(help="file with the password; left out, you are asked", exists=True, dir_okay=False)
 ]
 CursorOption = Annotated[str | None, typer.Option(help="where the page before ended, as it was told")]
-RoundNumber = Annotated[int, typer.Argument(metavar="ROUND", min=0)]
 
 
 @app.command()
@@ -83,79 +83,6 @@ def freeze(reason: Annotated[str, typer.Option(help="why, for the record")] = ""
 def thaw(reason: Annotated[str, typer.Option(help="why, for the record")] = "", as_json: JsonOption = False) -> None:
     """Take and place jobs again."""
     _act("/thaw", {"reason": reason}, "the market is open", as_json=as_json)
-
-
-@app.command()
-def rounds(
-    limit: Annotated[int, typer.Option(min=1, max=10_000)] = 20,
-    as_json: JsonOption = False,
-) -> None:
-    """List rounds, newest first."""
-    with _client() as client:
-        rows = client.rounds(limit)
-    if as_json:
-        print_json({"items": rows})
-        return
-    print_table(
-        ("round", "committed", "status", ">solved in", ">jobs", ">placed", ">welfare/h", ">gap/h"),
-        [
-            (
-                row["round_number"],
-                time_text(row["committed_ms"]),
-                row["status"],
-                f"{row['solve_s'] * 1000:.0f} ms",
-                row["jobs_considered"],
-                row["placements_made"],
-                credits_text(row["welfare_micros_per_hour"]),
-                credits_text(row["gap_micros_per_hour"]),
-            )
-            for row in rows
-        ],
-        empty="no round yet",
-    )
-
-
-@app.command("round")
-def show_round(number: RoundNumber, as_json: JsonOption = False) -> None:
-    """Show one round: prices, placements and why, certificate."""
-    with _client() as client:
-        document = client.round(number)
-    if as_json:
-        print_json(document)
-        return
-    typer.echo(
-        f"round {number}, {time_text(document['committed_ms'])}: {document['status']} by {document['solver']} "
-        f"in {document['solve_s'] * 1000:.0f} ms"
-    )
-    print_table(
-        ("pool", ">price/GPU-h"),
-        [(pool, credits_text(price)) for pool, price in sorted(document["prices"].items())],
-        empty="no pools",
-    )
-    print_table(
-        ("job", "configuration", ">credits/h", "why"),
-        [
-            (row["job_id"], row["configuration_key"], credits_text(row["charge_micros_per_hour"]), row["why"])
-            for row in document["placements"]
-        ],
-        empty="no new placements",
-    )
-
-
-@app.command()
-def replay(number: RoundNumber, as_json: JsonOption = False) -> None:
-    """Solve a stored round again; exit 1 where it comes out otherwise by the same solver or is unsound."""
-    with _client() as client:
-        document = client.admin_get(f"/rounds/{number}/replay")
-    if as_json:
-        print_json(document)
-    else:
-        typer.echo(f"{'identical to the bit' if document['identical'] else 'not identical'}: {document['solver_now']}")
-        for finding in document["findings"]:
-            typer.echo(finding)
-    same_solver = document["solver_now"] == document["solver_recorded"]
-    if document["findings"] or (same_solver and not document["identical"]):
-        raise CliError(f"round {number} does not replay", code="round.unsound")
 
 
 @app.command()
@@ -216,7 +143,7 @@ def events(limit: Annotated[int, typer.Option(min=1, max=10_000)] = 50, as_json:
         print_json({"items": rows})
         return
     print_table(
-        ("when", "what", "before", "after", "about", "detail"),
+        ("when", "what", "before", "after", "about", "by", "detail"),
         [
             (
                 time_text(row["created_ms"]),
@@ -224,6 +151,7 @@ def events(limit: Annotated[int, typer.Option(min=1, max=10_000)] = 50, as_json:
                 row["before"],
                 row["after"],
                 row["job_id"] or row["site_id"] or "",
+                row["actor"] or "",
                 row["detail"],
             )
             for row in rows
@@ -236,10 +164,11 @@ def events(limit: Annotated[int, typer.Option(min=1, max=10_000)] = 50, as_json:
 def create_tenant(
     tenant_id: TenantId,
     display_name: Annotated[str, typer.Option("--name", help="the tenant's name for people")] = "",
+    home_site: Annotated[str | None, typer.Option(help="the site whose own customer it is")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Open a tenant with its accounts."""
-    body = {"tenant_id": tenant_id, "name": display_name}
+    body: dict[str, Any] = {"tenant_id": tenant_id, "name": display_name, "home_site": home_site}
     _act(
         "/tenants",
         body,

@@ -83,6 +83,10 @@ class BrokerClient:
         """Return one round with its prices, placements and certificate."""
         return self._get(f"/v1/rounds/{number}")
 
+    def certificate(self, number: int) -> Json:
+        """Return a round's signed certificate."""
+        return self._get(f"/v1/rounds/{number}/certificate")
+
     # --- What a tenant may do ---------------------------------------------------------------------
 
     def account(self) -> Json:

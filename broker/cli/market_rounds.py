@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from broker.cli.errors import CliError, MissingError, UsageError
+from broker.cli.market_certificates import certificate as show_certificate
+from broker.cli.market_certificates import check_certificate
 from broker.cli.market_files import (
     read_document,
     read_snapshot,
@@ -46,6 +48,9 @@ market_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+market_app.command("certificate")(show_certificate)
 
 
 class _Phases:
@@ -242,7 +247,17 @@ def fairness(snapshot: SnapshotFile, clearing: ClearingFile, as_json: JsonOption
 
 
 @market_app.command()
-def verify(snapshot: SnapshotFile, clearing: ClearingFile, as_json: JsonOption = False) -> None:
+def verify(
+    snapshot: SnapshotFile,
+    clearing: ClearingFile,
+    certificate: Annotated[
+        Path | None, typer.Option(help="the round's signed certificate, checked too; needs --ca", exists=True)
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="the market's certificate authority", envvar="HANSA_CA", exists=True)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Check a clearing against its snapshot, by other code than made it; exit 1 where anything is wrong."""
     from broker.allocation.clearing import Clearing
     from broker.allocation.verify import verify as check
@@ -250,6 +265,9 @@ def verify(snapshot: SnapshotFile, clearing: ClearingFile, as_json: JsonOption =
     phases = _Phases()
     with phases.phase("read"):
         market, cleared = read_snapshot(snapshot), read_document(clearing, Clearing)
+    if certificate is not None:
+        with phases.phase("certificate"):
+            check_certificate(certificate, ca, cleared)
     with phases.phase("verify"):
         findings = check(market, cleared)
     if as_json:

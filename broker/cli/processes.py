@@ -3,6 +3,7 @@
     hansa broker serve               the API and the portal: gunicorn with the market's own certificate
     hansa broker worker rounds       the Celery worker that clears rounds, alone
     hansa broker worker upkeep -B    the Celery worker for reconcile and settle, with the beat
+    hansa broker economics           what sharing was worth in each round, for its certificate; no round waits for it
     hansa broker wake                the streams that say "look now"
 
 They read their settings from the environment (`HANSA_…`, `broker.settings`).
@@ -111,6 +112,26 @@ def beat() -> None:
 
     _require_redis()
     tasks.Beat(loglevel="WARNING").run()
+
+
+@app.command()
+def economics(
+    once: Annotated[bool, typer.Option("--once", help="work out what is due, then end")] = False,
+) -> None:
+    """Work out what sharing was worth in each round and sign it into the round's certificate, until told to stop."""
+    import threading
+
+    from broker.bootstrap import open_market
+    from broker.rounds.economics import keep_up
+    from broker.settings import Settings
+
+    settings = Settings()
+    market = open_market(settings)
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: told.set())
+    keep_up(market, wait=lambda: once or told.wait(settings.round_s))
+    market.database.close()
 
 
 @app.command()

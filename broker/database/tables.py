@@ -27,12 +27,13 @@ class Table(DeclarativeBase):
 
 
 class Tenant(Table):
-    """A customer: owner of jobs and of a ledger account."""
+    """A customer: owner of jobs and of a ledger account. `home_site` is the site whose own customer it is."""
 
     __tablename__ = "tenants"
     tenant_id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
     created_ms: Mapped[int]
+    home_site: Mapped[str | None]
 
 
 class User(Table):
@@ -235,7 +236,7 @@ class Job(Table):
 
 
 class Placement(Table):
-    """A configuration that a job won in a round: proposed, active, ended.
+    """A configuration that a job won: in a round, or between rounds at the last one's prices (`lane` instant).
 
     `award` is its newest term's (`broker.allocation.clearing.Placement`): prices, rents, uplift. `reserved_micros`
     is the most that its terms together can cost, set aside inside the job's hold.
@@ -246,6 +247,7 @@ class Placement(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), index=True)
     epoch: Mapped[int]
     round_number: Mapped[int] = mapped_column(ForeignKey("rounds.round_number"))
+    lane: Mapped[str] = mapped_column(default="round", server_default="round")
     state: Mapped[str]
     configuration: Mapped[str] = mapped_column(Text)
     configuration_key: Mapped[str] = mapped_column(String(500))
@@ -272,20 +274,6 @@ class Placement(Table):
         Index("one_live_placement_per_job", "job_id", unique=True, **_where("state <> 'ended'")),
         CheckConstraint("charged_micros <= reserved_micros", name="placement_charge_bound"),
     )
-
-
-class Term(Table):
-    """The price that was locked for a stretch of a placement's time; without times before the gang is active."""
-
-    __tablename__ = "terms"
-    placement_id: Mapped[str] = mapped_column(ForeignKey("placements.placement_id"), primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
-    award: Mapped[str] = mapped_column(Text)
-    starts_ms: Mapped[int | None]
-    ends_ms: Mapped[int | None]
-    reserved_micros: Mapped[int]
-    charged_micros: Mapped[int] = mapped_column(default=0)
-    __table_args__ = (CheckConstraint("charged_micros <= reserved_micros", name="term_charge_bound"),)
 
 
 class Lease(Table):
@@ -442,10 +430,11 @@ class MarketState(Table):
     changes_cleared: Mapped[int] = mapped_column(default=0)
     frozen_ms: Mapped[int | None]
     seed: Mapped[int] = mapped_column(default=0)
+    payment_rule: Mapped[str] = mapped_column(default="uniform", server_default="uniform")
 
 
 class Event(Table):
-    """Something that happened, in order; every state change has one."""
+    """Something that happened, in order; every state change has one. `actor` is the person or token that asked for it."""
 
     __tablename__ = "events"
     event_id: Mapped[int] = mapped_column(_SERIAL, primary_key=True, autoincrement=True)
@@ -458,6 +447,7 @@ class Event(Table):
     before: Mapped[str] = mapped_column(default="")
     after: Mapped[str] = mapped_column(default="")
     detail: Mapped[str] = mapped_column(String(1000), default="")
+    actor: Mapped[str | None] = mapped_column(String(120))
     created_ms: Mapped[int]
 
 

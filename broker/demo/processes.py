@@ -162,16 +162,20 @@ def api_process(places: Places, environment: Mapping[str, str]) -> ProcessSpec:
 
 
 def worker_processes(places: Places, environment: Mapping[str, str]) -> tuple[ProcessSpec, ...]:
-    """Return the Celery worker that clears rounds, and the one for upkeep with the beat."""
+    """Return the Celery worker that clears rounds, the one for upkeep with the beat, and what certificates wait for."""
     return tuple(
         ProcessSpec(
             name=name,
-            argv=hansa("broker", "worker", *arguments),
+            argv=hansa("broker", *arguments),
             env=environment,
             cwd=places.home,
             stop_timeout_s=STOP_TIMEOUT_S,
         )
-        for name, arguments in (("rounds", ("rounds",)), ("upkeep", ("upkeep", "-B")))
+        for name, arguments in (
+            ("rounds", ("worker", "rounds")),
+            ("upkeep", ("worker", "upkeep", "-B")),
+            ("economics", ("economics",)),
+        )
     )
 
 

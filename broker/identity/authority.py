@@ -1,7 +1,7 @@
-"""The market's authority: issues every certificate of the federation and signs every view.
+"""The market's authority: issues every certificate of the federation, signs every view and every round's certificate.
 
-Two keys with separate jobs: a P-256 certificate authority, which TLS stacks of every age verify,
-and an Ed25519 key for views. Names in certificates are set here alone; what a request asks for is
+Three keys with separate jobs: a P-256 certificate authority, which TLS stacks of every age verify,
+an Ed25519 key for views and one for rounds, which the authority vouches for. Names in certificates are set here alone; what a request asks for is
 ignored but for its public key, whose possession it must prove.
 """
 
@@ -35,7 +35,7 @@ from broker.identity.errors import CertificateRequestError
 from broker.identity.keys import KeyFolder
 from sites.identity import attempt_uri, site_uri
 from training.clock import Clock
-from training.roundlog.signing import SignedDocument, public_hex
+from training.roundlog.signing import SignedDocument, public_hex, sign
 from training.roundlog.view import View, sign_view
 
 AUTHORITY_LIFE_S: Final = 10 * 365 * 86_400
@@ -44,6 +44,8 @@ SERVER_RENEWAL_S: Final = 30 * 86_400
 # A peer whose clock is a little behind must not find a fresh certificate "not yet valid".
 BACKDATE_S: Final = 300
 CSR_LENGTH_MAX: Final = 8192
+# What the certificate of the key for rounds calls it.
+ROUNDS_URI: Final = "spiffe://hansa/rounds"
 
 CertificateKey = ec.EllipticCurvePublicKey | Ed25519PublicKey
 
@@ -76,7 +78,9 @@ class Authority:
         bundle = self._files.load("authority.pem", self._new_authority)
         self._key = _p256(bundle)
         self._certificate = x509.load_pem_x509_certificate(bundle)
-        self._view_key = _ed25519(self._files.load("views.pem", _new_view_key))
+        self._view_key = _ed25519(self._files.load("views.pem", _new_signing_key))
+        self._rounds_key = _ed25519(self._files.load("rounds.pem", _new_signing_key))
+        self._rounds_key_pem = self._files.load("rounds-certificate.pem", self._vouch_for_rounds).decode()
         self._pepper = bytes.fromhex(self._files.load("pepper.hex", lambda: os.urandom(32).hex().encode()).decode())
 
     @property
@@ -88,6 +92,15 @@ class Authority:
     def authority_key(self) -> str:
         """The public key that signs views (Ed25519, hex)."""
         return public_hex(self._view_key)
+
+    @property
+    def rounds_key_pem(self) -> str:
+        """The certificate in which the authority vouches for the key that signs rounds."""
+        return self._rounds_key_pem
+
+    def sign_round(self, purpose: str, payload: bytes) -> SignedDocument:
+        """Sign what the market states of a round."""
+        return sign(self._rounds_key, purpose, payload)
 
     def derive_key(self, purpose: str) -> bytes:
         """Return a 256-bit secret for one `purpose`; the same in every process of this market."""
@@ -131,6 +144,10 @@ class Authority:
             self._files.write("server.pem", self._signed(builder).public_bytes(Encoding.PEM))
         return ServerCertificate(held, key_path)
 
+    def _vouch_for_rounds(self) -> bytes:
+        issued = self._issue(self._rounds_key.public_key(), ROUNDS_URI, AUTHORITY_LIFE_S, [])
+        return issued.pem.encode()
+
     def _issue(
         self, key: Ed25519PublicKey, uri: str, life_s: int, usages: list[x509.ObjectIdentifier]
     ) -> IssuedCertificate:
@@ -149,19 +166,19 @@ class Authority:
     def _leaf(
         self, key: CertificateKey, name: str, life_s: int, usages: list[x509.ObjectIdentifier]
     ) -> x509.CertificateBuilder:
-        return (
+        builder = (
             self._dated(life_s)
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
             .issuer_name(self._certificate.subject)
             .public_key(key)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
-                critical=False,
-            )
+        )
+        if usages:  # none: it is no key for TLS
+            builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False).add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+            critical=False,
         )
 
     def _new_authority(self) -> bytes:
@@ -239,7 +256,7 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _new_view_key() -> bytes:
+def _new_signing_key() -> bytes:
     return _private_pem(Ed25519PrivateKey.generate())
 
 

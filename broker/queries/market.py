@@ -10,6 +10,7 @@ from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Certificate
+from broker.database.papers import RoundCertificate
 from broker.database.tables import Gpu, Lease, LeasedGpu, Pool, Round, Site
 from broker.errors import NotFoundError
 from broker.transitions import SiteState
@@ -166,6 +167,15 @@ def find_round(session: Session, round_number: int) -> Round:
     row = session.get(Round, round_number)
     if row is None:
         raise NotFoundError(f"there is no round {round_number}")
+    return row
+
+
+def find_certificate(session: Session, round_number: int) -> RoundCertificate:
+    """Return a round's signed certificate. Raises NotFoundError where there is none."""
+    row = session.get(RoundCertificate, round_number)
+    if row is None:
+        find_round(session, round_number)
+        raise NotFoundError(f"round {round_number} was committed before rounds were signed; its row is all there is")
     return row
 
 

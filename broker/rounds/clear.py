@@ -25,13 +25,16 @@ def hold_round(market: Market) -> Round | None:
     if taken is None:
         return None
     started_s = market.clock.monotonic_s()
-    clearing = clear(taken.snapshot)
+    phases: dict[str, float] = {}
+    clearing = clear(
+        taken.snapshot, tick=market.clock.monotonic_s, watch=lambda outcome: phases.update(outcome.seconds)
+    )
     solve_s = market.clock.monotonic_s() - started_s
     snapshot_digest = keep_document(market, taken.snapshot)
     keep_document(market, clearing)
 
     def work(session: Session) -> Committed:
-        return commit(session, market, taken, clearing, snapshot_digest=snapshot_digest, solve_s=solve_s)
+        return commit(session, market, taken, clearing, snapshot_digest=snapshot_digest, solve_s=solve_s, phases=phases)
 
     try:
         committed = market.database.write("round", work)

@@ -7,6 +7,7 @@ snapshot, where its GPUs are no longer free, or where the hold no longer covers 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,11 +16,13 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
+from broker.database.papers import RoundCertificate
 from broker.database.tables import Hold, Job, Lease, MarketState, Placement, Round, Site
 from broker.errors import ConflictError
 from broker.leases import end_placement, live_placement, propose, requeue
 from broker.market import Market
 from broker.reservations import due_of_ended
+from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
 from broker.rounds.snapshot import TakenSnapshot
 from broker.terms import append_term
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
@@ -40,9 +43,16 @@ class Committed:
 
 
 def commit(
-    session: Session, market: Market, taken: TakenSnapshot, clearing: Clearing, *, snapshot_digest: str, solve_s: float
+    session: Session,
+    market: Market,
+    taken: TakenSnapshot,
+    clearing: Clearing,
+    *,
+    snapshot_digest: str,
+    solve_s: float,
+    phases: Mapping[str, float],
 ) -> Committed:
-    """Write the round and the placements that still hold.
+    """Write the round, its signed certificate and the placements that still hold; `phases` are seconds of the solver.
 
     Raises ConflictError where another worker has committed a round meanwhile, or an admin has
     frozen the market: nothing is written.
@@ -90,11 +100,54 @@ def commit(
             job.reason_code, job.reason = unplaced.code, unplaced.sentence[:1000]
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)
+    session.add(_certificate(market, taken, clearing, row, dropped=len(dropped), phases=phases))
     state.changes_cleared = taken.changes
     if any(drop["reason"] != GPUS_TAKEN for drop in dropped):
         note_change(session)  # what was dropped may fit in the next round
     session.flush()
     return committed
+
+
+def _certificate(
+    market: Market,
+    taken: TakenSnapshot,
+    clearing: Clearing,
+    row: Round,
+    *,
+    dropped: int,
+    phases: Mapping[str, float],
+) -> RoundCertificate:
+    """Return the round's certificate, signed; its economics are worked out later."""
+    proof, jobs = clearing.certificate, len(taken.snapshot.jobs)
+    lost = proof.regret_sum_micros_per_hour + proof.slack_sum_micros_per_hour
+    asks = {pool.pool_id: pool.ask_micros_per_gpu_hour for pool in taken.snapshot.pools}
+    statement = Statement(
+        market=market.settings.market_name,
+        round_number=row.round_number,
+        taken_ms=row.taken_ms,
+        committed_ms=row.committed_ms,
+        snapshot_digest=clearing.snapshot_digest,
+        clearing_digest=row.clearing_digest,
+        status=clearing.status,
+        solver=clearing.solver,
+        payment_rule=taken.snapshot.payment_rule,
+        jobs_considered=jobs,
+        jobs_placed=len(clearing.placements),
+        jobs_dropped=dropped,
+        jobs_unsupported_share=proof.jobs_unsupported / max(1, jobs),
+        regret_and_slack_share=lost / max(1, proof.bound_micros_per_hour),
+        certificate=proof,
+        balance=balance_of(clearing),
+        buyers_above_value=above_value(clearing),
+        pools_below_ask=sum(price < asks[pool_id] for pool_id, price in clearing.prices.items()),
+        seconds={name: round(seconds, 6) for name, seconds in phases.items()},
+    )
+    return RoundCertificate(
+        round_number=row.round_number,
+        economics=statement.economics_state,
+        document=sign_statement(market.authority, statement).model_dump_json(),
+        signed_ms=row.committed_ms,
+    )
 
 
 class _DroppedError(Exception):
@@ -158,7 +211,7 @@ class _Step:
         placement.charge_micros_per_hour = award.charge_micros_per_hour
         placement.uplift_micros_per_hour = award.uplift_micros_per_hour
         placement.term_s = award.term_s
-        append_term(self.session, placement, award)
+        append_term(self.session, placement, award, self.committed.round.round_number)
         prices = {charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools}
         for lease in self.session.scalars(
             select(Lease).where(Lease.placement_id == placement.placement_id, Lease.state == LeaseState.ACTIVE)

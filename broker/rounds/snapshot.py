@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration
-from broker.allocation.snapshot import Incumbent, JobState, LinkState, PoolState, SiteState, Snapshot
+from broker.allocation.snapshot import DataState, Incumbent, JobState, LinkState, PoolState, SiteState, Snapshot
 from broker.database.tables import (
     Account,
     BarredConfiguration,
@@ -30,8 +30,10 @@ from broker.database.tables import (
     Pool,
     Round,
     Site,
+    Tenant,
 )
 from broker.market import Market
+from broker.payment_rules import payment_rule
 from broker.reservations import due_of_ended
 from broker.transitions import JobState as State
 from broker.transitions import LeaseState, PlacementState
@@ -72,10 +74,11 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         term_s=market.settings.term_s,
         market_equity_micros=_free_equity(session, now_ms),
         fee_basis_points=market.settings.fee_basis_points,
+        payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(SiteState(site_id=site.site_id, listens=_listens(site)) for site in sites),
         links=tuple(standing_links(session, {site.site_id for site in sites})),
-        jobs=tuple(_jobs(session, market, placements, now_ms, number)),
+        jobs=tuple(_jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})),
         last_prices=_last_prices(session),
     )
     return TakenSnapshot(
@@ -163,8 +166,8 @@ def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
     ]
 
 
-def _jobs(
-    session: Session, market: Market, placements: dict[str, Placement], now_ms: int, number: int
+def _jobs(  # noqa: PLR0917  what a round's jobs depend on
+    session: Session, market: Market, placements: dict[str, Placement], now_ms: int, number: int, sites: set[str]
 ) -> list[JobState]:
     barred: dict[str, list[str]] = {}
     for bar in session.scalars(select(BarredConfiguration).where(BarredConfiguration.until_round >= number)):
@@ -176,6 +179,7 @@ def _jobs(
         .order_by(Job.job_id)
     )
     due = due_of_ended(session, market)
+    homes = _homes(session, sites)
     states = []
     for job, hold in rows:
         placement = placements.get(job.job_id)
@@ -194,9 +198,16 @@ def _jobs(
                 hold_left_micros=max(0, left - reserved) if up_for_renewal else left,
                 barred=tuple(sorted(barred.get(job.job_id, ()))),
                 incumbent=incumbent,
+                home_site=homes.get(job.tenant_id),
             )
         )
     return states
+
+
+def _homes(session: Session, sites: set[str]) -> dict[str, str]:
+    """Return the home sites of tenants, those that are in this round."""
+    known = session.execute(select(Tenant.tenant_id, Tenant.home_site).where(Tenant.home_site.is_not(None)))
+    return {tenant_id: home for tenant_id, home in known if home in sites}
 
 
 def job_state(
@@ -209,8 +220,9 @@ def job_state(
     samples_done: int = 0,
     barred: tuple[str, ...] = (),
     incumbent: Incumbent | None = None,
+    home_site: str | None = None,
 ) -> JobState:
-    """Return a job as the solver sees it."""
+    """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere."""
     return JobState(
         job_id=job_id,
         version=version,
@@ -226,6 +238,7 @@ def job_state(
         deadline_ms=spec.market.deadline_ms,
         barred=barred,
         incumbent=incumbent,
+        data=None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0),
     )
 
 

@@ -17,6 +17,7 @@ from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration, Part
 from broker.artifacts import ArtifactStore
 from broker.database.engine import Database
+from broker.database.papers import Term
 from broker.database.schema import upgrade
 from broker.database.tables import (
     Gpu,
@@ -29,7 +30,6 @@ from broker.database.tables import (
     Round,
     Site,
     Tenant,
-    Term,
     ViewChange,
 )
 from broker.doorbell import SilentDoorbell

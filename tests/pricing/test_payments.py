@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pricing.errors import QuantityError
-from pricing.payments import Trade, pay_as_bid, shading_gain, threshold, threshold_cut, uniform
+from pricing.payments import (
+    PaymentRule,
+    Trade,
+    pay_as_bid,
+    premium_micros_per_hour,
+    shading_gain,
+    threshold,
+    threshold_cut,
+    uniform,
+)
 
 TRADES = [Trade("a", value=100, gross=60, asks=40), Trade("b", value=50, gross=55, asks=30)]
 
@@ -40,3 +49,9 @@ def test_the_cut_is_the_least_that_the_surplus_can_pay(discounts: list[int], sur
     assert sum(max(0, discount - cut) for discount in discounts) <= surplus
     if cut:
         assert sum(max(0, discount - cut + 1) for discount in discounts) > surplus
+
+
+def test_pay_as_bid_adds_what_the_price_leaves_of_the_value() -> None:
+    assert premium_micros_per_hour(PaymentRule.PAY_AS_BID, gross=70, charge_max=100) == 30
+    assert premium_micros_per_hour(PaymentRule.PAY_AS_BID, gross=130, charge_max=100) == 0
+    assert premium_micros_per_hour(PaymentRule.UNIFORM, gross=70, charge_max=100) == 0

@@ -26,7 +26,7 @@ def terms(draw: st.DrawFn) -> Terms:
         for pair in draw(st.lists(st.sampled_from([("ada", "bob"), ("bob", "ada"), ("ada", "cyd")]), unique=True))
     ]
     plain = Terms(pools, links)
-    return Terms(pools, links, draw(st.integers(0, plain.gross_micros_per_hour)))
+    return Terms(pools, links, draw(st.integers(0, plain.gross_micros_per_hour)), draw(st.one_of(st.just(0), MICROS)))
 
 
 @st.composite

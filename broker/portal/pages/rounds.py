@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 
 from flask import redirect, request, url_for
 from sqlalchemy.orm import Session
@@ -14,24 +14,29 @@ from werkzeug.wrappers import Response
 from broker.allocation.clearing import Certificate, Clearing, Placement, Unplaced
 from broker.api.context import the_market
 from broker.artifacts import ArtifactMissingError
+from broker.database.papers import RoundCertificate
 from broker.database.tables import Round
 from broker.errors import NotFoundError
 from broker.freeze import frozen_since, set_frozen
 from broker.portal.blueprint import Access, page, show, the_person
 from broker.queries.market import ROUNDS_PER_PAGE, find_round, list_rounds
+from broker.rounds.certificate import SignedCertificate, Statement, read_statement
 from broker.rounds.replay import replay
 
 PLACEMENTS_SHOWN: Final = 100
 PRICES_SHOWN: Final = 200
+SITES_SHOWN: Final = 200
 REASON_LENGTH_MAX: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
 class RoundView:
-    """One round; placements are None once its clearing is past its retention."""
+    """One round; placements are None once its clearing is past its retention, its statement before rounds were signed."""
 
     row: Round
     certificate: Certificate
+    statement: Statement | None
+    sites: tuple[dict[str, Any], ...]
     prices: tuple[tuple[str, int], ...]
     prices_in_all: int
     placements: tuple[Placement, ...] | None
@@ -73,8 +78,13 @@ def thaw() -> Response:
 
 def _set_frozen(*, frozen: bool) -> Response:
     reason = request.form.get("reason", "").strip()[:REASON_LENGTH_MAX]
-    by = f"by {the_person().login}"
-    set_frozen(the_market(), frozen=frozen, reason=f"{reason} ({by})" if reason else by)
+    login = the_person().login
+    set_frozen(
+        the_market(),
+        frozen=frozen,
+        reason=f"{reason} (by {login})" if reason else f"by {login}",
+        actor=f"person {login}",
+    )
     return redirect(url_for("portal.rounds"), HTTPStatus.SEE_OTHER)
 
 
@@ -95,7 +105,9 @@ def _read(round_number: int) -> RoundView:
     market = the_market()
     if round_number >= 2**62:  # beyond what a database's column holds
         raise NotFoundError("there is no round of that number")
-    row = market.database.read(lambda session: find_round(session, round_number))
+    row, signed = market.database.read(
+        lambda session: (find_round(session, round_number), session.get(RoundCertificate, round_number))
+    )
     try:
         clearing = Clearing.from_json(market.artifacts.get_bytes(row.clearing_digest))
     except ArtifactMissingError:
@@ -105,6 +117,8 @@ def _read(round_number: int) -> RoundView:
     return RoundView(
         row=row,
         certificate=Certificate.model_validate_json(row.certificate),
+        statement=None if signed is None else read_statement(SignedCertificate.model_validate_json(signed.document)),
+        sites=() if signed is None else tuple(json.loads(signed.sites)[:SITES_SHOWN]),
         prices=tuple((pool_id, int(price)) for pool_id, price in prices[:PRICES_SHOWN]),
         prices_in_all=len(prices),
         placements=None if clearing is None else clearing.placements[:PLACEMENTS_SHOWN],

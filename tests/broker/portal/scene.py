@@ -20,6 +20,7 @@ from broker.identity.passwords import Role, create_user
 from broker.market import Market
 from broker.portal.workdirs import keep_example
 from broker.rounds.clear import hold_round
+from broker.rounds.economics import keep_up
 from broker.settings import Settings
 from broker.submit import submit_job
 from broker.tenants import create_tenant, deposit
@@ -144,7 +145,7 @@ def make_scene(home: Path, database_url: str = "") -> Scene:
     settings = Settings(home=home, public_url="http://127.0.0.1", database_url=database_url, requests_per_s=100_000)
     market = open_market(settings, clock=clock)
     for tenant_id, name in (("ada", f"Ada {HOSTILE}"), ("bob", "Bob & Sons")):
-        create_tenant(market, tenant_id, name)
+        create_tenant(market, tenant_id, name, home_site={"ada": "bremen"}.get(tenant_id))
         market.database.write(
             "deposit", lambda session, who=tenant_id: deposit(session, market, who, 500_000_000, f"first-{who}")
         )
@@ -174,6 +175,7 @@ def make_scene(home: Path, database_url: str = "") -> Scene:
             agent.confirm_all()
     for agent in agents.values():
         agent.say()
+    keep_up(market, wait=lambda: True)
     _train(scene)
     return scene
 

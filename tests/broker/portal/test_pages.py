@@ -115,3 +115,15 @@ def test_static_files_are_kept_by_browsers_under_the_name_of_their_content(clien
         answer = client_of["ada"].client.get(address)
         assert answer.status_code == 200
         assert "immutable" in answer.headers["Cache-Control"]
+
+
+def test_a_rounds_page_shows_its_statement_and_what_sharing_was_worth(client_of: dict[str, Client]) -> None:
+    text = client_of["root"].client.get("/admin/rounds/1").text
+    for words in (
+        "balance</dt><dd>even",
+        "What sharing was worth",
+        "core slack",
+        "bremen",
+        "hansa market certificate 1",
+    ):
+        assert words in text

@@ -385,8 +385,8 @@ def _until_renewal(scene: Scene, job_id: str) -> None:
 
 
 def _during_the_solve(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> None:
-    def clear(snapshot: Snapshot) -> Clearing:
-        clearing = solve.clear(snapshot)
+    def clear(snapshot: Snapshot, **options: Any) -> Clearing:
+        clearing = solve.clear(snapshot, **options)
         happen()
         return clearing
 

@@ -1,0 +1,41 @@
+"""Tables of what is priced and proved: the terms of placements, the certificates of rounds."""
+
+from __future__ import annotations
+
+from sqlalchemy import CheckConstraint, ForeignKey, Text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from broker.database.tables import Table
+
+
+class Term(Table):
+    """The price that was locked for a stretch of a placement's time; without times before the gang is active.
+
+    `round_number` is the round whose prices it has, None for terms from before rounds were written down here.
+    """
+
+    __tablename__ = "terms"
+    placement_id: Mapped[str] = mapped_column(ForeignKey("placements.placement_id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    round_number: Mapped[int | None] = mapped_column(ForeignKey("rounds.round_number"))
+    award: Mapped[str] = mapped_column(Text)
+    starts_ms: Mapped[int | None]
+    ends_ms: Mapped[int | None]
+    reserved_micros: Mapped[int]
+    charged_micros: Mapped[int] = mapped_column(default=0)
+    __table_args__ = (CheckConstraint("charged_micros <= reserved_micros", name="term_charge_bound"),)
+
+
+class RoundCertificate(Table):
+    """What the market signs about a round: at its commit, and again once its economics are known.
+
+    `document` is the signed document as JSON (`broker.rounds.certificate`). `economics` is pending, done or
+    left_out; `sites` are the sites' own rows, which the document names by digest.
+    """
+
+    __tablename__ = "round_certificates"
+    round_number: Mapped[int] = mapped_column(ForeignKey("rounds.round_number"), primary_key=True)
+    economics: Mapped[str]
+    document: Mapped[str] = mapped_column(Text)
+    sites: Mapped[str] = mapped_column(Text, default="[]")
+    signed_ms: Mapped[int]
