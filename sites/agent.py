@@ -55,6 +55,7 @@ from sites.protocol import (
     LeasePhase,
     Veto,
 )
+from sites.sandbox import Bubblewrap
 from sites.settings import ListenSettings, SiteSettings
 from sites.wake import WakeListener
 from training.clock import Clock
@@ -99,6 +100,7 @@ class Agent:
             driver=local,
             local=local,
             threads=self._threads,
+            sandbox=_sandbox(settings),
         )
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
@@ -391,6 +393,15 @@ def _locked(settings: SiteSettings) -> TextIO:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
+    """Return what confines tenants' code here, seen to work. Raises SandboxError."""
+    if settings.sandbox == "plain":
+        return None
+    sandbox = Bubblewrap(settings.python, settings.folder / "sandbox", settings.sandbox_readable)
+    sandbox.check()
+    return sandbox
 
 
 def _is_installed() -> bool:

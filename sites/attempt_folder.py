@@ -32,6 +32,9 @@ _SOCKET_PATH_BYTES_MAX: Final = 107
 _BYTES_PER_PARAMETER: Final = 8
 _CONTRIBUTION_ROOM_BYTES: Final = 16 * 1024 * 1024
 _NEWEST_BYTES_MAX: Final = 10_000
+AGENT_SOCKET: Final = "agent.sock"
+# In a folder of its own, which a sandbox shows to ranks: they find the socket again when a new gateway made it anew.
+RANKS_SOCKET: Final = "gate/ranks.sock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class AttemptFolder:
     def context(self) -> Path:
         """The file that HANSA_ATTEMPT names."""
         return self.root / "attempt.json"
+
+    @property
+    def resume(self) -> Path:
+        """The checkpoint that the attempt starts from, if it does."""
+        return self.root / "resume.safetensors"
 
     @property
     def rank_log(self) -> Path:
@@ -117,6 +125,7 @@ def write_attempt(
     spec, sync = record.order.spec, record.order.sync
     for name in ("checkpoint", "output", "home", "tmp", "gateway/state"):
         (folder.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.socket(RANKS_SOCKET).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     context = AttemptContext(
         job_id=record.job_id,
         site_id=surroundings.site_id,
@@ -125,7 +134,7 @@ def write_attempt(
         seed=record.order.seed,
         workload=spec.market.workload,
         sync=sync,
-        ranks_socket=str(folder.socket("ranks.sock")),
+        ranks_socket=str(folder.socket(RANKS_SOCKET)),
         checkpoint_dir=str(folder.root / "checkpoint"),
         output_dir=str(folder.root / "output"),
         resume_from=str(resume_from) if resume_from else None,
@@ -140,7 +149,7 @@ def write_attempt(
         ca_path=str(folder.gateway / "ca.pem"),
         listen=listen,
         ranks_socket=context.ranks_socket,
-        agent_socket=str(folder.socket("agent.sock")),
+        agent_socket=str(folder.socket(AGENT_SOCKET)),
         state_dir=str(folder.gateway / "state"),
         metrics_path=str(folder.root / "metrics.jsonl"),
         contribution_bytes_max=spec.market.workload.parameters * _BYTES_PER_PARAMETER + _CONTRIBUTION_ROOM_BYTES,

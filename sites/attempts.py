@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sites import metering
-from sites.attempt_folder import AttemptFolder, Surroundings, resume_where_left, write_attempt
+from sites.attempt_folder import RANKS_SOCKET, AttemptFolder, Surroundings, resume_where_left, write_attempt
 from sites.client import Broker
 from sites.drivers.interface import Driver, EndCause, Limits, Run, RunPhase, RunState
 from sites.drivers.process import ProcessDriver
@@ -30,6 +30,7 @@ from sites.journal import AttemptRecord, Journal
 from sites.leases import Steer
 from sites.preparation import Prepared, keep_setup, prepare
 from sites.protocol import AttemptPhase, AttemptReport, ExitCause, GatewayReport
+from sites.sandbox import Bubblewrap, View
 from sites.settings import SiteSettings
 from sites.shipping import Shipped, ship
 from training.attempt import ATTEMPT_ENVIRONMENT
@@ -49,12 +50,14 @@ HURRY_S_MAX: Final = 30.0
 DELIVERY_DONE_S: Final = 600.0
 DELIVERY_BROKEN_S: Final = 15.0
 _GB: Final = 1_000_000_000
+# What the leases of a site may take of its host's memory together; the rest is the system's and the agent's.
+_MEMORY_SHARE: Final = 0.9
 _DETAIL_LENGTH_MAX: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every attempt of a site works with."""
+    """What every attempt of a site works with; without a `sandbox`, tenants' code runs as the agent's own user."""
 
     settings: SiteSettings
     surroundings: Surroundings
@@ -64,6 +67,7 @@ class Services:
     driver: Driver
     local: ProcessDriver
     threads: Executor
+    sandbox: Bubblewrap | None
 
 
 class Attempt:
@@ -372,8 +376,14 @@ class Attempt:
         self, name: str, argv: tuple[str, ...], environment: dict[str, str], timeout_s: float | None = None
     ) -> None:
         limits = self._services.settings.limits
+        run_folder = self._folder.run(name)
+        try:
+            argv = self._confined(argv, run_folder, network=name == "setup" and self._services.settings.setup_network)
+        except SiteError as error:
+            self._conclude(ExitCause.SITE, detail=str(error))
+            return
         run = Run(
-            folder=self._folder.run(name),
+            folder=run_folder,
             argv=argv,
             cwd=self._folder.workdir,
             environment=environment,
@@ -386,12 +396,47 @@ class Attempt:
                 file_bytes=int(limits.file_gb * _GB),
                 address_space_bytes=None if limits.address_space_gb is None else int(limits.address_space_gb * _GB),
                 processes=limits.processes,
+                memory_bytes=self._memory_bytes(),
+                processes_in_all=limits.processes_in_all,
+                disk_bytes=int(limits.disk_gb * _GB),
+                disk_files=limits.disk_files,
+                disk_folders=self._written,
             ),
         )
         try:
             self._services.driver.start(run)
         except SiteError as error:
             self._conclude(ExitCause.SITE, detail=str(error))
+
+    def _confined(self, argv: tuple[str, ...], run_folder: Path, *, network: bool) -> tuple[str, ...]:
+        """Return the command as it runs in the sandbox, or as it is where the operator trusts all tenants."""
+        sandbox = self._services.sandbox
+        if sandbox is None:
+            return argv
+        exits = run_folder / "exits"
+        exits.mkdir(mode=0o700, parents=True, exist_ok=True)
+        context = self._folder.context
+        view = View(
+            writable=(*self._written, exits),
+            readable=(context, self._folder.resume, self._folder.socket(RANKS_SOCKET).parent),
+            gpu_ids=() if self._is_on_cpu else self.record.gpu_ids,
+            network=network,
+        )
+        return sandbox.argv(argv, view, self._folder.workdir)
+
+    @property
+    def _written(self) -> tuple[Path, ...]:
+        """The folders that setup and ranks may write to."""
+        return tuple(self._folder.root / name for name in ("workdir", "checkpoint", "output", "home", "tmp"))
+
+    def _memory_bytes(self) -> int:
+        """Return what the lease may take of the host's memory: as the operator says, or its GPUs' share."""
+        settings = self._services.settings
+        if settings.limits.memory_gb is not None:
+            return int(settings.limits.memory_gb * _GB)
+        gpus = sum(len(pool.gpu_ids) for pool in settings.pools)
+        host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(host_bytes * _MEMORY_SHARE * len(self.record.gpu_ids) / gpus)
 
     def _environment(self) -> dict[str, str]:
         """Return what setup and ranks find: the job's own variables, and none of the agent's."""
@@ -404,12 +449,18 @@ class Attempt:
         }
 
     def _ranks_environment(self) -> dict[str, str]:
-        on_cpu = self.record.gpu_type == "cpu-slot"
+        gpu_ids = self.record.gpu_ids
+        # In a sandbox there are no other GPUs, and CUDA counts those that it finds from nought.
+        visible = gpu_ids if self._services.sandbox is None else tuple(str(index) for index in range(len(gpu_ids)))
         return {
             ATTEMPT_ENVIRONMENT: str(self._folder.context),
-            "CUDA_VISIBLE_DEVICES": "" if on_cpu else ",".join(self.record.gpu_ids),
+            "CUDA_VISIBLE_DEVICES": "" if self._is_on_cpu else ",".join(visible),
             "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host speak over loopback only
         }
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.record.gpu_type == "cpu-slot"
 
     @property
     def _ranks(self) -> str:
@@ -449,11 +500,14 @@ def _end_of(state: RunState) -> tuple[ExitCause, str]:
     """Return why a run that was not asked to end is over, and a sentence about it."""
     if state.phase is RunPhase.LOST or state.cause is None:
         return ExitCause.SITE, state.detail
+    if state.limit is not None and state.exit_code != 0:
+        return ExitCause.LIMIT, f"{state.limit}: {state.detail}"
     if state.cause is not EndCause.EXIT:
         return _ENDED_BY_THE_SITE[state.cause][0], state.detail or _ENDED_BY_THE_SITE[state.cause][1]
     code = state.exit_code or 0
-    if -code in _LIMIT_SIGNALS:
-        return ExitCause.LIMIT, f"killed by {_LIMIT_SIGNALS[-code]}; most often memory or a resource limit"
+    number = -code if code < 0 else code - _SHELL_SIGNAL  # a sandbox tells of signals as a shell does
+    if number in _LIMIT_SIGNALS:
+        return ExitCause.LIMIT, f"killed by {_LIMIT_SIGNALS[number]}; most often memory or a resource limit"
     return _EXIT_CODES.get(code, (ExitCause.SCRIPT, f"exit code {code}; the end of the job's log says why"))
 
 
@@ -462,11 +516,13 @@ _ENDED_BY_THE_SITE: Final = {
     EndCause.STOPPED: (ExitCause.SITE, "the run was ended by someone at the site"),
     EndCause.TIMEOUT: (ExitCause.LIMIT, "it ran longer than the operator allows"),
     EndCause.NOT_STARTED: (ExitCause.SITE, "the command could not be started"),
+    EndCause.LIMIT: (ExitCause.LIMIT, "it took more than the operator allows"),
 }
 _EXIT_CODES: Final = {
     0: (ExitCause.DONE, ""),
     EXIT_EXCHANGE: (ExitCause.EXCHANGE, "the round log was lost for longer than the job's patience"),
 }
+_SHELL_SIGNAL: Final = 128
 # The kernel's ways to end a process at a limit.
 _LIMIT_SIGNALS: Final = {9: "SIGKILL", 24: "SIGXCPU", 25: "SIGXFSZ"}
 

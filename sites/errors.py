@@ -29,6 +29,12 @@ class SettingsError(SiteError):
     code = "settings.invalid"
 
 
+class SandboxError(SiteError):
+    """Strangers' code cannot be confined on this host; the message names the remedy."""
+
+    code = "sandbox.unavailable"
+
+
 class AgentRunningError(SiteError):
     """Another agent works in this folder: two would fence each other's attempts."""
 

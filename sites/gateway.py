@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
-from sites.attempt_folder import AttemptFolder
+from sites.attempt_folder import AGENT_SOCKET, RANKS_SOCKET, AttemptFolder
 from sites.drivers.interface import Limits, Run
 from sites.drivers.process import ProcessDriver
 from sites.errors import GatewayError
@@ -41,7 +41,7 @@ class Gateway:
         self._clock = clock
         self._python = python
         self._environment = environment
-        self._control = GatewayControl(str(folder.socket("agent.sock")), timeout_s=_CALL_TIMEOUT_S)
+        self._control = GatewayControl(str(folder.socket(AGENT_SOCKET)), timeout_s=_CALL_TIMEOUT_S)
         self._started_s: float | None = None
         self._status: tuple[float, GatewayStatus | None] | None = None
         self._certificate_pem: str | None = None
@@ -61,7 +61,7 @@ class Gateway:
             if self._started_s is not None and now_s - self._started_s < RESTART_DELAY_S:
                 return number
             number += 1
-        for name in ("agent.sock", "ranks.sock"):
+        for name in (AGENT_SOCKET, RANKS_SOCKET):
             self._folder.socket(name).unlink(missing_ok=True)  # a dead gateway's socket would only puzzle
         self._started_s, self._status, self._certificate_pem = now_s, None, None
         self._driver.start(
@@ -89,7 +89,7 @@ class Gateway:
         if self._status is not None and now_s - self._status[0] < _STATUS_AGE_S:
             return self._status[1]
         status = None
-        if self._folder.socket("agent.sock").exists():
+        if self._folder.socket(AGENT_SOCKET).exists():
             with contextlib.suppress(TrainingError):
                 status = self._control.status()
             self._status = (now_s, status)

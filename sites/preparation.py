@@ -23,7 +23,6 @@ from sites.journal import AttemptRecord
 from training.spec import JobSpec
 
 SETUPS_KEPT: Final = 8
-CHECKPOINT_NAME: Final = "resume.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def prepare(
     resume_from = None
     if record.order.checkpoint is not None:
         reference = record.order.checkpoint
-        resume_from = folder.root / CHECKPOINT_NAME
+        resume_from = folder.resume
         shutil.copyfile(_fetched(broker, site_folder, reference.digest, reference.size_bytes), resume_from)
         with resume_from.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != reference.digest:

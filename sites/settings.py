@@ -8,7 +8,8 @@ links:
   - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
 listen: {host: 203.0.113.7, ports: 7600-7699}         # leave out to dial out only
 policy: {tenants_refused: [], gpus_max_per_lease: 8}
-i_trust_all_tenants: true         # the process driver runs their code as your own user
+sandbox: bubblewrap               # or plain, with i_trust_all_tenants: true: their code runs as your own user
+limits: {memory_gb: 48, disk_gb: 100}             # of a whole lease; more below
 """
 
 from __future__ import annotations
@@ -114,12 +115,18 @@ class Policy(_Section):
 
 
 class LimitSettings(_Section):
-    """Limits of each process of a job, and of an attempt as a whole."""
+    """Limits of each process of a job, and of a lease as a whole."""
 
     open_files: int = Field(default=4096, ge=64)
     file_gb: float = Field(default=64, gt=0)
     address_space_gb: float | None = Field(default=None, gt=0)
     processes: int | None = Field(default=None, ge=16, description="of the whole user, as Linux counts them")
+    memory_gb: float | None = Field(
+        default=None, gt=0, description="of a lease; by default its GPUs' share of nine tenths of the host's memory"
+    )
+    processes_in_all: int = Field(default=4096, ge=16, description="of a lease, threads counted, by control groups")
+    disk_gb: float = Field(default=64, gt=0, description="of all that a lease's setup and ranks write")
+    disk_files: int = Field(default=1_000_000, ge=100)
     log_mb: float = Field(default=16, gt=0, le=1000)
     setup_timeout_s: float = Field(default=900, gt=0)
     output_gb: float = Field(default=16, gt=0)
@@ -137,6 +144,11 @@ class SiteSettings(_Section):
     policy: Policy = Policy()
     limits: LimitSettings = LimitSettings()
     driver: Literal["process"] = "process"
+    sandbox: Literal["bubblewrap", "plain"] = "bubblewrap"
+    sandbox_readable: tuple[Path, ...] = Field(
+        default=(), max_length=100, description="folders of the host that every job may read, such as data sets"
+    )
+    setup_network: bool = Field(default=False, description="leave a job's setup the host's network, for pip")
     i_trust_all_tenants: bool = False
     python: str = Field(default=sys.executable, description="the interpreter that holds torch and hansa[train]")
     calibrate: bool = Field(default=True, description="measure a CPU slot's speed once")
@@ -156,9 +168,9 @@ class SiteSettings(_Section):
         if self.site_id in [link.target for link in self.links]:
             message = "links: a link leads to another site"
             raise ValueError(message)
-        if self.driver == "process" and not self.i_trust_all_tenants:
+        if self.sandbox == "plain" and not self.i_trust_all_tenants:
             message = (
-                "driver: the process driver runs tenants' code as this very user, without isolation; "
+                "sandbox: plain runs tenants' code as this very user, without isolation; leave bubblewrap, or "
                 "set i_trust_all_tenants: true if you accept that"
             )
             raise ValueError(message)

@@ -104,8 +104,11 @@ class Journey:
         """Invite the sites, start their agents, and wait until the market hears all of them."""
         self._display.stage("measuring what a CPU slot can do")
         ranges = processes.port_ranges(len(self._sites))
+        sandbox = processes.sandbox_kind(self._places)
+        confined = "in a sandbox (bubblewrap)" if sandbox == "bubblewrap" else "as your own user: no bubblewrap here"
+        self._display.say(f"the sites run the jobs' code {confined}")
         settings = [
-            processes.write_site_settings(self._places, site, ports, self._sites)
+            processes.write_site_settings(self._places, site, ports, self._sites, sandbox)
             for site, ports in zip(self._sites, ranges, strict=True)
         ]
         processes.measure_once(settings)

@@ -24,7 +24,9 @@ from broker.supervise import valkey
 from broker.supervise.processes import ProcessSpec
 from broker.supervise.readiness import http_answers
 from broker.supervise.valkey import ValkeySource
+from sites.errors import SandboxError
 from sites.inventory import MEASURED_FILE, measure
+from sites.sandbox import Bubblewrap
 from sites.settings import load_settings
 
 HOST: Final = "127.0.0.1"
@@ -190,8 +192,17 @@ def wake_process(places: Places, environment: Mapping[str, str]) -> ProcessSpec:
     )
 
 
+def sandbox_kind(places: Places) -> str:
+    """Return how jobs are confined on this machine: by bubblewrap where that works, else not at all."""
+    try:
+        Bubblewrap(sys.executable, places.home / "sandbox").check()
+    except SandboxError:
+        return "plain"
+    return "bubblewrap"
+
+
 def write_site_settings(
-    places: Places, site: DemoSite, ports: tuple[int, int], sites: Sequence[DemoSite] = SITES
+    places: Places, site: DemoSite, ports: tuple[int, int], sites: Sequence[DemoSite] = SITES, sandbox: str = "plain"
 ) -> Path:
     """Write a site's settings as an operator would, and return the file; it has links to all other `sites`."""
     document: dict[str, object] = {
@@ -216,7 +227,8 @@ def write_site_settings(
         ],
         # All sites share this one machine: each may count on its part of the cores, and no more.
         "cores": round(len(os.sched_getaffinity(0)) * site.slots / sum(each.slots for each in sites), 3),
-        "i_trust_all_tenants": True,
+        "sandbox": sandbox,
+        "i_trust_all_tenants": sandbox == "plain",
     }
     if site.listens:
         document["listen"] = {"host": HOST, "ports": f"{ports[0]}-{ports[1]}"}

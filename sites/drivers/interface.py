@@ -33,16 +33,27 @@ class EndCause(enum.StrEnum):
     EXPIRED = "expired"  # its deadline passed
     TIMEOUT = "timeout"  # it ran longer than it may
     NOT_STARTED = "not_started"  # its command could not be started
+    LIMIT = "limit"  # it took more than one of its limits
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Resource limits of each process of a run; None leaves the operator's own limit."""
+    """Resource limits; None leaves the operator's own limit.
+
+    The first four bind each process of a run. `memory_bytes` and `processes_in_all` bind the run as a whole where
+    control groups can be made. `disk_bytes` and `disk_files` bind what lies in `disk_folders`, looked at every
+    few seconds.
+    """
 
     open_files: int = 4096
     file_bytes: int = 64 * 1024**3
     address_space_bytes: int | None = None
     processes: int | None = None
+    memory_bytes: int | None = None
+    processes_in_all: int | None = None
+    disk_bytes: int | None = None
+    disk_files: int = 1_000_000
+    disk_folders: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +83,7 @@ class RunState:
 
     `running_s` is how long its command has run so far or ran in all, on the watcher's clock.
     `exit_code` is negative for a signal, as in subprocess; `signal` by the driver itself is told
-    apart by `cause`.
+    apart by `cause`. `limit` names the limit of the whole run that was met, such as `memory`.
     """
 
     phase: RunPhase
@@ -80,6 +91,7 @@ class RunState:
     exit_code: int | None = None
     detail: str = ""
     running_s: float = 0.0
+    limit: str | None = None
 
     @property
     def is_over(self) -> bool:

@@ -1,13 +1,14 @@
 """The process driver: runs are processes of this host, each under a warden of its own.
 
 The agent never is the parent that matters: the warden (warden.py) holds the run, its folder holds
-the truth, and a new agent reads both. Isolation is what the operator's own user gives; settings
-therefore ask for `i_trust_all_tenants` before this driver starts a tenant's code.
+the truth, and a new agent reads both. What a run may see is decided by whoever made its command
+(`sites.sandbox`); what it may take is limited here, per process and, by control groups, as a whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from sites.drivers import rank, warden
+from sites.drivers import cgroups, rank, warden
 from sites.drivers.interface import EndCause, Run, RunPhase, RunState
 from sites.errors import DriverError
 from training.clock import Clock
@@ -36,6 +37,7 @@ class ProcessDriver:
         self._python = python
         self._clock = clock
         self._wardens: dict[Path, tuple[subprocess.Popen[bytes], float]] = {}
+        self._controllers = cgroups.controllers()
 
     def start(self, run: Run) -> None:
         """Start `run` unless its folder shows that it was started already. Raises DriverError."""
@@ -44,7 +46,8 @@ class ProcessDriver:
         try:
             (run.folder / "exits").mkdir(parents=True, exist_ok=True)
             self.renew(run.folder, run.deadline_s)
-            _write(run.folder / "run.json", _document(run))
+            groups = cgroups.create(_group_name(run.folder), run.limits, self._controllers)
+            _write(run.folder / "run.json", _document(run, groups))
             with (run.folder / "warden.log").open("ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-S", warden.__file__, str(run.folder)],
@@ -117,7 +120,12 @@ class ProcessDriver:
         return RunState(RunPhase.LOST, detail="the watcher of this run was killed; see warden.log in its folder")
 
 
-def _document(run: Run) -> dict[str, Any]:
+def _group_name(folder: Path) -> str:
+    return f"hansa-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}"
+
+
+def _document(run: Run, groups: tuple[Path, ...]) -> dict[str, Any]:
+    limits = dataclasses.asdict(run.limits) | {"disk_folders": [str(path) for path in run.limits.disk_folders]}
     return {
         "argv": list(run.argv),
         "cwd": str(run.cwd),
@@ -126,7 +134,8 @@ def _document(run: Run) -> dict[str, Any]:
         "log_bytes_max": run.log_bytes_max,
         "timeout_s": run.timeout_s,
         "grace_s": run.grace_s,
-        "limits": dataclasses.asdict(run.limits),
+        "limits": limits,
+        "groups": [str(group) for group in groups],
     }
 
 
@@ -137,6 +146,7 @@ def _ended(status: dict[str, Any]) -> RunState:
         exit_code=status["exit_code"],
         detail=status["detail"],
         running_s=status["running_s"],
+        limit=status.get("limit"),
     )
 
 

@@ -12,6 +12,9 @@ none is left. Only then it writes status.json.
     FOLDER/warden.json    who watches, and since when the command runs
     FOLDER/exits/RANK     how each rank ended (written by rank.py)
     FOLDER/status.json    how it ended: every process is dead
+
+Where the agent could make control groups, the command is put into them, and what met a limit is
+read from them at the end. What the run writes is measured every few seconds.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ TICK_S = 0.1
 # At expiry the broker is about to lend the GPUs again: its own margin is at least twice this.
 GRACE_EXPIRED_S = 2.0
 CHUNK = 65_536
+# Walking a folder of many files costs time; a disk is filled in seconds at best.
+DISK_INTERVAL_S = 3.0
 
 
 def main(folder: Path) -> None:
@@ -58,6 +63,8 @@ class Warden:
         self.run: dict[str, Any] = json.loads((folder / "run.json").read_text())
         self.log = Log(Path(self.run["log_path"]), self.run["log_bytes_max"])
         self.asked = False
+        self.limit: str | None = None
+        self.measured_s = 0.0
         self.child = 0
         self.wait_status: int | None = None
         self.started_s: float | None = None
@@ -81,7 +88,8 @@ class Warden:
         self._end_all(cause, output)
         self.log.take(output)
         self.log.close()
-        self._finish(cause, "")
+        self.limit = self.limit or self._limit_met()
+        self._finish(cause, _LIMIT_WORDS.get(self.limit or "", ""))
 
     def _start(self) -> int:
         process = subprocess.Popen(
@@ -106,6 +114,8 @@ class Warden:
     def _limit(self) -> None:
         """Bind the command to the warden's life and to its limits. Runs in the child, before exec."""
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for group in self.run["groups"]:
+            Path(group, "cgroup.procs").write_text("0")  # the writer itself
         limits = self.run["limits"]
         wanted = [
             (resource.RLIMIT_CORE, 0),
@@ -142,6 +152,9 @@ class Warden:
                     return "expired"
                 if timeout_s is not None and time.monotonic() - (self.started_s or 0) > timeout_s:
                     return "timeout"
+                if self._fills_the_disk():
+                    self.limit = "disk"
+                    return "limit"
 
     def _end_all(self, cause: str, output: int) -> None:
         """End every descendant: asked first if the command still runs, then forced, until none is left."""
@@ -161,6 +174,29 @@ class Warden:
             self._reap()
             time.sleep(TICK_S / 10)
         self._reap()
+
+    def _fills_the_disk(self) -> bool:
+        """Look every few seconds at what the run has written; its own folders alone count."""
+        limits = self.run["limits"]
+        now_s = time.monotonic()
+        if limits["disk_bytes"] is None or now_s < self.measured_s + DISK_INTERVAL_S:
+            return False
+        size, files = taken([Path(folder) for folder in limits["disk_folders"]], limits["disk_files"])
+        self.measured_s = time.monotonic() + 10 * (time.monotonic() - now_s)  # a slow walk is made more seldom
+        return bool(size > limits["disk_bytes"] or files > limits["disk_files"])
+
+    def _limit_met(self) -> str | None:
+        """Return the limit of the whole run that its groups counted, and remove them."""
+        met = None
+        for group in map(Path, self.run["groups"]):
+            for file, key, name in _COUNTERS:
+                if _counter(group / file, key):
+                    met = met or name
+            try:
+                group.rmdir()
+            except OSError:
+                continue  # the kernel still holds a dying process in it; an empty group costs nothing
+        return met
 
     def _reap(self) -> None:
         while True:
@@ -204,6 +240,7 @@ class Warden:
                 "cause": cause,
                 "exit_code": first if first is not None else code,
                 "detail": detail,
+                "limit": self.limit,
                 "running_s": 0.0 if self.started_s is None else stopped_s - self.started_s,
             },
         )
@@ -254,6 +291,45 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+# Where a control group counts that a limit was met: of version 1 and of version 2.
+_COUNTERS = (
+    ("memory.oom_control", "oom_kill", "memory"),
+    ("memory.events", "oom_kill", "memory"),
+    ("pids.events", "max", "processes"),
+)
+_LIMIT_WORDS = {
+    "memory": "the run needed more memory than this site grants a lease of its size",
+    "processes": "the run started more processes and threads than this site allows",
+    "disk": "the run wrote more bytes or more files than this site allows",
+}
+
+
+def _counter(path: Path, key: str) -> int:
+    try:
+        fields = dict(line.split()[:2] for line in path.read_text().splitlines())
+        return int(fields.get(key, "0"))
+    except (OSError, ValueError):
+        return 0
+
+
+def taken(folders: list[Path], files_max: int) -> tuple[int, int]:
+    """Return the bytes that files below `folders` take on disk, and their number, counted up to beyond `files_max`."""
+    size = files = 0
+    left = [str(folder) for folder in folders]
+    while left and files <= files_max:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    else:
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue  # it was removed while we looked
+    return size, files
 
 
 def descendants() -> set[int]:

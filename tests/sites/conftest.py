@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ folder: ./hamburg
 pools:
   - {gpu_type: cpu-slot, gpus: 4, ask: 0.5}
 listen: {host: 127.0.0.1}
+sandbox: plain
 i_trust_all_tenants: true
 calibrate: false
 """
@@ -41,8 +43,24 @@ def market() -> Iterator[Market]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> SiteSettings:
-    (tmp_path / "site.yaml").write_text(SITE_YAML)
+def sandbox() -> str:
+    """How strangers' code is confined; a test that asks for another way parametrises this."""
+    return "plain"
+
+
+@pytest.fixture
+def limits() -> str:
+    """The limits in the site's settings, as YAML."""
+    return "{}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, sandbox: str, limits: str) -> SiteSettings:
+    if sandbox == "bubblewrap" and not shutil.which("bwrap"):
+        pytest.skip("no bubblewrap; on Debian: sudo apt-get install bubblewrap")
+    (tmp_path / "site.yaml").write_text(
+        SITE_YAML.replace("sandbox: plain", f"sandbox: {sandbox}") + f"limits: {limits}\n"
+    )
     return load_settings(tmp_path / "site.yaml")
 
 

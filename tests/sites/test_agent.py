@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sites.drivers import cgroups
 from sites.errors import AgentRunningError
 from sites.protocol import AttemptPhase, ExitCause, LeasePhase
 from tests.sites.conftest import StartAgent, job
@@ -38,6 +39,7 @@ if session.rank == 0:
 """
 
 
+@pytest.mark.parametrize("sandbox", ["plain", "bubblewrap"])
 def test_attempt_runs_from_proposal_to_done(
     market: Market, start_agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,3 +80,36 @@ def test_attempt_runs_from_proposal_to_done(
     market.grants.clear()
     wait_until(lambda: agent.tick() and not agent.records)
     assert not (agent._settings.folder / "attempts/lease_a-1").exists()
+
+
+@pytest.mark.parametrize("sandbox", ["bubblewrap"])
+@pytest.mark.parametrize(
+    ("limits", "script", "named"),
+    [
+        ("{processes_in_all: 100}", "import os\nwhile True: os.fork()", "processes"),
+        ("{memory_gb: 1}", "held = bytearray(4_000_000_000)\nheld[::4096] = b'x' * len(held[::4096])", "memory"),
+        (
+            "{disk_gb: 0.2}",
+            "import time\nfor n in range(500): open(f'fill-{n}', 'wb').write(b'x' * 1_000_000)\ntime.sleep(600)",
+            "disk",
+        ),
+    ],
+    ids=["fork bomb", "memory hog", "disk filler"],
+)
+def test_a_hostile_job_ends_at_its_limit_and_no_heartbeat_is_missed(
+    market: Market, start_agent: StartAgent, tmp_path: Path, script: str, named: str
+) -> None:
+    controllers = {each.name for each in cgroups.controllers()}
+    if not {"memory", "pids"} <= controllers:
+        pytest.skip("this user may make no control groups; run as root or with a delegated group")
+    market.grants["lease_a"] = Grant("lease_a", "job_a", job(market, tmp_path / "work", script), gpu_ids=("0", "1"))
+    agent = start_agent()
+
+    def is_over() -> bool:
+        assert agent.tick()  # every heartbeat is answered while the job does its worst
+        return "lease_a" in market.reports and market.reports["lease_a"].phase is AttemptPhase.EXITED
+
+    wait_until(is_over, limit_s=100)
+    report = market.reports["lease_a"]
+    assert report.cause is ExitCause.LIMIT
+    assert report.detail.startswith(f"{named}: ")

@@ -48,7 +48,8 @@ def test_quantities_are_read_in_the_units_people_write(tmp_path: Path) -> None:
         ("site_id: hamburg", "site_id: Hamburg", 1, "site_id"),
         ("    gpus: 2", "    gpus: 0", 5, "gpus"),
         ("    gpus: 2", "    gpus: 2\n    gpu_count: 2", 6, "gpu_count"),
-        ("i_trust_all_tenants: true", "i_trust_all_tenants: false", 1, "without isolation"),
+        ("i_trust_all_tenants: true", "sandbox: plain", 1, "without isolation"),
+        ("i_trust_all_tenants: true", "sandbox: none", 11, "bubblewrap"),
         ("target: bremen", "target: hamburg", 1, "leads to another site"),
     ],
 )
