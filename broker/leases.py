@@ -67,8 +67,12 @@ def free_gpus(session: Session, pool_id: str) -> list[str]:
     )
 
 
-def propose(session: Session, market: Market, job: Job, award: Award, round_number: int) -> list[str] | None:
+def propose(  # noqa: PLR0917  what a placement is
+    session: Session, market: Market, job: Job, award: Award, round_number: int, lane: str = "round"
+) -> list[str] | None:
     """Write the placement that `job` won and its proposed leases; return the sites to wake.
+
+    `lane` is instant where it was placed between rounds, at the prices of `round_number`.
 
     Returns None, and writes nothing, where the GPUs are no longer free.
     """
@@ -86,6 +90,7 @@ def propose(session: Session, market: Market, job: Job, award: Award, round_numb
         job_id=job.job_id,
         epoch=job.epoch,
         round_number=round_number,
+        lane=lane,
         state="",
         configuration=award.configuration.model_dump_json(),
         configuration_key=award.configuration.key,

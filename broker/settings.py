@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     liveness_margin_s: float = Field(default=10.0, gt=0, description="how much longer the broker waits")
     proposal_s: float = Field(default=30.0, gt=0, description="an unconfirmed proposal falls through after this")
     term_s: int = Field(default=3600, ge=10, le=7 * 86_400)
+    instant_gpus_max: int = Field(
+        default=8, ge=0, description="GPUs of a job that may start at the last prices; 0: none"
+    )
     round_s: float = Field(default=5.0, gt=0, description="the beat of rounds when nothing rings")
     economics_s: float = Field(default=20.0, gt=0, le=600, description="time to find what sharing was worth in a round")
     economics_rounds_max: int = Field(

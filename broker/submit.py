@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from broker import ledger
 from broker.database.tables import Artifact, Job, JobArtifact, Tenant, WorkdirUpload
 from broker.errors import NeverPossibleError, NotFoundError, RefusedError
+from broker.instant import TRIES_MAX, InstantOffer, InstantOvertakenError, commit_offer, make_offer, wants_instant
 from broker.market import Market
 from broker.quote import reason_never_possible
 from broker.transitions import FINAL_JOB_STATES, JobState, change_state, note_change
@@ -54,35 +55,75 @@ def submit_job(market: Market, tenant_id: str, spec: JobSpec, before_commit: Bef
     if spec.market.deadline_ms is not None and spec.market.deadline_ms <= now_ms:
         message = "the deadline lies in the past; give a later one, or none"
         raise DeadlinePastError(message)
+    if wants_instant(spec):
+        return _submit_instant(market, tenant_id, spec, before_commit)
 
     def work(session: Session) -> Job:
-        _check_admissible(session, market, tenant_id, spec)
-        job = Job(
-            job_id=market.ids.new("job"),
-            tenant_id=tenant_id,
-            name=spec.name,
-            state="",
-            version=0,
-            spec=spec.model_dump_json(),
-            epoch=0,
-            samples_done=0,
-            failures=0,
-            reason_code="waiting",
-            reason="waits for the next round",
-            submitted_ms=now_ms,
-        )
-        session.add(job)
-        change_state(session, job, JobState.QUEUED, now_ms=now_ms)
-        session.flush()
-        session.add(_workdir_of(job, spec, now_ms))
-        ledger.place_hold(session, job, spec.market.budget_micros, now_ms)
-        note_change(session)
+        job = _write(session, market, tenant_id, spec)
         if before_commit is not None:
             before_commit(session, job)
         return job
 
     job = market.database.write("submit", work)
     market.doorbell.ring_round()
+    return job
+
+
+def _submit_instant(market: Market, tenant_id: str, spec: JobSpec, before_commit: BeforeCommit | None) -> Job:
+    """Submit a job together with its lease; an offer that was overtaken is made anew a few times."""
+    market.database.read(lambda session: _check_admissible(session, market, tenant_id, spec))
+    for _ in range(TRIES_MAX):
+        offer = make_offer(market, spec)
+
+        def work(session: Session, offer: InstantOffer = offer) -> tuple[Job, list[str]]:
+            job = _write(session, market, tenant_id, spec)
+            sites = commit_offer(session, market, job, offer)
+            if sites is None:
+                raise _OvertakenError
+            if before_commit is not None:
+                before_commit(session, job)
+            return job, sites
+
+        try:
+            job, sites = market.database.write("submit", work)
+        except _OvertakenError:
+            continue
+        for site_id in sites:
+            market.doorbell.wake_site(site_id)
+        market.doorbell.ring_round()
+        return job
+    message = "others were faster each time that a place was found for it; submit it again, or without `start: now`"
+    raise InstantOvertakenError(message)
+
+
+class _OvertakenError(Exception):
+    """What was offered no longer stands; the transaction is rolled back."""
+
+
+def _write(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> Job:
+    """Write the job, its hold and its event."""
+    now_ms = market.clock.now_ms()
+    _check_admissible(session, market, tenant_id, spec)
+    job = Job(
+        job_id=market.ids.new("job"),
+        tenant_id=tenant_id,
+        name=spec.name,
+        state="",
+        version=0,
+        spec=spec.model_dump_json(),
+        epoch=0,
+        samples_done=0,
+        failures=0,
+        reason_code="waiting",
+        reason="waits for the next round",
+        submitted_ms=now_ms,
+    )
+    session.add(job)
+    change_state(session, job, JobState.QUEUED, now_ms=now_ms)
+    session.flush()
+    session.add(_workdir_of(job, spec, now_ms))
+    ledger.place_hold(session, job, spec.market.budget_micros, now_ms)
+    note_change(session)
     return job
 
 

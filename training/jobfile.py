@@ -10,6 +10,7 @@
       budget: 20                        # credits; never exceeded
       bid: 1.5                          # credits per million samples; left out, the budget over all samples
       deadline: 2030-01-31T12:00:00Z
+      start: now                        # at the last prices at once, for a few GPUs; left out, the next round places it
       sites_max: 2
       workload: {samples: 19200, batch_per_gpu: 16, parameters: 136960, flops_per_sample: 5.3e7}
       sync: auto                        # or a block: {strategy: streaming, fragments: 4, …}
@@ -38,7 +39,7 @@ JOB_FILE_BYTES_MAX: Final = 256 * 1024
 DEPTH_MAX: Final = 12
 MICROS_PER_CREDIT: Final = 1_000_000
 JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "market")
-MARKET_KEYS: Final = ("budget", "bid", "deadline", "sites_max", "sites_allowed", "workload", "sync")
+MARKET_KEYS: Final = ("budget", "bid", "deadline", "sites_max", "sites_allowed", "start", "workload", "sync")
 # How the file's names stand on the wire, so that a fault found there is reported where the person wrote it.
 WRITTEN_AS: Final[dict[str, str]] = {
     "/market/budget_micros": "/market/budget",

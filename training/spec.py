@@ -190,6 +190,9 @@ class MarketTerms(_Strict):
     sites_max: int = Field(default=1, ge=1, le=SITES_PER_JOB_MAX)
     sites_allowed: tuple[SiteId, ...] | None = Field(default=None, min_length=1, max_length=1000)
     deadline_ms: int | None = Field(default=None, ge=0, description="UTC milliseconds")
+    start: Literal["round", "now"] = Field(
+        default="round", description="now: at once at the last prices, for small jobs; refused where that cannot be"
+    )
     workload: Workload
     sync: SyncPlan = SyncPlan()
 

@@ -83,6 +83,12 @@ def written(market: Market, outcome: Outcome, *, round_number: int, snapshot_dig
     )
 
 
+def placement_at(market: Market, prices: Int, choice: Choice) -> Placement:
+    """Return the placement of the only job of a market in its column, at given prices."""
+    column = market.told(0, int(choice.form[0]), int(choice.item[0]), int(choice.place[0]))
+    return _Books(market, prices, used_rows(market.instance, choice), choice).placement(column)
+
+
 class _Books:
     """What rows cost, supply and hold at the published prices."""
 

@@ -15,6 +15,7 @@ from broker.audit.money import (
     check_holds,
     check_prices,
     check_reservations,
+    check_terms_trace,
     check_transfers,
     check_usage_money,
 )
@@ -30,6 +31,7 @@ CHECKS = (
     check_outer_states,
     check_histories,
     check_prices,
+    check_terms_trace,
     check_usage_money,
     check_reservations,
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.orm import QueryableAttribute, Session
 
+from broker.allocation.clearing import Placement as Award
 from broker.audit.finding import Finding
 from broker.database.papers import Term
-from broker.database.tables import Account, Hold, Job, Lease, Placement, Transfer, UsageReport
+from broker.database.tables import Account, Hold, Job, Lease, Placement, Round, Transfer, UsageReport
 from broker.ledger import FEES, AccountKind, TransferKind, held_account, site_account
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from pricing.money import cost_micros
@@ -119,6 +121,21 @@ def check_prices(session: Session) -> Iterator[Finding]:
         if paid + SITES_PER_JOB_MAX < due and not report.cut_micros:
             detail = f"the site was paid {paid} for what its term prices at {due}"
             yield Finding(11, f"{report.lease_id} report {report.sequence}", detail)
+
+
+def check_terms_trace(session: Session) -> Iterator[Finding]:
+    """Invariant 11: a term's prices are those that its round published; between rounds an ask may have risen above."""
+    published: dict[int, dict[str, int]] = {}
+    terms = select(Term, Placement.lane).join(Placement, Placement.placement_id == Term.placement_id)
+    for term, lane in session.execute(terms.where(Term.round_number.is_not(None))):
+        if term.round_number not in published:
+            published[term.round_number] = json.loads(session.get_one(Round, term.round_number).prices)
+        for row in Award.model_validate_json(term.award).pools:
+            price = published[term.round_number].get(row.pool_id)
+            sold = row.price_micros_per_gpu_hour
+            if price is None or (sold != price and (lane != "instant" or sold < price)):
+                name = f"{term.placement_id} term {term.number}"
+                yield Finding(11, name, f"{row.pool_id} is sold at {sold}, round {term.round_number} says {price}")
 
 
 def check_usage_money(session: Session) -> Iterator[Finding]:

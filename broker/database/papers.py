@@ -17,12 +17,12 @@ class Term(Table):
     __tablename__ = "terms"
     placement_id: Mapped[str] = mapped_column(ForeignKey("placements.placement_id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
-    round_number: Mapped[int | None] = mapped_column(ForeignKey("rounds.round_number"))
     award: Mapped[str] = mapped_column(Text)
     starts_ms: Mapped[int | None]
     ends_ms: Mapped[int | None]
     reserved_micros: Mapped[int]
     charged_micros: Mapped[int] = mapped_column(default=0)
+    round_number: Mapped[int | None] = mapped_column(ForeignKey("rounds.round_number"))
     __table_args__ = (CheckConstraint("charged_micros <= reserved_micros", name="term_charge_bound"),)
 
 

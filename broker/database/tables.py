@@ -247,7 +247,6 @@ class Placement(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), index=True)
     epoch: Mapped[int]
     round_number: Mapped[int] = mapped_column(ForeignKey("rounds.round_number"))
-    lane: Mapped[str] = mapped_column(default="round", server_default="round")
     state: Mapped[str]
     configuration: Mapped[str] = mapped_column(Text)
     configuration_key: Mapped[str] = mapped_column(String(500))
@@ -269,6 +268,7 @@ class Placement(Table):
     base_round: Mapped[int] = mapped_column(default=0)
     base_hash: Mapped[str] = mapped_column(default="")
     base_samples: Mapped[int] = mapped_column(default=0)
+    lane: Mapped[str] = mapped_column(default="round", server_default="round")
     __table_args__ = (
         Index("one_placement_per_epoch", "job_id", "epoch", unique=True),
         Index("one_live_placement_per_job", "job_id", unique=True, **_where("state <> 'ended'")),
@@ -447,8 +447,8 @@ class Event(Table):
     before: Mapped[str] = mapped_column(default="")
     after: Mapped[str] = mapped_column(default="")
     detail: Mapped[str] = mapped_column(String(1000), default="")
-    actor: Mapped[str | None] = mapped_column(String(120))
     created_ms: Mapped[int]
+    actor: Mapped[str | None] = mapped_column(String(120))
 
 
 class Artifact(Table):

@@ -99,7 +99,7 @@ def _listens(site: Site) -> bool:
 
 def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolState]:
     held = _held_by_pool(session, sites, now_ms)
-    free = _free_by_pool(session)
+    free = free_by_pool(session)
     rows = []
     for pool in session.scalars(select(Pool).order_by(Pool.pool_id)):
         site = sites.get(pool.site_id)
@@ -135,7 +135,7 @@ def _held_by_pool(session: Session, sites: dict[str, Site], now_ms: int) -> dict
     return held
 
 
-def _free_by_pool(session: Session) -> dict[str, int]:
+def free_by_pool(session: Session) -> dict[str, int]:
     """Count the present GPUs that serve no lease, not even one that ended and may still have processes."""
     taken = select(LeasedGpu.gpu_id).where(
         LeasedGpu.site_id == Gpu.site_id, LeasedGpu.gpu_id == Gpu.gpu_id, LeasedGpu.live

@@ -45,6 +45,7 @@ def _submit(world: World) -> None:
                 "budget_micros": world.rng.randrange(5, 80) * 1_000_000,
                 "bid_micros_per_million_samples": world.rng.randrange(5, 90) * 1_000_000,
                 "sites_max": world.rng.choice([1, 3, 3]),
+                "start": world.rng.choice(["round", "round", "round", "now"]),
                 "workload": {
                     "samples": world.rng.randrange(5, 60) * SAMPLES_PER_ROUND,
                     "batch_per_gpu": 8,

@@ -81,6 +81,7 @@ FAULTS = (
     Fault("sites whose outer states have parted", PARTED_CHECKPOINTS, 12, "job", "ada (round 7): aaa…; bob (round 7): bbb…"),
     Fault("a price above the bid", ("UPDATE placements SET charge_micros_per_hour = value_micros_per_hour + 1",), 11, "placement", "its bid values at"),
     Fault("a site paid below its price", ("UPDATE usage_reports SET payout_micros = payout_micros - 100, fee_micros = fee_micros + 100 WHERE lease_id = 'lease_ada' AND sequence = 1",), 11, "lease_ada report 1", "its term prices at"),
+    Fault("a term that no round priced", ("UPDATE rounds SET prices = '{}'", "UPDATE terms SET round_number = 1"), 11, "placement term 1", "round 1 says None"),
     Fault("a report out of balance", ("UPDATE usage_reports SET charge_micros = charge_micros + 1 WHERE lease_id = 'lease_ada' AND sequence = 1",), 14, "lease_ada report 1", "was given and"),
     Fault("a charge never posted", ("UPDATE usage_reports SET charge_micros = charge_micros + 1 WHERE lease_id = 'lease_ada' AND sequence = 1",), 14, "lease_ada", "was charged by its reports"),
     Fault("an uplift never drawn", ("UPDATE usage_reports SET uplift_micros = 0 WHERE lease_id = 'lease_ada'",), 14, "lease_ada", "drawn from equity"),
