@@ -30,6 +30,16 @@ from training.spec import Digest, SiteId, SyncPlan, Workload
 ATTEMPT_ENVIRONMENT: Final = "HANSA_ATTEMPT"
 
 
+class LinkSpeed(BaseModel):
+    """The measured bandwidth of one directed link between two sites of the job."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    from_site: SiteId
+    to_site: SiteId
+    bandwidth_bits_per_s: float = Field(gt=0)
+
+
 class AttemptContext(BaseModel):
     """What the ranks of one site need to know. Paths are as the ranks see them."""
 
@@ -46,6 +56,7 @@ class AttemptContext(BaseModel):
     checkpoint_dir: str
     output_dir: str
     resume_from: str | None = Field(default=None, description="a checkpoint file to start from")
+    links: tuple[LinkSpeed, ...] = Field(default=(), description="for edge weights; the same at every site")
 
 
 class GatewayConfig(BaseModel):

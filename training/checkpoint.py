@@ -53,6 +53,15 @@ class StateHeader(BaseModel):
     inner_steps: int = Field(ge=0)
     optimizer_groups: str = "[]"
     python_random: str = ""
+    # Of strategies whose state is more than theta and velocity, or that train on while a round travels: their
+    # other arrays, the samples of the block under way, for joiners and for this site, how far it has come,
+    # and the samples whose work waits in the carry.
+    parts: tuple[str, ...] = Field(default=(), max_length=64)
+    pending: tuple[tuple[int, int], ...] = ()
+    block: tuple[tuple[int, int], ...] = ()
+    owed: tuple[tuple[int, int], ...] = ()
+    block_steps: int = Field(default=0, ge=0)
+    complete_round: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,17 @@ class State:
     @property
     def done(self) -> tuple[SampleRange, ...]:
         """The samples in the chain up to this state."""
-        return tuple(SampleRange(start, stop) for start, stop in self.header.done)
+        return ranges_of(self.header.done)
+
+
+def ranges_of(pairs: Sequence[tuple[int, int]]) -> tuple[SampleRange, ...]:
+    """Return what a header's pairs stand for."""
+    return tuple(SampleRange(start, stop) for start, stop in pairs)
+
+
+def pairs_of(ranges: Sequence[SampleRange]) -> tuple[tuple[int, int], ...]:
+    """Return ranges as a header holds them."""
+    return tuple((each.start, each.stop) for each in ranges)
 
 
 def write_state(path: Path, state: State) -> None:
@@ -102,7 +121,7 @@ def read_state(path: Path, fragments: Sequence[Fragment], layout: str) -> State:
         raise CheckpointError(message)
     return State(
         header=header,
-        outer={part: _outer_part(path, tensors, part, fragments) for part in _OUTER_PARTS},
+        outer={part: _outer_part(path, tensors, part, fragments) for part in (*_OUTER_PARTS, *header.parts)},
         optimizer=_under("optimizer/", tensors),
         buffers=_under("buffer/", tensors),
         torch_random=tuple(tensors[name] for name in _random_names(tensors)),

@@ -72,6 +72,65 @@ def deal(
     return dealt
 
 
+def deal_apart(
+    total: int,
+    done: Ranges,
+    members: Sequence[MemberSeat],
+    site_id: str,
+    *,
+    period_steps: int,
+    batch_per_gpu: int,
+    helps: bool,
+) -> Ranges:
+    """Return one member's next samples where sites do not proceed in step.
+
+    Samples are cut into cells of period_steps * batch_per_gpu, and cell c belongs to GPU c mod all GPUs, so a
+    site that is ahead leaves the others' cells alone, whatever they have done of them. Whoever has finished its own and
+    `helps` takes the last samples that are left of the others', from the far end.
+    """
+    seats = sorted(members, key=lambda seat: seat.site_id)
+    all_gpus = sum(seat.gpus for seat in seats)
+    first = sum(seat.gpus for seat in seats if seat.site_id < site_id)
+    gpus = next((seat.gpus for seat in seats if seat.site_id == site_id), 0)
+    if not gpus:
+        return ()
+    cell = period_steps * batch_per_gpu
+    left = open_ranges(total, done)
+    taken: list[SampleRange] = []
+    for each in left:
+        number = each.start // cell
+        while number * cell < each.stop:
+            # Jump over the cells of other sites; there may be a great many.
+            ahead = (first - number) % all_gpus
+            if ahead and (number - first) % all_gpus >= gpus:
+                number += ahead
+                continue
+            start, stop = max(each.start, number * cell), min(each.stop, (number + 1) * cell)
+            if start < stop:
+                taken.append(SampleRange(start, stop))
+                if count(taken) >= gpus * cell:
+                    return union(_split(taken, gpus * cell)[0])
+            number += 1
+    if taken or not helps:
+        return union(taken)
+    everything = count(left)
+    return tuple(_split(list(left), max(0, everything - gpus * cell))[1])
+
+
+def without(ranges: Iterable[SampleRange], done: Ranges) -> Ranges:
+    """Return the samples of `ranges` that are not in `done`."""
+    found: list[SampleRange] = []
+    for each in union(ranges):
+        inside = [SampleRange(max(d.start, each.start), min(d.stop, each.stop)) for d in done if _meet(d, each)]
+        gaps = open_ranges(each.stop, tuple(inside))
+        found += [SampleRange(max(gap.start, each.start), gap.stop) for gap in gaps if gap.stop > each.start]
+    return tuple(found)
+
+
+def _meet(one: SampleRange, other: SampleRange) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
+
+
 def _split(ranges: list[SampleRange], samples: int) -> tuple[list[SampleRange], list[SampleRange]]:
     """Return the first `samples` samples of `ranges`, and the rest."""
     first: list[SampleRange] = []

@@ -110,6 +110,10 @@ class Exchange(Protocol):
         """Wait until `round_number` is sealed. Raises training.errors.ExchangeError after patience."""
         ...
 
+    def sealed_already(self, round_number: int) -> SealedRound | None:
+        """Return `round_number` where it is sealed by now, None where it is not; does not wait."""
+        ...
+
     def fetch_fragment(self, round_number: int, site_id: str, fragment: int) -> bytes:
         """Return a fragment of a sealed contribution, verified against its signed digest."""
         ...

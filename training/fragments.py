@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +32,7 @@ class Piece:
     name: str
     start: int
     stop: int
+    embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,9 @@ class Fragment:
         return self.number % world
 
 
-def partition(sizes: Sequence[tuple[str, int]], target: int | None = None) -> tuple[Fragment, ...]:
+def partition(
+    sizes: Sequence[tuple[str, int]], target: int | None = None, embeddings: Collection[str] = ()
+) -> tuple[Fragment, ...]:
     """Cut parameters, given as (name, elements) in model order, into fragments of about `target` elements.
 
     The default target is an eighth of the model, between TARGET_MIN and TARGET_MAX. Every element
@@ -63,7 +66,7 @@ def partition(sizes: Sequence[tuple[str, int]], target: int | None = None) -> tu
     assert 0 < target <= ELEMENTS_MAX, target
     groups: list[list[Piece]] = []
     room = 0
-    for piece in _pieces(sizes, target):
+    for piece in _pieces(sizes, target, embeddings):
         length = piece.stop - piece.start
         if length > room or not groups:
             groups.append([])
@@ -75,10 +78,10 @@ def partition(sizes: Sequence[tuple[str, int]], target: int | None = None) -> tu
     return fragments
 
 
-def _pieces(sizes: Iterable[tuple[str, int]], target: int) -> Iterable[Piece]:
+def _pieces(sizes: Iterable[tuple[str, int]], target: int, embeddings: Collection[str]) -> Iterable[Piece]:
     for name, elements in sizes:
         for start in range(0, elements, target):
-            yield Piece(name, start, min(start + target, elements))
+            yield Piece(name, start, min(start + target, elements), embedding=name in embeddings)
 
 
 def assert_complete(fragments: Sequence[Fragment], sizes: Sequence[tuple[str, int]]) -> None:

@@ -59,10 +59,10 @@ def outer_step(theta: Values, velocity: Values, merged: Values, rule: OuterRule)
     return theta - np.float32(rule.learning_rate) * direction, velocity
 
 
-def fragment_digest(theta: Values, velocity: Values) -> bytes:
-    """Return the SHA-256 of one fragment's outer state, as little-endian float32."""
+def fragment_digest(*parts: Values) -> bytes:
+    """Return the SHA-256 of one fragment's outer state (parameters, velocity, …), as little-endian float32."""
     digest = hashlib.sha256()
-    for values in (theta, velocity):
+    for values in parts:
         digest.update(np.ascontiguousarray(values, dtype="<f4").data)
     return digest.digest()
 

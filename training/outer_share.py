@@ -1,62 +1,70 @@
 """A rank's share of its site's outer state: what it contributes to a round, and how it applies one.
 
-Each fragment has one owner rank, which alone keeps its outer parameters, velocity and carry. No
-network here: `training.session` moves the bytes through the exchange.
+Each fragment has one owner rank, which alone keeps its outer parameters, velocity and carry. What is contributed and
+how it is merged is the strategy's (`training.strategies`). No network here: `training.synchronizer` moves the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from training import dealing
-from training.codecs import CODECS, Values, decode
+from training.codecs import CODECS, Hint, Values, decode
 from training.errors import CodecError
 from training.exchange import Entry, SampleRange
-from training.fragments import Fragment, layout_digest
-from training.merge import sum_of_squares, weighted_mean
-from training.outer import PLAIN, OuterRule, fragment_digest, outer_step, state_hash
+from training.fragments import layout_digest
+from training.merge import sum_of_squares
+from training.outer import state_hash
+from training.outer_fragment import OwnedFragment, Received
 from training.parameters import Parameters
 from training.ranks import Ranks
+from training.round_statistics import RoundStatistics, measured
+from training.strategies import Strategy
 
-
-@dataclass(slots=True)
-class OwnedFragment:
-    """The outer state of one fragment at its owner. Arrays are flat float32."""
-
-    fragment: Fragment
-    theta: Values
-    velocity: Values
-    carry: Values
-    posted: bytes | None = field(default=None, repr=False)
+Payloads = Mapping[tuple[str, int], bytes]
 
 
 class OuterShare:
     """The outer state of one site, as seen from one of its ranks."""
 
     def __init__(
-        self, parameters: Parameters, ranks: Ranks, rule: OuterRule, *, total_samples: int, merges: bool = True
+        self,
+        parameters: Parameters,
+        ranks: Ranks,
+        strategy: Strategy,
+        *,
+        total_samples: int,
+        merges: bool = True,
+        key: str = "",
     ) -> None:
         """Start at round 0 from the model's present parameters, with nothing done.
 
-        Without `merges` (strategy local) contributions count samples and carry no values.
+        Without `merges` (strategy local) contributions count samples and carry no values. `key` seeds what codecs
+        draw: it names the job's seed and the site.
         """
         self.parameters = parameters
         self.fragments = parameters.fragments
+        self.strategy = strategy
         self.round_number = 0
         self.done: tuple[SampleRange, ...] = ()
+        # The round in which the last sample was sealed; 0 before.
+        self.complete_round = 0
+        self.statistics: RoundStatistics | None = None
         self._layout = layout_digest(self.fragments)
         self._ranks = ranks
-        self._rule = rule
         self._total_samples = total_samples
         self._merges = merges
+        self._key = key
         self.owned: dict[int, OwnedFragment] = {}
         for fragment in self.fragments:
             if fragment.owner(ranks.world) == ranks.rank:
                 theta = parameters.read(fragment)
-                self.owned[fragment.number] = OwnedFragment(fragment, theta, np.zeros_like(theta), np.zeros_like(theta))
+                owned = OwnedFragment(fragment, theta, np.zeros_like(theta), np.zeros_like(theta))
+                strategy.begin(owned, joined=False)
+                self.owned[fragment.number] = owned
 
     @property
     def layout(self) -> str:
@@ -64,10 +72,10 @@ class OuterShare:
         return self._layout
 
     def state_hash(self) -> str:
-        """Return the hash of the whole outer state, on every rank. A collective."""
+        """Return the hash of the outer state on which sites agree, on every rank. A collective."""
         digests = np.zeros((len(self.fragments), 32), dtype=np.uint8)
         for number, owned in self.owned.items():
-            digests[number] = np.frombuffer(fragment_digest(owned.theta, owned.velocity), dtype=np.uint8)
+            digests[number] = np.frombuffer(self.strategy.digest(owned), dtype=np.uint8)
         gathered = self._ranks.gather(digests)
         return state_hash(
             self._layout,
@@ -75,13 +83,40 @@ class OuterShare:
             self.done,
         )
 
-    def contribution(self, codec_name: str) -> dict[int, bytes]:
-        """Encode what this rank's fragments have moved since the last round, and keep the new carries."""
+    def travelling(self, round_number: int) -> Sequence[int]:
+        """Return the fragments that travel in a round; a contribution names them by their place in this list."""
+        return self.strategy.travelling(round_number, len(self.fragments))
+
+    def owned_places(self, round_number: int) -> list[tuple[int, OwnedFragment]]:
+        """Return the fragments of a round that this rank owns, each with its place in the contribution."""
+        travelling = enumerate(self.travelling(round_number))
+        return [(place, self.owned[number]) for place, number in travelling if number in self.owned]
+
+    def contribution(self, codec_name: str, round_number: int) -> dict[int, bytes]:
+        """Encode this rank's fragments of a round, by place, and keep the new carries."""
         codec = CODECS[codec_name]
-        for owned in self.owned.values():
-            moved = owned.theta - self.parameters.read(owned.fragment)
-            owned.posted, owned.carry = codec.encode(moved, owned.carry)
-        return {number: owned.posted for number, owned in self.owned.items() if owned.posted is not None}
+        payloads: dict[int, bytes] = {}
+        for place, owned in self.owned_places(round_number):
+            moved = self.strategy.moved(owned, self._present(owned))
+            hint = Hint(self._rounding_key(round_number, owned), self.parameters.shapes(owned.fragment))
+            if self.strategy.keeps_carry:
+                payload, _ = codec.encode(moved, owned.carry, hint, owned.carry)
+            else:
+                payload, _ = codec.encode(moved, None, hint)
+            payloads[place] = owned.posted = payload
+        return payloads
+
+    def offered_again(self, round_number: int) -> dict[int, bytes]:
+        """Return what was posted for an earlier round that went without it, for this one."""
+        return {place: owned.posted for place, owned in self.owned_places(round_number) if owned.posted is not None}
+
+    def _present(self, owned: OwnedFragment) -> Values:
+        reads = self.parameters.read_gradients if self.strategy.gradients else self.parameters.read
+        return reads(owned.fragment)
+
+    def _rounding_key(self, round_number: int, owned: OwnedFragment) -> int:
+        name = f"hansa rounding {self._key} {round_number} {owned.fragment.number}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
     def adopt(self) -> None:
         """Take the model's present parameters as the outer ones, as a `local` job does each round."""
@@ -91,24 +126,24 @@ class OuterShare:
     def shelve(self) -> None:
         """Take back into the carry what was posted for a round that this site will not apply."""
         for owned in self.owned.values():
-            if owned.posted is not None:
+            if owned.posted is not None and self.strategy.keeps_carry:
                 owned.carry = owned.carry + decode(owned.posted, owned.fragment.elements)
             owned.posted = None
 
-    def has_content(self, entry: Entry) -> bool:
-        """Return whether `entry` has all fragments of this model, and a weight to merge them with."""
-        return self._merges and entry.weight > 0 and len(entry.fragments) == len(self.fragments)
+    def has_content(self, entry: Entry, round_number: int) -> bool:
+        """Return whether `entry` has all fragments of its round, and a weight to merge them with."""
+        return self._merges and entry.weight > 0 and len(entry.fragments) == len(self.travelling(round_number))
 
-    def verdict(self, entries: Sequence[Entry], payloads: dict[tuple[str, int], bytes]) -> tuple[Entry, ...]:
+    def verdict(self, entries: Sequence[Entry], payloads: Payloads, round_number: int) -> tuple[Entry, ...]:
         """Return the entries that count, in site order, alike on every rank and site. A collective.
 
-        `payloads` holds this rank's fragments of each entry that has any, by site and fragment.
+        `payloads` holds this rank's fragments of each entry that has any, by site and place.
         Left out are entries with samples done before, claimed by an earlier entry or beyond the
         job's; those that claim samples without a weight or without all fragments; and those with a
         fragment that does not decode.
         """
         entries = sorted(entries, key=lambda entry: entry.site_id)
-        broken = self._ranks.any_of([not self._decodes(entry, payloads) for entry in entries])
+        broken = self._ranks.any_of([not self._decodes(entry, payloads, round_number) for entry in entries])
         counted: list[Entry] = []
         claimed = list(self.done)
         for entry, is_broken in zip(entries, broken, strict=True):
@@ -119,14 +154,14 @@ class OuterShare:
             counted.append(entry)
         return tuple(counted)
 
-    def _decodes(self, entry: Entry, payloads: dict[tuple[str, int], bytes]) -> bool:
+    def _decodes(self, entry: Entry, payloads: Payloads, round_number: int) -> bool:
         if not self._merges or (entry.weight == 0 and not entry.samples):
             return True
-        if not self.has_content(entry):
+        if not self.has_content(entry, round_number):
             return False
         try:
-            for number, owned in self.owned.items():
-                decode(payloads[entry.site_id, number], owned.fragment.elements)
+            for place, owned in self.owned_places(round_number):
+                decode(payloads[entry.site_id, place], owned.fragment.elements)
         except CodecError:
             return False
         return True
@@ -135,49 +170,80 @@ class OuterShare:
         self,
         round_number: int,
         counted: Sequence[Entry],
-        payloads: dict[tuple[str, int], bytes],
+        payloads: Payloads,
         *,
         own_counts: bool,
         scatter: bool,
+        offer_again: bool = False,
     ) -> None:
-        """Merge the counted entries, step, and give the model the new outer parameters. A collective.
+        """Merge the counted entries and give the model what the strategy makes of it. A collective.
 
-        Without `own_counts` what this site posted returns to its carry. Without `scatter` the
-        model is left alone.
+        Without `own_counts` what this site posted returns to its carry, or waits where it will be offered again.
+        Without `scatter` the model is left alone.
         """
         assert round_number == self.round_number + 1, f"round {round_number} after {self.round_number}"
-        merged = [entry for entry in counted if self.has_content(entry)]
-        rule = PLAIN if len(merged) == 1 else self._rule
-        for number, owned in self.owned.items():
+        merged = [entry for entry in counted if self.has_content(entry, round_number)]
+        if merged:
+            self.strategy.observe([entry.site_id for entry in merged])
+        rows = []
+        for place, owned in self.owned_places(round_number):
             elements = owned.fragment.elements
             if merged:
-                mean = weighted_mean(
-                    (entry.weight, decode(payloads[entry.site_id, number], elements)) for entry in merged
-                )
-                theta, velocity = outer_step(owned.theta, owned.velocity, mean, rule)
-                owned.theta = theta
-                owned.velocity = velocity if len(merged) > 1 else owned.velocity
-            if owned.posted is not None and not own_counts:
-                owned.carry = owned.carry + decode(owned.posted, elements)
-            owned.posted = None
+                received = [
+                    Received(entry.site_id, entry.weight, decode(payloads[entry.site_id, place], elements))
+                    for entry in merged
+                ]
+                self.strategy.merge(owned, received, round_number)
+                rows.append(measured(received))
+        self.statistics = RoundStatistics.gathered(self._ranks, merged, rows)
+        if own_counts:
+            for owned in self.owned.values():
+                owned.posted = None
+        elif not offer_again:
+            self.shelve()
         self.done = dealing.union([*self.done, *(each for entry in counted for each in entry.samples)])
         self.round_number = round_number
+        if not self.complete_round and dealing.count(self.done) >= self._total_samples:
+            self.complete_round = round_number
         if scatter:
-            self.scatter()
+            self._hand_over(self.travelling(round_number))
+
+    def _hand_over(self, numbers: Sequence[int]) -> None:
+        """Give every rank's model what its owners adopt of these fragments. A collective."""
+        writes = self.parameters.write_gradients if self.strategy.gradients else self.parameters.write
+        for number in numbers:
+            fragment, owned = self.fragments[number], self.owned.get(number)
+            values = (
+                np.empty(fragment.elements, dtype=np.float32)
+                if owned is None
+                else np.ascontiguousarray(self.strategy.adopted(owned, self._present(owned)))
+            )
+            writes(fragment, self._ranks.broadcast(values, fragment.owner(self._ranks.world)))
 
     def scatter(self) -> None:
         """Set every rank's model to the outer parameters of the fragments' owners. A collective."""
         for number, theta in self._each(lambda owned: owned.theta):
             self.parameters.write(self.fragments[number], theta)
 
+    def scatter_inner(self, inner: Mapping[int, Values]) -> None:
+        """Set the model to inner parameters that a checkpoint kept beside the outer ones, the same at every rank."""
+        for number, values in inner.items():
+            self.parameters.write(self.fragments[number], values)
+
     def gathered(self) -> dict[str, dict[int, Values]]:
-        """Return all fragments' theta, velocity and carry on rank 0, empty elsewhere. A collective."""
+        """Return all fragments' theta, velocity, carry and extras on rank 0, empty elsewhere. A collective."""
         parts = {
             "theta": dict(self._each(lambda owned: owned.theta)),
             "velocity": dict(self._each(lambda owned: owned.velocity)),
             "carry": dict(self._each(lambda owned: owned.carry)),
         }
+        for name in self.strategy.extras:
+            parts[name] = dict(self._each(lambda owned, name=name: owned.extra[name]))  # type: ignore[misc]
         return parts if self._ranks.rank == 0 else {}
+
+    def final(self) -> dict[int, Values]:
+        """Return all fragments of the model that the job delivers, on every rank. A collective."""
+        return dict(self._each(self.strategy.final))
 
     def _each(self, part: Callable[[OwnedFragment], Values]) -> Iterator[tuple[int, Values]]:
         """Yield each fragment's number and its owner's `part`, on every rank."""
@@ -186,16 +252,35 @@ class OuterShare:
             values = np.empty(fragment.elements, dtype=np.float32) if owned is None else part(owned)
             yield fragment.number, self._ranks.broadcast(values, fragment.owner(self._ranks.world))
 
-    def restore(self, round_number: int, done: tuple[SampleRange, ...], state: dict[str, dict[int, Values]]) -> None:
-        """Continue from a state of `round_number`; fragments that `state` lacks a part of get zeros there."""
+    def restore(
+        self,
+        round_number: int,
+        done: tuple[SampleRange, ...],
+        state: Mapping[str, Mapping[int, Values]],
+        *,
+        joined: bool = False,
+    ) -> None:
+        """Continue from a state of `round_number`; fragments that `state` lacks a part of get zeros there.
+
+        `joined` says that the state is another site's.
+        """
         self.round_number = round_number
         self.done = dealing.union(done)
+        extras = [name for name in state if name not in {"theta", "velocity", "carry"}]
+        self.strategy.expect(extras)
         for number, owned in self.owned.items():
             owned.theta = state["theta"][number].copy()
+            owned.extra = {name: state[name][number].copy() for name in extras}
             for name in ("velocity", "carry"):
                 values = state.get(name, {}).get(number)
                 setattr(owned, name, np.zeros_like(owned.theta) if values is None else values.copy())
+            self.strategy.begin(owned, joined=joined)
         self.scatter()
+
+    def follow(self) -> None:
+        """Take the model's parameters as theta, after an optimizer's step on exchanged gradients."""
+        for owned in self.owned.values():
+            owned.theta = self.parameters.read(owned.fragment)
 
     def carry_norm(self) -> float:
         """Return the Euclidean norm of the site's whole carry. A collective."""

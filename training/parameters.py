@@ -6,6 +6,8 @@ where) and `training.outer_share` (what is done with it).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import nn
@@ -29,7 +31,12 @@ class Parameters:
         for name, tensor in self._tensors.items():
             _check(name, tensor)
         sizes = [(name, tensor.numel()) for name, tensor in self._tensors.items() if tensor.numel()]
-        self.fragments: tuple[Fragment, ...] = partition(sizes, fragment_elements)
+        embeddings = {
+            f"{name}.weight".removeprefix(".")
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        }
+        self.fragments: tuple[Fragment, ...] = partition(sizes, fragment_elements, embeddings)
 
     @property
     def elements(self) -> int:
@@ -38,24 +45,60 @@ class Parameters:
 
     def read(self, fragment: Fragment) -> Values:
         """Return a copy of the fragment's values as flat float32 in host memory."""
-        values = np.empty(fragment.elements, dtype=np.float32)
+        return self._read(fragment, self._tensors)
+
+    def read_gradients(self, fragment: Fragment) -> Values:
+        """Return a copy of the fragment's gradients; zeros where a parameter has none."""
+        return self._read(fragment, {name: each.grad for name, each in self._tensors.items()})
+
+    def _read(self, fragment: Fragment, tensors: Mapping[str, torch.Tensor | None]) -> Values:
+        values = np.zeros(fragment.elements, dtype=np.float32)
         offset = 0
         with torch.no_grad():
             for piece in fragment.pieces:
                 length = piece.stop - piece.start
-                part = self._tensors[piece.name].detach().reshape(-1)[piece.start : piece.stop]
-                values[offset : offset + length] = part.to("cpu", torch.float32).numpy()
+                tensor = tensors[piece.name]
+                if tensor is not None:
+                    part = tensor.detach().reshape(-1)[piece.start : piece.stop]
+                    values[offset : offset + length] = part.to("cpu", torch.float32).numpy()
                 offset += length
         return values
 
+    def shapes(self, fragment: Fragment) -> tuple[tuple[int, int], ...]:
+        """Return rows and columns of each piece: of a whole parameter its own, with all but the last axis as rows."""
+        found = []
+        for piece in fragment.pieces:
+            tensor, length = self._tensors[piece.name], piece.stop - piece.start
+            columns = tensor.shape[-1] if tensor.dim() > 1 else length
+            whole = length % columns == 0 and piece.start % columns == 0
+            found.append((length // columns, columns) if whole else (1, length))
+        return tuple(found)
+
+    def write_gradients(self, fragment: Fragment, values: Values) -> None:
+        """Set the fragment's gradients, also of parameters that had none."""
+        for piece in fragment.pieces:
+            tensor = self._tensors[piece.name]
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        self._write(fragment, values, {name: each.grad for name, each in self._tensors.items()})
+
+    def drop_gradients(self) -> None:
+        """Leave the optimizer nothing to step on."""
+        for tensor in self._tensors.values():
+            tensor.grad = None
+
     def write(self, fragment: Fragment, values: Values) -> None:
         """Set the fragment's parameters to `values`, cast to each parameter's own type."""
+        self._write(fragment, values, self._tensors)
+
+    def _write(self, fragment: Fragment, values: Values, tensors: Mapping[str, torch.Tensor | None]) -> None:
         assert values.size == fragment.elements
         offset = 0
         with torch.no_grad():
             for piece in fragment.pieces:
                 length = piece.stop - piece.start
-                tensor = self._tensors[piece.name]
+                tensor = tensors[piece.name]
+                assert tensor is not None, "write_gradients has made it"
                 part = torch.from_numpy(values[offset : offset + length]).to(tensor.device, tensor.dtype)
                 if tensor.is_contiguous():
                     tensor.view(-1)[piece.start : piece.stop].copy_(part)

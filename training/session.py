@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, cast
@@ -25,11 +26,12 @@ from training.checkpoint import write_text
 from training.clock import Clock, SystemClock
 from training.errors import ModelError
 from training.exchange import Exchange, SampleRange
-from training.outer import outer_rule
+from training.metrics import Metrics
 from training.outer_share import OuterShare
 from training.parameters import Parameters
 from training.ranks import Ranks
 from training.roundlog.client import GatewayClient
+from training.strategies import strategy_of
 from training.synchronizer import RoundFigures, Synchronizer
 
 BATCH_ALONE: Final = 16
@@ -136,6 +138,7 @@ class Session:
         self._samples_alone = 0
         self._steps_alone = 0
         self._last: dict[str, float] = {}
+        self.metrics = Metrics(context.site_id if context is not None else "")
         self._synchronizer: Synchronizer | None = None
         if context is not None:
             assert exchange is not None, "an attempt has a round log"
@@ -143,11 +146,12 @@ class Session:
             share = OuterShare(
                 self._parameters,
                 ranks,
-                outer_rule(context.sync),
+                strategy_of(context.sync, context.site_id, context.links),
                 total_samples=context.workload.samples,
                 merges=context.sync.strategy != "local",
+                key=f"{context.seed} {context.site_id}",
             )
-            self._synchronizer = Synchronizer(context, share, ranks, exchange, optimizer)
+            self._synchronizer = Synchronizer(context, share, ranks, exchange, optimizer, clock=self._clock)
 
     # What a script may ask.
 
@@ -203,16 +207,17 @@ class Session:
             yield from self._batches_alone()
             return
         assert self._context is not None
-        while (block := self._synchronizer.block()) is not None:
-            started_s = self._clock.monotonic_s()
-            before = self._synchronizer.inner_steps
-            for numbers in self._steps(block, self._context.workload.batch_per_gpu):
+        synchronizer = self._synchronizer
+        while (block := synchronizer.block()) is not None:
+            started_s, before, behind = self._clock.monotonic_s(), synchronizer.inner_steps, synchronizer.block_steps
+            for numbers in islice(self._steps(block, self._context.workload.batch_per_gpu), behind, None):
+                synchronizer.before_batch()
                 yield self._batch(numbers, self._context.seed)
-                self._synchronizer.inner_steps += 1
-            trained_s = self._clock.monotonic_s() - started_s
-            figures = self._synchronizer.sync(block)
-            sync_s = self._clock.monotonic_s() - started_s - trained_s
-            self._account(block, figures, self._synchronizer.inner_steps - before, trained_s, sync_s)
+                synchronizer.stepped()
+            synchronizer.finish(block)
+            elapsed_s = self._clock.monotonic_s() - started_s
+            self._account(block, synchronizer.drain(), synchronizer.inner_steps - before, elapsed_s)
+        self._account((), synchronizer.drain(), 0, 0.0)
 
     def _batches_alone(self) -> Iterator[Any]:
         total = self._alone.samples
@@ -254,27 +259,33 @@ class Session:
             self._exchange.report({**progress, **self._last, **own})
 
     def _account(
-        self, block: Sequence[SampleRange], figures: RoundFigures, steps: int, trained_s: float, sync_s: float
+        self, block: Sequence[SampleRange], rounds: Sequence[RoundFigures], steps: int, elapsed_s: float
     ) -> None:
+        assert self._context is not None
         totals = self._totals
-        totals.rounds += 1
-        totals.rounds_missed += not figures.counted
-        totals.bytes_posted += figures.bytes_posted
-        totals.bytes_fetched += figures.bytes_fetched
+        stall_s = sum(figures.stall_s for figures in rounds)
+        trained_s = max(0.0, elapsed_s - stall_s)
         totals.train_s += trained_s
-        totals.sync_s += sync_s
-        samples = dealing.count(block)
+        totals.sync_s += stall_s
+        for figures in rounds:
+            totals.rounds += 1
+            totals.rounds_missed += not figures.counted
+            totals.bytes_posted += figures.bytes_posted
+            totals.bytes_fetched += figures.bytes_fetched
+            self.metrics.add(figures)
         self._last = {
             "step_s": trained_s / steps if steps else 0.0,
-            "sync_s": sync_s,
-            "samples_per_s": samples / (trained_s + sync_s) if trained_s + sync_s > 0 else 0.0,
+            "sync_s": stall_s,
+            "samples_per_s": dealing.count(block) / elapsed_s if elapsed_s > 0 else 0.0,
         }
-        self.report(
-            bytes_posted=figures.bytes_posted,
-            bytes_fetched=figures.bytes_fetched,
-            sites_merged=figures.sites_merged,
-            missed=float(not figures.counted),
-        )
+        for figures in rounds:
+            self.report(
+                bytes_posted=figures.bytes_posted,
+                bytes_fetched=figures.bytes_fetched,
+                sites_merged=figures.sites_merged,
+                missed=float(not figures.counted),
+                **self.metrics.row(),
+            )
 
     # The end.
 
@@ -282,11 +293,11 @@ class Session:
         assert self._context is not None
         synchronizer.save()
         residual = synchronizer.share.carry_norm()
-        outer = synchronizer.share.gathered()
+        final = synchronizer.share.final()
         if self._ranks.rank == 0:
             folder = Path(self._context.output_dir)
             part = folder / ".model.safetensors.part"
-            save_file(self._parameters.state(outer["theta"]), part)
+            save_file(self._parameters.state(final), part)
             part.replace(folder / "model.safetensors")
             write_text(folder / "summary.json", json.dumps(self._summary(synchronizer, residual), indent=2) + "\n")
         self._ranks.barrier()
@@ -306,11 +317,13 @@ class Session:
             "last_held_out_loss": totals.last_held_out_loss,
             "outer_hash": self.outer_hash,
             "codec": self._context.sync.codec,
-            "bytes_posted_by_rank_0": totals.bytes_posted,
-            "bytes_fetched_by_rank_0": totals.bytes_fetched,
+            "strategy": self._context.sync.strategy,
+            "bytes_posted": totals.bytes_posted,
+            "bytes_fetched": totals.bytes_fetched,
             "fp32_bytes_if_ddp": steps * elements * _FP32_BYTES * _DDP_DIRECTIONS,
             "fp32_bytes_if_ddp_formula": "inner_steps x parameters x 4 bytes x 2 directions",
             "residual_norm_lost": residual,
             "train_s": round(totals.train_s, 3),
             "sync_s": round(totals.sync_s, 3),
+            "metrics": self.metrics.summary(),
         }

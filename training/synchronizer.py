@@ -1,28 +1,32 @@
 """Follows a job's round log on behalf of one rank: start, deal, sync round, checkpoint.
 
 Rank 0 alone asks the log what is decided (position, seals, members) and tells the other ranks, so
-that all act on the same answer; every rank moves the bytes of the fragments that it owns.
+that all act on the same answer; every rank moves the bytes of the fragments that it owns. When a round is posted and
+when it is applied follows from the strategy: at once, some inner steps later, or inside the optimizer's step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 
 from training import checkpoint, dealing
 from training.attempt import AttemptContext
-from training.checkpoint import State, StateHeader
+from training.checkpoint import State, StateHeader, pairs_of, ranges_of
+from training.clock import Clock, SystemClock
 from training.codecs import CODECS, Values
 from training.dealing import Ranges
-from training.errors import CheckpointError, ExchangeError
+from training.errors import CheckpointError, ExchangeError, ModelError
 from training.exchange import Entry, Exchange, MemberSeat, Position, SealedRound
 from training.outer_share import OuterShare
 from training.ranks import Json, Ranks
+from training.round_statistics import RoundStatistics
 from training.roundlog.errors import ExchangeRefusedError, Reason
 from training.roundlog.view import GENESIS_HASH
 
@@ -32,6 +36,8 @@ NO_CONTENT: Final = bytes(CODECS["fp32"].encode(torch.empty(0).numpy(), None)[0]
 # A snapshot this small (64 M parameters with velocity) is offered after every round; a bigger one
 # at the checkpoint's cadence, and a joiner replays the rounds since.
 SNAPSHOT_EACH_ROUND_BYTES_MAX: Final = 1 << 29
+_INNER: Final = "inner"
+_OWN_ONLY: Final = frozenset({"carry", _INNER})
 
 _POSITION: Final = TypeAdapter(Position)
 _SEALED: Final = TypeAdapter(SealedRound)
@@ -39,12 +45,40 @@ _SEALED: Final = TypeAdapter(SealedRound)
 
 @dataclass(frozen=True, slots=True)
 class RoundFigures:
-    """What one round cost and how it went, at this rank."""
+    """What one round cost and how it went, at this site. Bytes are payload, of all its ranks."""
 
     counted: bool
     sites_merged: int
     bytes_posted: int
-    bytes_fetched: int
+    fetched: dict[str, int] = field(default_factory=dict)
+    elements: int = 0
+    stall_s: float = 0.0
+    round_s: float = 0.0
+    late_rounds: int = 0
+    statistics: RoundStatistics | None = None
+
+    @property
+    def bytes_fetched(self) -> int:
+        """The bytes fetched of all other sites."""
+        return sum(self.fetched.values())
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A contribution on its way: the round that it is offered to, and what came of it so far."""
+
+    number: int
+    samples: Ranges
+    started_s: float
+    has_content: bool = False
+    elements: int = 0
+    is_open: bool = True
+    counted: bool = False
+    sites_merged: int = 0
+    bytes_posted: int = 0
+    fetched: dict[str, int] = field(default_factory=dict)
+    late_rounds: int = 0
+    stall_s: float = 0.0
 
 
 class Synchronizer:
@@ -57,19 +91,34 @@ class Synchronizer:
         ranks: Ranks,
         exchange: Exchange,
         optimizer: torch.optim.Optimizer,
+        *,
+        clock: Clock | None = None,
     ) -> None:
         """Follow the log behind `exchange`; call `start` first."""
         self.context = context
         self.share = share
         self.members: tuple[MemberSeat, ...] = ()
         self.inner_steps = 0
+        self.block_steps = 0
         self._ranks = ranks
         self._exchange = exchange
         self._optimizer = optimizer
+        self._clock = clock or SystemClock()
         self._folder = Path(context.checkpoint_dir)
         self._chain_hash = GENESIS_HASH
         self._outer_hash = ""
         self._is_local = context.sync.strategy == "local"
+        self._flight: _Flight | None = None
+        self._block: Ranges = ()
+        self._pending: Ranges = ()  # in flight, and not to be dealt again
+        self._owed: Ranges = ()  # whose work waits in this site's carry
+        self._resumed_round: int | None = None  # after which a block under way goes on
+        self._weight = 0
+        self._armed = False
+        self._rejoined = False
+        self._figures: list[RoundFigures] = []
+        if share.strategy.gradients:
+            optimizer.register_step_pre_hook(self._before_step)
 
     @property
     def outer_hash(self) -> str:
@@ -90,39 +139,206 @@ class Synchronizer:
             self._outer_hash = self.share.state_hash()
         self._reach(position)
 
-    def block(self) -> Ranges | None:
-        """Return the samples dealt to this site for the next round; None when all of the job's are done."""
-        workload = self.context.workload
-        if dealing.count(self.share.done) >= workload.samples:
-            return None
-        dealt = dealing.deal(
-            workload.samples,
-            self.share.done,
-            self.members,
-            period_steps=self.context.sync.period_steps,
-            batch_per_gpu=workload.batch_per_gpu,
-        )
-        return dealt.get(self.context.site_id, ())
+    # A block of samples, from its deal to its round.
 
-    def sync(self, samples: Ranges) -> RoundFigures:
-        """Contribute what the model learned from `samples`, and apply the round once it is sealed."""
-        number = self.share.round_number + 1
-        posted = self._contribute(number, samples)
-        sealed = self._sealed(number)
-        if sealed is None:
-            self._rejoin()
-            return RoundFigures(counted=False, sites_merged=0, bytes_posted=posted, bytes_fetched=0)
-        counted, fetched = self._apply(sealed)
-        self._keep()
-        merged = sum(entry.weight > 0 for entry in counted)
-        is_counted = any(entry.site_id == self.context.site_id for entry in counted)
-        return RoundFigures(counted=is_counted, sites_merged=merged, bytes_posted=posted, bytes_fetched=fetched)
+    def block(self) -> Ranges | None:
+        """Return the samples dealt to this site for the next round; None when all of the job's are done.
+
+        `block_steps` says how many of its steps lie behind a site that resumes in the middle.
+        """
+        resumed_round, self._resumed_round = self._resumed_round, None
+        if resumed_round == self.share.round_number:
+            return self._block
+        self.block_steps = 0
+        if self._is_over():
+            return None
+        workload = self.context.workload
+        taken = dealing.union([*self.share.done, *self._pending, *self._owed])
+        steps, batch = self.context.sync.round_steps, workload.batch_per_gpu
+        site_id, strategy = self.context.site_id, self.share.strategy
+        if strategy.deals_apart:
+            self._block = dealing.deal_apart(
+                workload.samples,
+                taken,
+                self.members,
+                site_id,
+                period_steps=steps,
+                batch_per_gpu=batch,
+                helps=not strategy.waits,
+            )
+        else:
+            dealt = dealing.deal(workload.samples, taken, self.members, period_steps=steps, batch_per_gpu=batch)
+            self._block = dealt.get(site_id, ())
+        if not self._block and self._flight is not None:
+            # Nothing to train on meanwhile: the round in flight may well be the last.
+            self.settle()
+            return self.block()
+        return self._block
+
+    def _is_over(self) -> bool:
+        share = self.share
+        if dealing.count(share.done) < self.context.workload.samples:
+            return False
+        return share.round_number >= share.complete_round + share.strategy.last_rounds
+
+    def before_batch(self) -> None:
+        """Let the optimizer's next step exchange gradients, where the strategy does."""
+        self._armed = self.share.strategy.gradients
+
+    def stepped(self) -> None:
+        """Count an inner step; a round that was to be applied by now is. A collective then."""
+        self.inner_steps += 1
+        self.block_steps += 1
+        if self.share.strategy.gradients:
+            if self._armed:
+                message = "every_step exchanges gradients inside optimizer.step(), which this batch did not call"
+                raise ModelError(message)
+            self._stepped_together()
+        elif self.block_steps == self.share.strategy.overlap_steps:
+            self.settle()
+
+    def finish(self, samples: Ranges) -> None:
+        """Post what the model learned from a whole block; where the strategy waits for the round, apply it too."""
+        if not self.share.strategy.gradients:
+            self.settle()
+            self.sync(samples)
+        elif not samples:
+            # Nothing was dealt to this site, but the others' gradients step its model too.
+            self.share.parameters.drop_gradients()
+            self.sync(())
+            self._step_optimizer()
+            self._stepped_together()
+
+    def drain(self) -> list[RoundFigures]:
+        """Return the rounds that were settled since the last call."""
+        figures, self._figures = self._figures, []
+        return figures
+
+    def sync(self, samples: Ranges) -> None:
+        """Post a round, and apply it unless the strategy trains on meanwhile."""
+        self.post(samples)
+        if not self.share.strategy.overlap_steps:
+            self.settle()
+
+    def post(self, samples: Ranges) -> None:
+        """Contribute what the model learned from `samples` to the next round."""
+        assert self._flight is None, "one round is in flight at a time"
+        started_s = self._clock.monotonic_s()
+        flight = _Flight(self.share.round_number + 1, dealing.union([*samples, *self._owed]), started_s)
+        self._owed = ()
+        weight = dealing.count(flight.samples)
+        if not weight and self.share.complete_round:
+            weight = self._weight  # a last round: samples are done, but these fragments' work was not sent yet
+        self._weight = weight or self._weight
+        flight.has_content = weight > 0 and not self._is_local
+        if flight.has_content:
+            # Alone there is nothing to save by dropping values: see README, Decisions.
+            codec = "fp32" if len(self.members) == 1 else self.context.sync.codec
+            payloads = self.share.contribution(codec, flight.number)
+            flight.elements = self._elements(flight.number)
+        else:
+            payloads = {0: NO_CONTENT} if self._ranks.rank == 0 else {}
+        self._flight = flight
+        if not self._catch_up(flight):
+            self._offer(flight, payloads, weight)
+        flight.stall_s = self._clock.monotonic_s() - started_s
+        self._pending = flight.samples
+
+    def _catch_up(self, flight: _Flight) -> bool:
+        """Apply the rounds that were sealed while this site computed, and offer what it has to the next one.
+
+        Only where sites do not wait for each other. Returns whether there were any.
+        """
+        strategy, late = self.share.strategy, 0
+        while not strategy.waits and (sealed := self._sealed_already(flight.number)) is not None:
+            late += 1
+            self._settle_round(flight, sealed, is_last=late >= strategy.offers)
+        if late and flight.is_open:
+            self._offer(flight, self.share.offered_again(flight.number), dealing.count(flight.samples))
+        return late > 0
+
+    def settle(self) -> None:
+        """Apply the round in flight, if there is one, once it is sealed. A collective."""
+        flight, strategy = self._flight, self.share.strategy
+        if flight is None:
+            return
+        self._flight = None
+        started_s = self._clock.monotonic_s()
+        while flight.is_open:
+            sealed = self._sealed(flight.number)
+            if sealed is None:
+                flight.is_open = False
+                self._rejoin()
+                break
+            self._settle_round(flight, sealed, is_last=flight.late_rounds + 1 >= strategy.offers)
+            if flight.is_open:
+                self._offer(flight, self.share.offered_again(flight.number), dealing.count(flight.samples))
+        self._pending = ()
+        if not strategy.gradients:
+            self._keep()
+        now_s = self._clock.monotonic_s()
+        self._figures.append(
+            RoundFigures(
+                counted=flight.counted,
+                sites_merged=flight.sites_merged,
+                bytes_posted=flight.bytes_posted,
+                fetched=flight.fetched,
+                elements=flight.elements,
+                stall_s=flight.stall_s + now_s - started_s,
+                round_s=now_s - flight.started_s,
+                late_rounds=flight.late_rounds,
+                statistics=self.share.statistics,
+            )
+        )
+
+    def _settle_round(self, flight: _Flight, sealed: SealedRound, *, is_last: bool) -> None:
+        """Apply a round, and say whether the contribution in flight is in it, goes on to the next, or has to wait."""
+        offers_again = flight.is_open and not is_last and bool(flight.samples)
+        counted, fetched = self._apply(sealed, offer_again=offers_again)
+        for site, size in fetched.items():
+            flight.fetched[site] = flight.fetched.get(site, 0) + size
+        flight.sites_merged = sum(entry.weight > 0 for entry in counted)
+        flight.number = sealed.number + 1
+        if any(entry.site_id == self.context.site_id for entry in counted):
+            flight.counted, flight.is_open = True, False
+        if not flight.is_open:
+            return
+        flight.late_rounds += 1
+        flight.samples = dealing.without(flight.samples, self.share.done)
+        if offers_again and flight.samples:
+            return
+        flight.is_open = False
+        self.share.shelve()
+        if self.share.strategy.deals_apart:
+            self._owed = flight.samples
+
+    def _elements(self, number: int) -> int:
+        return sum(self.share.fragments[fragment].elements for fragment in self.share.travelling(number))
 
     def save(self) -> None:
         """Write a checkpoint of the present round. A collective."""
         state = self._state()
         if state is not None:
             checkpoint.write_checkpoint(self._folder, state, dealing.count(self.share.done))
+
+    # Gradients.
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401, ARG002 - torch's hook
+        """Put the sites' mean gradient in place of this site's, before the optimizer's step."""
+        if self._armed:
+            self._armed = False
+            self.sync(self._block)
+
+    def _step_optimizer(self) -> None:
+        self._armed = False
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _stepped_together(self) -> None:
+        if not self._rejoined:
+            self.share.follow()
+        self._rejoined = False
+        self._keep()
 
     # Start.
 
@@ -153,23 +369,34 @@ class Synchronizer:
                 message = "the log dropped the rounds that this site lacks while it caught up; start the site again"
                 raise ExchangeError(message)
             self._apply(sealed)
+            if self.share.strategy.gradients:
+                self._step_optimizer()
+                self.share.follow()
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path, self.share.fragments, self.share.layout)
         is_own = state.header.site_id == self.context.site_id
-        if is_own:
+        if is_own or self.share.strategy.gradients:
             checkpoint.restore_optimizer(self._optimizer, state.optimizer, state.header.optimizer_groups)
+        if is_own:
             buffers = dict(self.share.parameters.module.named_buffers())
             for name, saved in state.buffers.items():
                 if name in buffers:
                     buffers[name].copy_(saved)
             checkpoint.restore_random(state, self._ranks.rank)
             self.inner_steps = state.header.inner_steps
-        outer = state.outer if is_own else {part: state.outer[part] for part in ("theta", "velocity")}
-        self._restore(state, outer, path)
+            self._owed = ranges_of(state.header.owed)
+        outer = state.outer if is_own else {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
+        inner = outer.get(_INNER, {})
+        self._restore(state, {part: each for part, each in outer.items() if part != _INNER}, path, joined=not is_own)
+        if inner:
+            self.share.scatter_inner(inner)
+            self._block, self.block_steps = ranges_of(state.header.block), state.header.block_steps
+            self._resumed_round = self.share.round_number
 
-    def _restore(self, state: State, outer: dict[str, dict[int, Values]], path: Path) -> None:
-        self.share.restore(state.header.round_number, state.done, outer)
+    def _restore(self, state: State, outer: dict[str, dict[int, Values]], path: Path, *, joined: bool) -> None:
+        self.share.restore(state.header.round_number, state.done, outer, joined=joined)
+        self.share.complete_round = state.header.complete_round
         self._chain_hash = state.header.chain_hash
         self._outer_hash = self.share.state_hash()
         if self._outer_hash != state.header.outer_hash:
@@ -182,7 +409,13 @@ class Synchronizer:
         self._on_rank_0(lambda: {"round": self._exchange.fetch_snapshot(str(path))})
         state = checkpoint.read_state(path, self.share.fragments, self.share.layout)
         carry = {number: owned.carry for number, owned in self.share.owned.items()}
-        self._restore(state, {"theta": state.outer["theta"], "velocity": state.outer["velocity"], "carry": carry}, path)
+        outer = {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
+        self._restore(state, {**outer, "carry": carry}, path, joined=True)
+        if self.share.strategy.gradients:
+            checkpoint.restore_optimizer(self._optimizer, state.optimizer, state.header.optimizer_groups)
+        if state.header.pending:
+            # The offering site trains on these now. This site sits the round out and is dealt to from the next one on.
+            self._block, self._resumed_round, self.block_steps = (), self.share.round_number, 0
         self._ranks.barrier()
         if self._ranks.rank == 0:
             path.unlink()
@@ -195,39 +428,32 @@ class Synchronizer:
             message = "the log sent this site for a snapshot and then offered none; start it from its newest checkpoint"
             raise ExchangeError(message)
         self._reach(position)
+        if self.share.strategy.gradients:
+            self.share.parameters.drop_gradients()  # the step under way belongs to a state that is gone
+            self._rejoined = True
 
     # One round.
 
-    def _contribute(self, number: int, samples: Ranges) -> int:
-        """Post and commit; return the bytes posted. A refusal is no error: the round goes on without us."""
-        payloads = self._payloads(has_content=bool(samples) and not self._is_local)
-        refused = False
+    def _offer(self, flight: _Flight, payloads: dict[int, bytes], weight: int) -> None:
+        """Post and commit. A refusal is no error: the round goes on without us."""
+        number, refused = flight.number, False
         try:
-            for fragment, payload in payloads.items():
-                self._exchange.post_fragment(number, fragment, payload)
+            for place, payload in payloads.items():
+                self._exchange.post_fragment(number, place, payload)
         except ExchangeRefusedError as refusal:
             refused = _is_passing(refusal)
         # Also the barrier that rank 0 needs before it commits.
-        (refused,) = self._ranks.any_of([refused])
-        if not refused:
-            self._on_rank_0(lambda: self._commit(number, samples))
-        return sum(map(len, payloads.values()))
+        told = np.array([refused, sum(map(len, payloads.values()))], dtype=np.int64)
+        by_rank = self._ranks.gather(told)
+        flight.bytes_posted += int(sum(int(each[1]) for each in by_rank))
+        if not any(bool(each[0]) for each in by_rank):
+            fragments = len(self.share.travelling(number)) if flight.has_content else 1
+            self._on_rank_0(lambda: self._commit(number, flight.samples, weight, fragments))
 
-    def _payloads(self, *, has_content: bool) -> dict[int, bytes]:
-        if not has_content:
-            return {0: NO_CONTENT} if self._ranks.rank == 0 else {}
-        # Alone there is nothing to save by dropping values: see README, Decisions.
-        return self.share.contribution("fp32" if len(self.members) == 1 else self.context.sync.codec)
-
-    def _commit(self, number: int, samples: Ranges) -> Json:
-        fragments = 1 if self._is_local or not samples else len(self.share.fragments)
+    def _commit(self, number: int, samples: Ranges, weight: int, fragments: int) -> Json:
         try:
             self._exchange.commit(
-                number,
-                weight=dealing.count(samples),
-                samples=samples,
-                fragments=fragments,
-                outer_hash=self._outer_hash,
+                number, weight=weight, samples=samples, fragments=fragments, outer_hash=self._outer_hash
             )
         except ExchangeRefusedError as refusal:
             return {"refused": _is_passing(refusal)}
@@ -235,40 +461,61 @@ class Synchronizer:
 
     def _sealed(self, number: int) -> SealedRound | None:
         """Return the sealed round, None where this site must take a snapshot instead."""
+        return self._asked(lambda: self._exchange.await_sealed(number))
 
+    def _sealed_already(self, number: int) -> SealedRound | None:
+        """Return the round if it is sealed; None where it is not, or where a snapshot is needed instead."""
+        return self._asked(lambda: self._exchange.sealed_already(number))
+
+    def _asked(self, question: Callable[[], SealedRound | None]) -> SealedRound | None:
         def ask() -> Json:
             try:
-                return {"sealed": _SEALED.dump_python(self._exchange.await_sealed(number), mode="json")}
+                sealed = question()
             except ExchangeRefusedError as refusal:
                 if refusal.reason != Reason.SNAPSHOT_NEEDED:
                     raise
-                return {"sealed": None}
+                sealed = None
+            return {"sealed": None if sealed is None else _SEALED.dump_python(sealed, mode="json")}
 
         answer = self._on_rank_0(ask)["sealed"]
         return None if answer is None else _SEALED.validate_python(answer)
 
-    def _apply(self, sealed: SealedRound) -> tuple[tuple[Entry, ...], int]:
-        """Fetch, judge, merge and report; return the entries that count and the bytes fetched."""
+    def _apply(self, sealed: SealedRound, *, offer_again: bool = False) -> tuple[tuple[Entry, ...], dict[str, int]]:
+        """Fetch, judge, merge and report; return the entries that count and this site's bytes fetched by site."""
+        share, number = self.share, sealed.number
         payloads: dict[tuple[str, int], bytes] = {}
-        for entry in filter(self.share.has_content, sealed.entries):
-            for number in self.share.owned:
-                payloads[entry.site_id, number] = self._exchange.fetch_fragment(sealed.number, entry.site_id, number)
-        counted = self.share.verdict(sealed.entries, payloads)
+        for entry in sealed.entries:
+            if share.has_content(entry, number):
+                for place, _ in share.owned_places(number):
+                    payloads[entry.site_id, place] = self._exchange.fetch_fragment(number, entry.site_id, place)
+        counted = share.verdict(sealed.entries, payloads, number)
         if self._is_local:
-            self.share.adopt()
-        self.share.apply(
-            sealed.number,
+            share.adopt()
+        share.apply(
+            number,
             counted,
             payloads,
             own_counts=any(entry.site_id == self.context.site_id for entry in counted),
             scatter=not self._is_local,
+            offer_again=offer_again,
         )
+        if share.strategy.gradients and not any(share.has_content(entry, number) for entry in counted):
+            share.parameters.drop_gradients()
         self.members = sealed.members
         self._chain_hash = sealed.manifest_hash
-        self._outer_hash = self.share.state_hash()
-        self._on_rank_0(lambda: self._report_applied(sealed.number))
-        fetched = sum(len(each) for (site, _), each in payloads.items() if site != self.context.site_id)
-        return counted, fetched
+        self._outer_hash = share.state_hash()
+        self._on_rank_0(lambda: self._report_applied(number))
+        return counted, self._fetched(sealed.entries, payloads)
+
+    def _fetched(self, entries: tuple[Entry, ...], payloads: dict[tuple[str, int], bytes]) -> dict[str, int]:
+        """Return the bytes that the site's ranks together fetched of each other site."""
+        others = [entry.site_id for entry in entries if entry.site_id != self.context.site_id]
+        own = np.array(
+            [sum(len(each) for (site, _), each in payloads.items() if site == other) for other in others],
+            dtype=np.int64,
+        )
+        total = np.sum(self._ranks.gather(own), axis=0) if others else own
+        return {other: int(size) for other, size in zip(others, total, strict=True)}
 
     def _report_applied(self, number: int) -> Json:
         self._exchange.applied(number, self._outer_hash)
@@ -305,9 +552,14 @@ class Synchronizer:
             return
         if is_snapshot_due:
             path = self._folder / "snapshot.safetensors"
-            outer = {part: state.outer[part] for part in ("theta", "velocity")}
-            bare = state.header.model_copy(update={"optimizer_groups": "[]", "python_random": ""})
-            checkpoint.write_state(path, State(bare, outer))
+            outer = {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
+            parts = tuple(part for part in state.header.parts if part not in _OWN_ONLY)
+            bare = state.header.model_copy(
+                update={"python_random": "", "parts": parts, "block": (), "block_steps": 0, "owed": ()}
+                | ({} if self.share.strategy.gradients else {"optimizer_groups": "[]"})
+            )
+            optimizer = state.optimizer if self.share.strategy.gradients else {}
+            checkpoint.write_state(path, State(bare, outer, optimizer))
             self._exchange.offer_snapshot(self.share.round_number, str(path))
         if is_checkpoint_due:
             checkpoint.write_checkpoint(self._folder, state, dealing.count(self.share.done))
@@ -318,6 +570,10 @@ class Synchronizer:
         randoms = self._ranks.gather(checkpoint.torch_random_state())
         if self._ranks.rank != 0:
             return None
+        overlaps = self.share.strategy.overlap_steps > 0
+        if overlaps:
+            read = self.share.parameters.read
+            outer[_INNER] = {fragment.number: read(fragment) for fragment in self.share.fragments}
         tensors, groups = checkpoint.optimizer_state(self._optimizer)
         header = StateHeader(
             format="hansa-state-1",
@@ -326,10 +582,16 @@ class Synchronizer:
             chain_hash=self._chain_hash,
             outer_hash=self._outer_hash,
             layout=self.share.layout,
-            done=tuple((each.start, each.stop) for each in self.share.done),
+            done=pairs_of(self.share.done),
             inner_steps=self.inner_steps,
             optimizer_groups=groups,
             python_random=checkpoint.python_random_state(),
+            parts=tuple(part for part in outer if part not in {"theta", "velocity", "carry"}),
+            pending=pairs_of(self._block) if overlaps else (),
+            block=pairs_of(self._block) if overlaps else (),
+            block_steps=self.block_steps if overlaps else 0,
+            owed=pairs_of(self._owed),
+            complete_round=self.share.complete_round,
         )
         buffers = {name: each.detach().to("cpu").clone() for name, each in self.share.parameters.module.named_buffers()}
         return State(header, outer, tensors, buffers, tuple(torch.from_numpy(each) for each in randoms))

@@ -20,6 +20,10 @@ def _nobody(number: int, site: str) -> bool:
     return False
 
 
+def _unheld(number: int) -> bool:
+    return False
+
+
 def _untouched(number: int, site: str, fragment: int, payload: bytes) -> bytes:
     return payload
 
@@ -38,7 +42,9 @@ class _Contribution:
 
 @dataclass
 class MemoryLog:
-    """The hub. `excluded(round, site)` decides who is left out; `tamper(round, site, n, bytes)` damages blobs."""
+    """The hub. With a `quorum`, that many contributions seal a round, unless `hold(round)` still waits for more.
+
+    `excluded(round, site)` decides who is left out; `tamper(round, site, n, bytes)` damages blobs."""
 
     members: list[MemberSeat]
     base_round: int = 0
@@ -52,6 +58,8 @@ class MemoryLog:
     applied: dict[int, dict[str, str]] = field(default_factory=dict)
     reports: list[tuple[str, dict[str, float]]] = field(default_factory=list)
     snapshot: tuple[int, bytes] | None = None
+    quorum: int | None = None
+    hold: Callable[[int], bool] = _unheld
     joiners: set[str] = field(default_factory=set)
     condition: threading.Condition = field(default_factory=threading.Condition)
 
@@ -84,7 +92,10 @@ class MemoryLog:
     def _seal_complete(self) -> None:
         number = self.newest() + 1
         posted = self.contributions.get(number, {})
-        if self.members and {seat.site_id for seat in self.members} <= posted.keys():
+        needed = len(self.members) if self.quorum is None else min(self.quorum, len(self.members))
+        if self.members and len(posted.keys() & {seat.site_id for seat in self.members}) >= needed:
+            if self.hold(number):
+                return
             self._seal(number, posted)
         self.condition.notify_all()
 
@@ -141,6 +152,10 @@ class MemoryExchange:
             if not self.log.condition.wait_for(lambda: round_number in self.log.sealed, WAIT_S):
                 raise ExchangeError(f"round {round_number} was never sealed")
             return self.log.sealed[round_number]
+
+    def sealed_already(self, round_number: int) -> SealedRound | None:
+        with self.log.condition:
+            return self.log.sealed.get(round_number)
 
     def fetch_fragment(self, round_number: int, site_id: str, fragment: int) -> bytes:
         with self.log.condition:

@@ -97,3 +97,45 @@ def test_the_order_is_the_one_that_other_versions_deal() -> None:
 
 
 GOLDEN_ITEMS = [447, 789, 958, 996, 592, 535, 950, 44]
+
+
+@given(
+    total=st.integers(1, 300),
+    gpus=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    order=st.lists(st.integers(0, 3), min_size=1, max_size=200),
+    helps=st.booleans(),
+)
+def test_sites_that_keep_apart_do_everything_once_in_whatever_order_they_come(
+    *, total: int, gpus: list[int], order: list[int], helps: bool
+) -> None:
+    members = [MemberSeat(f"s{place}", 1, count) for place, count in enumerate(gpus)]
+    done: tuple[SampleRange, ...] = ()
+    for pick in [*order, *list(range(len(gpus))) * 80]:
+        member = members[pick % len(members)]
+        dealt = dealing.deal_apart(total, done, members, member.site_id, period_steps=2, batch_per_gpu=3, helps=helps)
+        assert dealing.count(dealt) <= 6 * member.gpus
+        assert not helps or dealt or dealing.count(done) == total
+        assert dealing.disjoint([*done, *dealt])
+        done = dealing.union([*done, *dealt])
+    assert done == (SampleRange(0, total),)
+
+
+@given(total=st.integers(1, 400), gpus=st.lists(st.integers(1, 3), min_size=2, max_size=4))
+def test_sites_that_keep_apart_are_never_dealt_the_same_while_they_do_not_help(total: int, gpus: list[int]) -> None:
+    members = [MemberSeat(f"s{place}", 1, count) for place, count in enumerate(gpus)]
+    dealt = [
+        dealing.deal_apart(total, (), members, each.site_id, period_steps=2, batch_per_gpu=3, helps=False)
+        for each in members
+    ]
+    assert dealing.disjoint([each for ranges in dealt for each in ranges])
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=8), cut=st.integers(0, 8))
+def test_what_is_left_without_the_done_samples_is_the_difference_of_sets(
+    pairs: list[tuple[int, int]], cut: int
+) -> None:
+    ranges = [SampleRange(start, start + length) for start, length in pairs]
+    wanted, done = ranges[:cut], dealing.union(ranges[cut:])
+    numbers = {n for each in wanted for n in range(each.start, each.stop)}
+    numbers -= {n for each in done for n in range(each.start, each.stop)}
+    assert sorted(n for each in dealing.without(wanted, done) for n in range(each.start, each.stop)) == sorted(numbers)

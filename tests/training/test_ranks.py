@@ -18,6 +18,7 @@ from training.outer import OuterRule
 from training.outer_share import OuterShare
 from training.parameters import Parameters
 from training.ranks import Ranks, group_timeout
+from training.strategies.diloco import Diloco
 
 
 def on_each(ranks: list[Ranks], work: Callable[[Ranks], Any]) -> list[Any]:
@@ -75,19 +76,19 @@ def outer_hash_of_equal_contributions(folder: Path, world: int) -> str:
 
     def work(each: Ranks) -> str:
         module = sites[each.rank].module
-        share = OuterShare(Parameters(module, 32), each, OuterRule(0.7, 0.9), total_samples=100)
+        share = OuterShare(Parameters(module, 32), each, Diloco(OuterRule(0.7, 0.9)), total_samples=100)
         for number in (1, 2):
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter.add_(torch.linspace(-1, 1, parameter.numel()).view(parameter.shape) * number)
-            payloads = {("ams", fragment): payload for fragment, payload in share.contribution("int8").items()}
+            payloads = {("ams", fragment): payload for fragment, payload in share.contribution("int8", number).items()}
             payloads |= {("oslo", fragment): payload for (_, fragment), payload in payloads.items()}
             fragments = tuple(range(len(share.fragments)))
             entries = [
                 Entry("ams", 3, (SampleRange(10 * number, 10 * number + 3),), fragments),
                 Entry("oslo", 5, (SampleRange(10 * number + 3, 10 * number + 8),), fragments),
             ]
-            counted = share.verdict(entries, payloads)
+            counted = share.verdict(entries, payloads, number)
             assert len(counted) == 2
             share.apply(number, counted, payloads, own_counts=True, scatter=True)
         return share.state_hash()

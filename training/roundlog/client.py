@@ -79,6 +79,11 @@ class GatewayClient:
         answer = self._poll(f"/rounds/{round_number}/sealed", f"the seal of round {round_number}")
         return sealed_round_json.validate_json(answer.body)
 
+    def sealed_already(self, round_number: int) -> SealedRound | None:
+        """Return `round_number` where it is sealed and its blobs are here, None where not; does not wait."""
+        answer = self._call("GET", f"/rounds/{round_number}/sealed?wait_s=0", None)
+        return None if answer.status == http.client.NO_CONTENT else sealed_round_json.validate_json(answer.body)
+
     def fetch_fragment(self, round_number: int, site_id: str, fragment: int) -> bytes:
         """Return a fragment of a sealed contribution, verified against its signed digest."""
         return self._call("GET", f"/rounds/{round_number}/sites/{site_id}/fragments/{fragment}", None).body
