@@ -12,7 +12,7 @@ from itertools import combinations, islice
 from typing import Final
 
 from broker.allocation.configuration import Configuration, configuration_of
-from broker.allocation.demand import divided
+from broker.allocation.groups import divided
 from broker.allocation.rules import SPAN_SITES_MAX, WEIGHTS, Rules, ladder
 from broker.allocation.snapshot import JobState, LinkState, PoolState, SiteState, Snapshot
 from pricing.money import divide_up
