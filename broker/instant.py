@@ -118,6 +118,7 @@ def _offer(session: Session, market: Market, spec: JobSpec) -> InstantOffer:
         version=0,
         submitted_ms=taken.snapshot.taken_at_ms,
         hold_left_micros=spec.market.budget_micros,
+        sites=taken.site_versions,
     ).model_copy(update={"sites_max": 1})
     pools = _free_pools(session, market, taken.snapshot.pools, taken.snapshot.last_prices)
     if not pools:
@@ -141,7 +142,12 @@ def _free_pools(
         if not Offer.model_validate_json(site.offer).draining
     }
     return tuple(
-        pool.model_copy(update={"capacity_gpus": free[pool.pool_id], "job_gpus_max": market.settings.instant_gpus_max})
+        pool.model_copy(
+            update={
+                "capacity_gpus": free[pool.pool_id],
+                "job_gpus_max": min(market.settings.instant_gpus_max, pool.job_gpus_max or free[pool.pool_id]),
+            }
+        )
         for pool in pools
         if pool.site_id in selling and free.get(pool.pool_id, 0) and pool.pool_id in last_prices
     )

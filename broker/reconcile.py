@@ -3,7 +3,7 @@
 Level-triggered and idempotent: it may run at any time, twice at once, or late, and only the delay
 changes. It ends what has run out (proposals, terms, livenesses), opens the views that are needed,
 notices sites that fell silent, fails jobs that waited beyond their deadline, and asks for a round when a term is up for
-renewal or a bar is about to lift.
+renewal, a bar is about to lift or a time that an owner announced has come.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from broker.attempts import Ending, end_job, lose_lease
 from broker.database.tables import BarredConfiguration, Job, Lease, LeasedGpu, Placement, Round, Site
 from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
 from broker.market import Market
+from broker.offers import note_times_passed
 from broker.rounds.snapshot import renewal_starts_ms
 from broker.transitions import JobState, LeaseState, PlacementState, SiteState, change_state, is_round_due, note_change
 from broker.views import check_view
@@ -37,6 +38,7 @@ def reconcile(market: Market) -> bool:
         session.flush()
         _fail_overdue_jobs(session, market)
         _look_again_at_barred_jobs(session)
+        note_times_passed(session, market.clock.now_ms())
         return wake, is_round_due(session)
 
     wake, due = market.database.write("reconcile", work)

@@ -337,7 +337,7 @@ class Agent:
     def _house(self) -> House:
         return House(
             gpu_ids={pool.gpu_type: frozenset(pool.gpu_ids) for pool in self._settings.pools},
-            asks={pool.gpu_type: pool.ask for pool in self._settings.pools},
+            asks={pool.gpu_type: pool.ask_curve[0].price for pool in self._settings.pools},
             policy=self._settings.policy,
             draining=self._is_draining(),
         )

@@ -161,6 +161,8 @@ def never_possible(
     if not any(pool.gpu_type in types and pool.capacity_gpus > 0 for pool in allowed):
         where = "no site that the job allows" if job.sites_allowed is not None else "no site of this federation"
         return f"no federation could ever hold this job: {where} offers {' or '.join(sorted(types))}"
+    if job.mixed_types:
+        return None  # types may complete one another; what that comes to is a round's to find out
     sentences = []
     for request in job.accelerators:
         most = sorted((pool.capacity_gpus for pool in allowed if pool.gpu_type == request.gpu_type), reverse=True)

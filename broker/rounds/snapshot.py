@@ -7,15 +7,28 @@ from: the commit checks them again and drops what has changed meanwhile.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration
-from broker.allocation.snapshot import DataState, Incumbent, JobState, LinkState, PoolState, SiteState, Snapshot
+from broker.allocation.snapshot import (
+    AskStep,
+    BidStep,
+    DataEgress,
+    DataState,
+    Incumbent,
+    JobState,
+    LinkState,
+    PoolState,
+    Reservation,
+    SiteState,
+    Snapshot,
+)
 from broker.database.tables import (
     Account,
     BarredConfiguration,
@@ -39,8 +52,8 @@ from broker.transitions import JobState as State
 from broker.transitions import LeaseState, PlacementState
 from broker.transitions import SiteState as Hearing
 from pricing.money import SECONDS_PER_HOUR
-from sites.protocol import Offer
-from training.spec import JobSpec
+from sites.protocol import Offer, PoolOffer
+from training.spec import DataTerms, JobSpec
 
 # A term is offered again this long before its end, so that the job need not stop in between.
 RENEWAL_SHARE: Final = 1 / 3
@@ -76,7 +89,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         fee_basis_points=market.settings.fee_basis_points,
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
-        sites=tuple(SiteState(site_id=site.site_id, listens=_listens(site)) for site in sites),
+        sites=tuple(_site_state(site) for site in sites),
         links=tuple(standing_links(session, {site.site_id for site in sites})),
         jobs=tuple(_jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})),
         last_prices=_last_prices(session),
@@ -93,8 +106,19 @@ def renewal_starts_ms(placement: Placement) -> int:
     return placement.term_ends_ms - round(lead_s * 1000)
 
 
-def _listens(site: Site) -> bool:
-    return site.state == Hearing.LIVE and Offer.model_validate_json(site.offer).listens
+def _site_state(site: Site) -> SiteState:
+    offer = Offer.model_validate_json(site.offer)
+    return SiteState(
+        site_id=site.site_id,
+        listens=site.state == Hearing.LIVE and offer.listens,
+        region=offer.region,
+        continent=offer.continent,
+        egress_micros_per_gb=DataEgress(
+            to_region=offer.data_egress_to_region,
+            to_continent=offer.data_egress_to_continent,
+            beyond=offer.data_egress_beyond,
+        ),
+    )
 
 
 def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolState]:
@@ -105,9 +129,12 @@ def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolSt
         site = sites.get(pool.site_id)
         if site is None:
             continue
-        selling = site.state == Hearing.LIVE and not _drains(site)
+        offer = Offer.model_validate_json(site.offer)
+        offered = next((each for each in offer.pools if each.gpu_type == pool.gpu_type), None)
+        selling = site.state == Hearing.LIVE and not offer.draining
         rows.append(
             PoolState(
+                **_terms_of_offer(offer, offered),
                 pool_id=pool.pool_id,
                 site_id=pool.site_id,
                 gpu_type=pool.gpu_type,
@@ -117,6 +144,18 @@ def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolSt
             )
         )
     return rows
+
+
+def _terms_of_offer(offer: Offer, offered: PoolOffer | None) -> dict[str, Any]:
+    """Return what a pool's owner asks beyond its flat price: the curve, a quota, reservations, an announced drain."""
+    if offered is None:
+        return {}  # its running leases keep their prices; nothing else of it is sold
+    return {
+        "ask_steps": tuple(AskStep(**step.model_dump()) for step in offered.ask_steps),
+        "job_gpus_max": offered.job_gpus_max,
+        "reserved": tuple(Reservation(**kept.model_dump()) for kept in offered.reserved),
+        "drains_at_ms": offer.drains_at_ms,
+    }
 
 
 def _held_by_pool(session: Session, sites: dict[str, Site], now_ms: int) -> dict[str, int]:
@@ -199,6 +238,7 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
                 barred=tuple(sorted(barred.get(job.job_id, ()))),
                 incumbent=incumbent,
                 home_site=homes.get(job.tenant_id),
+                sites=sites,
             )
         )
     return states
@@ -219,17 +259,25 @@ def job_state(
     hold_left_micros: int,
     samples_done: int = 0,
     barred: tuple[str, ...] = (),
+    sites: Collection[str],
     incumbent: Incumbent | None = None,
     home_site: str | None = None,
 ) -> JobState:
-    """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere."""
+    """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere.
+
+    `sites` are those of the round: a job whose data may not leave a site that is gone can be nowhere.
+    """
+    data, allowed = spec.market.data, spec.market.sites_allowed
+    if data is not None and data.home_site not in sites:
+        allowed = allowed if data.residency == "world" else (data.home_site,)
+        data = None
     return JobState(
         job_id=job_id,
         version=version,
         submitted_ms=submitted_ms,
         accelerators=spec.resources.accelerators,
         sites_max=spec.market.sites_max,
-        sites_allowed=spec.market.sites_allowed,
+        sites_allowed=allowed,
         workload=spec.market.workload,
         sync=spec.market.sync,
         samples_done=samples_done,
@@ -238,8 +286,17 @@ def job_state(
         deadline_ms=spec.market.deadline_ms,
         barred=barred,
         incumbent=incumbent,
-        data=None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0),
+        data=_data(data, home_site),
+        bid_steps=tuple(BidStep(**step.model_dump()) for step in spec.market.bid_steps),
+        mixed_types=spec.market.mixed_types,
     )
+
+
+def _data(data: DataTerms | None, home_site: str | None) -> DataState | None:
+    """Return where the job's data lies as its tenant says, else that its tenant is `home_site`'s customer."""
+    if data is not None:
+        return DataState(**data.model_dump())
+    return None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0)
 
 
 def _incumbent(session: Session, market: Market, placement: Placement, now_ms: int) -> Incumbent | None:
