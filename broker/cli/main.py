@@ -28,6 +28,7 @@ class _Root(LazyGroup):
         "broker": ("broker.cli.processes", "The processes of a broker, each in the foreground."),
         "throughput": ("broker.cli.throughput", "Step times: fit a model to measurements, ask it, score it."),
         "backtest": ("broker.cli.backtest", "Replay a trace of jobs: what a federation would have been worth."),
+        "lab": ("broker.cli.lab", "Compare synchronisation strategies on this machine, without a market."),
         "demo": ("broker.demo.command", "Run a whole market on this machine and train real jobs in it."),
     }
 
