@@ -296,9 +296,7 @@ class Demand:
         subsidy = 0 if tenant is None else spread.total * self._prices.get(("floor", tenant), 0)
         return _Most(hourly * held_max + subsidy, held_min)
 
-    def _best_of(
-        self, job: JobState, spread: Spread, limits: list[int] | None, most: _Most, best: int
-    ) -> int:
+    def _best_of(self, job: JobState, spread: Spread, limits: list[int] | None, most: _Most, best: int) -> int:
         """Return the best surplus of a spread, or `best`: the cheapest rows first, as far as the bound allows."""
         cost = spread.cost(most.held_min)
         allowed, tariff = self._allowed(job)
