@@ -17,6 +17,7 @@ from broker.leases import end_placement, free_leased_gpus, liveness_over, requeu
 from broker.market import Market
 from broker.offers import note_times_passed
 from broker.rounds.snapshot import renewal_starts_ms
+from broker.terms import release_finished
 from broker.transitions import JobState, LeaseState, PlacementState, SiteState, change_state, is_round_due, note_change
 from broker.views import check_view
 from training.spec import JobSpec
@@ -99,6 +100,8 @@ def _look_at(session: Session, market: Market, placement: Placement) -> list[str
         job = session.get_one(Job, placement.job_id)
         requeue(session, market, job, "term_ended", "its term ended and was not renewed; it waits for another")
         return wake
+    if release_finished(session, placement):
+        note_change(session)  # what it holds no longer may pay for more
     if now_ms >= renewal_starts_ms(placement) and not _was_offered_again(session, placement, now_ms):
         note_change(session)
     return check_view(session, market, placement)

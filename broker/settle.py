@@ -1,4 +1,4 @@
-"""Step 8: settle. What a final job's hold still contains goes back, and its invoice is final.
+"""Step 8: settle. What a final job's hold still contains goes back, lost work is refunded, and its invoice is final.
 
 A job's hold closes when every lease is settled: its site has reported the attempt's end, with its
 last usage before it, or may no longer report. Idempotent like `reconcile`.
@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from broker import ledger
 from broker.database.tables import Hold, Job, Lease
 from broker.market import Market
+from broker.refunds import refund_lost_work
 from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
 from pricing.money import format_credits
 from sites.protocol import AttemptPhase
@@ -48,6 +49,7 @@ def _close(session: Session, market: Market, job: Job) -> bool:
         reported = lease.active_ms is None or lease.phase == AttemptPhase.EXITED
         if not reported and now_ms < lease.ended_ms + round(market.settings.settle_s * 1000):
             return False
+    refund_lost_work(session, job, now_ms)
     voided = ledger.close_hold(session, job.job_id, now_ms)
     record_event(
         session,

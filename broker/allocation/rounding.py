@@ -62,7 +62,7 @@ _REGRETFUL: Final = 1e-3
 # Spans are looked for that regret at most this share of their job's largest value.
 _SPAN_WIDTH: Final = 0.01
 # The finish looks at columns that regret up to these shares of a mean value, then at all it must.
-_FINISH_SHARES: Final = (0.05, np.inf)
+_FINISH_SHARES: Final = (0.002, 0.05, np.inf)
 
 
 class Limits(NamedTuple):
@@ -74,7 +74,9 @@ class Limits(NamedTuple):
     neighbourhood_nodes: int = 1
     finish_jobs: int = 500
     finish_nodes: int = 4000
-    finish_columns: int = 60_000
+    finish_columns: int = 10_000
+    # A node costs about as much as there are columns.
+    finish_work: int = 50_000
 
 
 class Effort(NamedTuple):
@@ -404,7 +406,8 @@ class _Search:
             columns = near(instance, self.state.price, self.best, np.maximum(width, self.regret() + 1.0))
             if len(columns.job) > limits.finish_columns:
                 break
-            found = finish(instance, self.others, self.state, columns, self.dual, width, nodes_max=limits.finish_nodes)
+            most = max(1, min(limits.finish_nodes, limits.finish_work // max(1, len(columns.job))))
+            found = finish(instance, self.others, self.state, columns, self.dual, width, nodes_max=most)
             looked, nodes = looked + found.columns, nodes + found.nodes
             if found.choice is not None:
                 self._adopt(found.choice)

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, StringConstraints
 from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
-from broker.allocation.quote import QuoteRow
 from broker.api.answers import answers
 from broker.api.context import the_market, the_tenant_id
 from broker.api.documents import (
@@ -38,7 +37,7 @@ from broker.freeze import require_open
 from broker.invoices import invoice
 from broker.market import Market
 from broker.queries.jobs import ArtifactRow, artifact_digest, job_row, list_artifacts
-from broker.quote import quote_job
+from broker.quote import QuotedRow, quote_job
 from broker.streams import streams_of
 from broker.submit import submit_job
 from broker.transitions import JobState
@@ -168,7 +167,7 @@ def put_workdir(path: WorkdirPath, query: ChunkQuery) -> Response:
 @api.post("/quote", responses=answers())
 def post_quote(body: JobSpec) -> Response:
     """Say what the job could get at the last prices, without any effect."""
-    rows = quote_job(the_market(), body)
+    rows = quote_job(the_market(), body, the_tenant_id())
     return json_answer({"items": [_quote_row(row) for row in rows]})
 
 
@@ -361,7 +360,7 @@ def _read_metrics(market: Market, lease: Lease, offset: int, items: list[dict[st
     return offset
 
 
-def _quote_row(row: QuoteRow) -> dict[str, object]:
+def _quote_row(row: QuotedRow) -> dict[str, object]:
     return {
         **asdict(row),
         "configuration": row.configuration.model_dump(mode="json"),

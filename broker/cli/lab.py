@@ -27,6 +27,10 @@ def compare(
     sites: Annotated[int, typer.Option(min=1, max=8, help="sites, each with a gateway and one rank of its own")] = 2,
     strategies: Annotated[str, typer.Option(help="strategies, joined by commas")] = _ALL,
     samples: Annotated[int | None, typer.Option(min=1, help="samples of the job, in place of the file's")] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="emulate a network with such links between the sites, as in 100mbit,50ms,0.1%; needs root"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of parameters and of the samples' order")] = 1,
     out: Annotated[
         Path, typer.Option(help="folder for the picture (PNG), the page (HTML) and the figures (JSON)")
@@ -36,7 +40,8 @@ def compare(
 ) -> None:
     """Run one job under several strategies, with equal seeds and samples, and draw loss over samples, bytes and time.
 
-    Sites are processes that speak through real gateways on this machine's loopback; the job's setup is not run.
+    Sites are processes that speak through real gateways, on this machine's loopback or over the network that --link
+    describes; the job's setup is not run.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +49,9 @@ def compare(
     from training.jobfile import load_job_file
     from training.lab import chart
     from training.lab import compare as comparison
+    from training.lab.link import LinkSpec
 
+    emulated = None if link is None else LinkSpec.parse(link)
     file = load_job_file(job)
     spec = comparison.job_of(file, samples)
     known = {str(each): each for each in comparison.STRATEGIES}
@@ -69,9 +76,12 @@ def compare(
             sites=sites,
             seed=seed,
             progress=progress,
+            link=emulated,
         )
     out.mkdir(parents=True, exist_ok=True)
     title = f"{spec.name} on {sites} sites, {spec.market.workload.samples} samples, seed {seed}"
+    if outcomes[0].network is not None:
+        title += f", links {outcomes[0].network.link} ({outcomes[0].network.congestion_control})"
     about = "Each run is a federation of its own on one machine; bytes are payload that site-1 posted and fetched."
     (out / "compare.png").write_bytes(chart.png(chart.shapes(outcomes, title)))
     (out / "compare.html").write_text(chart.page(outcomes, title, about))
@@ -82,6 +92,7 @@ def compare(
             each.codec,
             f"{each.last_loss:.4f}",
             f"{each.payload_bytes:,}",
+            "-" if each.network is None else f"{each.network.wire_bytes:,}",
             "-" if each.ratio is None else f"{each.ratio:.1f}",
             each.rounds,
             f"{each.seconds:.1f}",
@@ -94,7 +105,7 @@ def compare(
             [
                 dict(
                     zip(
-                        ("strategy", "codec", "loss", "bytes", "ratio", "rounds", "seconds", "waiting"),
+                        ("strategy", "codec", "loss", "bytes", "wire_bytes", "ratio", "rounds", "seconds", "waiting"),
                         row,
                         strict=True,
                     )
@@ -110,6 +121,7 @@ def compare(
             "codec",
             f">{kind}",
             ">bytes of one site",
+            ">sent on the wire",
             ">x smaller than fp32",
             ">rounds",
             ">seconds",

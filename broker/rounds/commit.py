@@ -14,6 +14,7 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from broker import ledger
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
 from broker.database.papers import RoundCertificate
@@ -23,7 +24,7 @@ from broker.leases import end_placement, live_placement, propose, requeue
 from broker.market import Market
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
-from broker.rounds.snapshot import TakenSnapshot
+from broker.rounds.snapshot import TakenSnapshot, free_equity
 from broker.terms import append_term
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
@@ -31,6 +32,8 @@ from pricing.money import format_credits
 # Such as those of a lease that is up for renewal and was outbid: it keeps them until its term ends.
 # That end is a change of its own; to try again before would be to hold the same round over and over.
 GPUS_TAKEN: Final = "its GPUs are no longer free"
+# Only where several moves of one round together cost more than equity has; the next snapshot says so.
+NOT_COMPENSATED: Final = "market equity does not cover what the move would destroy"
 
 
 @dataclass(slots=True)
@@ -86,7 +89,8 @@ def commit(
     committed = Committed(row)
     dropped: list[dict[str, str]] = []
     step = _Step(session, market, taken, committed)
-    for award in clearing.placements:
+    # Moves last: what compensates them is what the new placements' uplift leaves.
+    for award in sorted(clearing.placements, key=lambda award: award.action == "move"):
         try:
             step.apply(award)
         except _DroppedError as drop:
@@ -102,7 +106,7 @@ def commit(
     row.dropped = json.dumps(dropped)
     session.add(_certificate(market, taken, clearing, row, dropped=len(dropped), phases=phases))
     state.changes_cleared = taken.changes
-    if any(drop["reason"] != GPUS_TAKEN for drop in dropped):
+    if any(drop["reason"] not in {GPUS_TAKEN, NOT_COMPENSATED} for drop in dropped):
         note_change(session)  # what was dropped may fit in the next round
     session.flush()
     return committed
@@ -228,9 +232,35 @@ class _Step:
         )
 
     def _release(self, job: Job, placement: Placement, award: Award) -> None:
-        """End a running placement that another configuration beats; a later round starts it there."""
+        """End a running placement that another configuration beats; a later round starts it there.
+
+        Inside its term its tenant is paid what the move destroys, as this round's snapshot counted it.
+        """
+        self._compensate(job, placement)
         self.committed.wake.update(end_placement(self.session, self.market, placement, "moved"))
         requeue(self.session, self.market, job, "moving", f"{award.why}; its GPUs are being released first")
+
+    def _compensate(self, job: Job, placement: Placement) -> None:
+        snapshot = self.taken.snapshot
+        incumbent = next(row.incumbent for row in snapshot.jobs if row.job_id == job.job_id)
+        if incumbent is None or incumbent.term_ends_ms <= snapshot.taken_at_ms or not incumbent.restart_cost_micros:
+            return
+        now_ms, amount = self.market.clock.now_ms(), incumbent.restart_cost_micros
+        if amount > free_equity(self.session, now_ms):
+            raise _DroppedError(NOT_COMPENSATED)
+        number = self.committed.round.round_number
+        memo = f"moved inside its term by round {number}"
+        key = f"{placement.placement_id}/{number}"
+        ledger.compensate(self.session, job.job_id, job.tenant_id, amount, key=key, now_ms=now_ms, memo=memo)
+        record_event(
+            self.session,
+            "compensated",
+            now_ms=now_ms,
+            job_id=job.job_id,
+            tenant_id=job.tenant_id,
+            round_number=number,
+            detail=f"{format_credits(amount)} credits for being moved inside its term",
+        )
 
     def _unposted(self, job: Job) -> int:
         """Return what the hold has left beside what the job's ended placements may still be charged."""

@@ -22,6 +22,7 @@ from broker.allocation.snapshot import (
     DataEgress,
     DataState,
     Incumbent,
+    JobSpeed,
     JobState,
     LinkState,
     PoolState,
@@ -48,17 +49,19 @@ from broker.database.tables import (
 from broker.market import Market
 from broker.payment_rules import payment_rule
 from broker.reservations import due_of_ended
+from broker.speeds import read_speeds
 from broker.transitions import JobState as State
 from broker.transitions import LeaseState, PlacementState
 from broker.transitions import SiteState as Hearing
 from pricing.money import SECONDS_PER_HOUR
 from sites.protocol import Offer, PoolOffer
-from training.spec import DataTerms, JobSpec
+from training.spec import BUDGET_MICROS_MAX, DataTerms, JobSpec
 
 # A term is offered again this long before its end, so that the job need not stop in between.
 RENEWAL_SHARE: Final = 1 / 3
 RENEWAL_S_MAX: Final = 30.0
 EQUITY_ACCOUNT: Final = "equity"
+RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         taken_at_ms=now_ms,
         seed=0 if state is None else state.seed,
         term_s=market.settings.term_s,
-        market_equity_micros=_free_equity(session, now_ms),
+        market_equity_micros=free_equity(session, now_ms),
         fee_basis_points=market.settings.fee_basis_points,
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
@@ -219,17 +222,20 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
     )
     due = due_of_ended(session, market)
     homes = _homes(session, sites)
+    equity = free_equity(session, now_ms)
+    speeds = read_speeds(session)
     states = []
     for job, hold in rows:
+        spec = JobSpec.model_validate_json(job.spec)
         placement = placements.get(job.job_id)
-        incumbent = None if placement is None else _incumbent(session, market, placement, now_ms)
+        incumbent = None if placement is None else _incumbent(session, market, placement, now_ms, equity)
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
         left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
         states.append(
             job_state(
                 job.job_id,
-                JobSpec.model_validate_json(job.spec),
+                spec,
                 version=job.version,
                 submitted_ms=job.submitted_ms,
                 samples_done=job.samples_done,
@@ -239,6 +245,7 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
                 incumbent=incumbent,
                 home_site=homes.get(job.tenant_id),
                 sites=sites,
+                speeds=speeds.valued(job.tenant_id, spec),
             )
         )
     return states
@@ -262,6 +269,7 @@ def job_state(
     sites: Collection[str],
     incumbent: Incumbent | None = None,
     home_site: str | None = None,
+    speeds: tuple[JobSpeed, ...] = (),
 ) -> JobState:
     """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere.
 
@@ -289,6 +297,7 @@ def job_state(
         data=_data(data, home_site),
         bid_steps=tuple(BidStep(**step.model_dump()) for step in spec.market.bid_steps),
         mixed_types=spec.market.mixed_types,
+        speeds=speeds,
     )
 
 
@@ -299,7 +308,9 @@ def _data(data: DataTerms | None, home_site: str | None) -> DataState | None:
     return None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0)
 
 
-def _incumbent(session: Session, market: Market, placement: Placement, now_ms: int) -> Incumbent | None:
+def _incumbent(
+    session: Session, market: Market, placement: Placement, now_ms: int, equity_micros: int
+) -> Incumbent | None:
     award = Award.model_validate_json(placement.award)
     if placement.state == PlacementState.PROPOSED or placement.term_ends_ms is None:
         ends_ms = now_ms + placement.term_s * 1000
@@ -315,13 +326,16 @@ def _incumbent(session: Session, market: Market, placement: Placement, now_ms: i
     configuration = _standing_part(award.configuration, standing)
     if configuration is None:
         return None
-    restart_s = market.settings.restart_s
+    restart_micros = round(placement.value_micros_per_hour * market.settings.restart_s / SECONDS_PER_HOUR)
+    if ends_ms > now_ms and restart_micros > equity_micros:
+        # A move inside a term is compensated: what the market cannot pay for is not worth any move.
+        restart_micros = RESTART_MICROS_UNAFFORDABLE
     return Incumbent(
         configuration=configuration,
         epoch=placement.epoch,
         locked_prices={charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools},
         term_ends_ms=ends_ms,
-        restart_cost_micros=round(placement.value_micros_per_hour * restart_s / SECONDS_PER_HOUR),
+        restart_cost_micros=restart_micros,
     )
 
 
@@ -344,7 +358,8 @@ def _standing_part(configuration: Configuration, standing: set[str]) -> Configur
     )
 
 
-def _free_equity(session: Session, now_ms: int) -> int:
+def free_equity(session: Session, now_ms: int) -> int:
+    """Return what the market may still promise beyond the uplift of running terms, in micro-credits."""
     equity = session.get(Account, EQUITY_ACCOUNT)
     balance = 0 if equity is None else equity.balance_micros
     promised = 0

@@ -6,14 +6,17 @@ bytes that its gateway's ranks posted and fetched, and over wall time. `training
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from training.jobfile import JobFile
-from training.lab.federation import Federation, LabError, progress_of, read_rows
+from training.lab.federation import Federation, LabError, progress_of, read_rows, site_names
+from training.lab.link import LinkSpec
+from training.lab.wan import Wan
 from training.spec import JobSpec, Strategy, SyncPlan
 from training.throughput import AUTO_CODECS
 
@@ -44,6 +47,15 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Network:
+    """The emulated network of a run, and the bytes that site-1 put on its cable: headers and repetitions counted."""
+
+    link: str
+    congestion_control: str
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One strategy's run. `held_out` says which loss the points are of: held out, or of training batches."""
 
@@ -56,6 +68,7 @@ class Outcome:
     ratio: float | None
     stall_s: float
     seconds: float
+    network: Network | None = None
 
     @property
     def last_loss(self) -> float:
@@ -98,18 +111,34 @@ def plan_of(asked: SyncPlan, strategy: Strategy, sites: int) -> SyncPlan:
 
 
 def compare(
-    spec: JobSpec, workdir: Path, strategies: Sequence[Strategy], *, sites: int, seed: int, progress: Progress
+    spec: JobSpec,
+    workdir: Path,
+    strategies: Sequence[Strategy],
+    *,
+    sites: int,
+    seed: int,
+    progress: Progress,
+    link: LinkSpec | None = None,
 ) -> list[Outcome]:
-    """Run the job under each strategy and return what came out. Raises LabError where a run fails."""
+    """Run the job under each strategy and return what came out; each run has a network of its own where `link` is given.
+
+    Raises LabError where a run fails, WanError where the network cannot be made.
+    """
     outcomes = []
     for strategy in strategies:
         plan = plan_of(spec.market.sync, strategy, sites)
-        with Federation.of(spec, plan, workdir, sites=sites, seed=seed) as federation:
+        with contextlib.ExitStack() as stack:
+            wan = None if link is None else stack.enter_context(Wan(site_names(sites), link, seed=seed))
+            federation = stack.enter_context(Federation.of(spec, plan, workdir, sites=sites, seed=seed, wan=wan))
             for done in progress_of(federation):
                 progress(strategy, done)
             rows = read_rows(federation.sites[0].metrics)
             summary = json.loads((federation.sites[0].folder / "output/summary.json").read_text())
-        outcomes.append(outcome_of(strategy, rows, summary))
+            outcome = outcome_of(strategy, rows, summary)
+            if wan is not None:
+                network = Network(str(link), wan.congestion_control(), wan.sent_bytes(site_names(sites)[0]))
+                outcome = replace(outcome, network=network)
+        outcomes.append(outcome)
     return outcomes
 
 

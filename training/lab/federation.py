@@ -1,4 +1,4 @@
-"""A federation on this machine: real gateways with mutual TLS on loopback, and a job's ranks as processes.
+"""A federation on this machine: real gateways with mutual TLS, on loopback or an emulated network, and a job's ranks.
 
 What the broker does for a job, here done once at the start: an authority, a certificate for each site, one signed view. Between
 the sites everything is as in the market; there is no market.
@@ -30,6 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from training.attempt import ATTEMPT_ENVIRONMENT, AttemptContext, GatewayConfig
 from training.errors import TrainingError
+from training.lab.wan import Wan
 from training.roundlog.control import GatewayControl, GatewayControlError
 from training.roundlog.credentials import new_attempt_key, peer_uri
 from training.roundlog.signing import SignedDocument, public_hex
@@ -39,6 +40,8 @@ from training.spec import SITES_PER_JOB_MAX, JobSpec, SyncPlan, split_run
 JOB_ID: Final = "lab"
 _READY_S: Final = 30.0
 _END_S: Final = 10.0
+# Every site of an emulated network has all ports to itself.
+_WAN_PORT: Final = 7600
 _LOG_TAIL_BYTES: Final = 2000
 _CONTRIBUTION_ROOM_BYTES: Final = 1 << 20
 _METRICS_LINE_MAX: Final = 100_000
@@ -90,18 +93,22 @@ class Federation:
     plan: SyncPlan
     workdir: Path
     seed: int
+    wan: Wan | None = None
     sites: list[Site] = field(default_factory=list)
     _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hansa-lab-")))
     _pause: Event = field(default_factory=Event)
 
     @classmethod
-    def of(cls, spec: JobSpec, plan: SyncPlan, workdir: Path, *, sites: int, seed: int) -> Self:
-        """Prepare `sites` sites of one rank each, named site-1 …, with folders and credentials."""
+    def of(cls, spec: JobSpec, plan: SyncPlan, workdir: Path, *, sites: int, seed: int, wan: Wan | None = None) -> Self:
+        """Prepare `sites` sites of one rank each, named as `site_names` says, with folders and credentials.
+
+        They speak over loopback, or over `wan`, which has sites of those names.
+        """
         assert 1 <= sites <= SITES_PER_JOB_MAX, sites
-        federation = cls(spec, plan, workdir, seed)
+        federation = cls(spec, plan, workdir, seed, wan)
         authority = _Authority()
-        for number in range(1, sites + 1):
-            federation.sites.append(federation._site(f"site-{number}", authority))
+        for site_id in site_names(sites):
+            federation.sites.append(federation._site(site_id, authority))
         view = federation._view(authority)
         for site in federation.sites:
             (site.folder / "view.json").write_text(view)
@@ -169,7 +176,7 @@ class Federation:
         folder = self._folder / site_id
         for name in ("checkpoint", "output", "state"):
             (folder / name).mkdir(parents=True)
-        site = Site(site_id, folder, new_attempt_key(), f"127.0.0.1:{_free_port()}")
+        site = Site(site_id, folder, new_attempt_key(), self._address(site_id))
         pem = site.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         _write_private(folder / "key.pem", pem)
         (folder / "certificate.pem").write_bytes(authority.issued(site.key, peer_uri(JOB_ID, 1, site_id)))
@@ -206,6 +213,9 @@ class Federation:
         (folder / "attempt.json").write_text(context.model_dump_json())
         (folder / "gateway.json").write_text(gateway.model_dump_json())
         return site
+
+    def _address(self, site_id: str) -> str:
+        return f"127.0.0.1:{_free_port()}" if self.wan is None else f"{self.wan.address(site_id)}:{_WAN_PORT}"
 
     def _view(self, authority: _Authority) -> str:
         workload = self.spec.market.workload
@@ -257,10 +267,20 @@ class Federation:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             ATTEMPT_ENVIRONMENT: str(site.folder / "attempt.json"),
         }
+        command = (sys.executable, *arguments)
         with (site.folder / log).open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, *arguments], cwd=self.workdir, env=environment, stdout=output, stderr=output
+                command if self.wan is None else self.wan.argv(site.site_id, command),
+                cwd=self.workdir,
+                env=environment,
+                stdout=output,
+                stderr=output,
             )
+
+
+def site_names(count: int) -> list[str]:
+    """Return the names of so many sites."""
+    return [f"site-{number}" for number in range(1, count + 1)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from flask import redirect, request, url_for
 from sqlalchemy.orm import Session
 from werkzeug.wrappers import Response
 
-from broker.allocation.quote import QuoteRow
 from broker.api.context import the_market
 from broker.database.tables import IdempotencyKey, Job
 from broker.errors import BrokerError
@@ -33,7 +32,7 @@ from broker.portal.forms import (
 )
 from broker.portal.job_text import spec_of_text
 from broker.portal.workdirs import Workdir, keep_example, keep_upload
-from broker.quote import quote_job, reason_never_possible
+from broker.quote import QuotedRow, quote_job, reason_never_possible
 from broker.submit import submit_job
 from sites.bundle import PACKED_BYTES_MAX
 from training.catalogue import GPU_TYPES
@@ -50,7 +49,7 @@ _KEY: Final = re.compile(r"[0-9a-f]{32}")
 class Quoted:
     """What a job would get now; `never` says why it never could, where that is so."""
 
-    rows: list[QuoteRow]
+    rows: list[QuotedRow]
     never: str | None
 
 
@@ -82,7 +81,7 @@ def quote() -> Response:
     filled = _filled(draft, NO_WORKDIR)
     draft.faults = filled.faults
     if filled.spec is not None:
-        draft.quoted = _quoted(filled.spec)
+        draft.quoted = _quoted(filled.spec, the_person().tenant_id or "")
     return show("quote.html", draft=draft, alone=True)
 
 
@@ -100,7 +99,7 @@ def take_job() -> Response:
         if filled.spec is None:
             return _show(draft, HTTPStatus.UNPROCESSABLE_ENTITY)
         if request.form.get("step") != "submit":
-            draft.quoted = _quoted(filled.spec)
+            draft.quoted = _quoted(filled.spec, tenant_id)
             return _show(draft)
         if draft.workdir is None:
             draft.faults["workdir"] = "choose a .tar.gz of the job's folder, or the example"
@@ -149,9 +148,9 @@ def _kept_workdir() -> Workdir | None:
     return Workdir(digest, request.form.get("workdir_name", "")[:100])
 
 
-def _quoted(spec: JobSpec) -> Quoted:
+def _quoted(spec: JobSpec, tenant_id: str) -> Quoted:
     market = the_market()
-    rows = quote_job(market, spec)[:QUOTE_ROWS_MAX]
+    rows = quote_job(market, spec, tenant_id)[:QUOTE_ROWS_MAX]
     never = None if rows else market.database.read(lambda session: reason_never_possible(session, spec))
     return Quoted(rows, never)
 
