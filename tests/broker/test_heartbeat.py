@@ -38,7 +38,10 @@ def test_an_item_that_the_database_refuses_costs_no_other_item_and_no_liveness(
         for lease in (first, second)
     }
     # As an agent that knows no bound would say it; SQLite has no bound on text, PostgreSQL has.
-    ada.reports = {**running, first.lease_id: running[first.lease_id].model_copy(update={"outputs": {"x" * 300: DIGEST}})}
+    ada.reports = {
+        **running,
+        first.lease_id: running[first.lease_id].model_copy(update={"outputs": {"x" * 300: DIGEST}}),
+    }
     scene.clock.advance_s(1)
     answer = ada.beat()
     assert [(refusal.lease_id, refusal.code) for refusal in answer.refusals] == [(first.lease_id, "item.unstorable")]
