@@ -26,7 +26,7 @@ from broker.transitions import LeaseState, SiteState, change_state, is_round_due
 from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
 
 BeforeEffect = Callable[[Session], None]
-_log = structlog.get_logger()
+_log = structlog.get_logger(__name__)
 Item = Confirmation | Veto | Usage | AttemptReport
 
 
