@@ -74,7 +74,7 @@ def _submit_instant(market: Market, tenant_id: str, spec: JobSpec, before_commit
     """Submit a job together with its lease; an offer that was overtaken is made anew a few times."""
     market.database.read(lambda session: _check_admissible(session, market, tenant_id, spec))
     for _ in range(TRIES_MAX):
-        offer = make_offer(market, spec)
+        offer = make_offer(market, tenant_id, spec)
 
         def work(session: Session, offer: InstantOffer = offer) -> tuple[Job, list[str]]:
             job = _write(session, market, tenant_id, spec)
