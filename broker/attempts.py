@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Artifact, Job, JobArtifact, Lease, LeasedGpu, Placement
+from broker.database.tables import Artifact, Job, JobArtifact, Lease, LeasedGpu, Placement, SiteUpload
 from broker.errors import ConflictError
 from broker.leases import end_lease, end_placement, free_leased_gpus, leases_of, requeue
 from broker.market import Market
@@ -264,6 +264,8 @@ def _keep_artifact(session: Session, row: JobArtifact) -> None:
     stored = session.get(Artifact, row.digest)
     if stored is None or not stored.complete:
         return  # reported before it was stored: the next heartbeat says it again
+    if session.get(SiteUpload, (row.site_id, row.digest)) is None:
+        return  # a digest alone is no pass: what others brought becomes no site's by naming it
     held = session.get(JobArtifact, (row.job_id, row.kind, row.name))
     if held is not None and held.epoch >= row.epoch and held.round_number >= row.round_number:
         return

@@ -23,6 +23,7 @@ from broker.freeze import require_open
 from broker.leases import propose
 from broker.market import Market
 from broker.rounds.snapshot import free_by_pool, job_state, take
+from broker.speeds import read_speeds
 from broker.transitions import SiteState, record_event
 from pricing.money import format_credits
 from sites.protocol import Offer
@@ -60,10 +61,10 @@ def wants_instant(spec: JobSpec) -> bool:
     return spec.market.start == "now"
 
 
-def make_offer(market: Market, spec: JobSpec) -> InstantOffer:
+def make_offer(market: Market, tenant_id: str, spec: JobSpec) -> InstantOffer:
     """Return what a job gets at once. Raises InstantRefusedError with the reason where it gets nothing."""
     _require_small(market, spec)
-    return market.database.read(lambda session: _offer(session, market, spec))
+    return market.database.read(lambda session: _offer(session, market, tenant_id, spec))
 
 
 def commit_offer(session: Session, market: Market, job: Job, offer: InstantOffer) -> list[str] | None:
@@ -106,7 +107,7 @@ def _require_small(market: Market, spec: JobSpec) -> None:
         )
 
 
-def _offer(session: Session, market: Market, spec: JobSpec) -> InstantOffer:
+def _offer(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> InstantOffer:
     require_open(session)
     newest = session.scalar(select(func.max(Round.round_number)))
     if newest is None:
@@ -119,6 +120,7 @@ def _offer(session: Session, market: Market, spec: JobSpec) -> InstantOffer:
         submitted_ms=taken.snapshot.taken_at_ms,
         hold_left_micros=spec.market.budget_micros,
         sites=taken.site_versions,
+        speeds=read_speeds(session).valued(tenant_id, spec),
     ).model_copy(update={"sites_max": 1})
     pools = _free_pools(session, market, taken.snapshot.pools, taken.snapshot.last_prices)
     if not pools:

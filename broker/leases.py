@@ -26,6 +26,7 @@ from broker.database.tables import (
     Round,
     UsageReport,
 )
+from broker.lease_clock import stamp_active, stamp_ended
 from broker.market import Market
 from broker.terms import begin_first_term, open_first_term
 from broker.transitions import (
@@ -233,7 +234,8 @@ def end_lease(session: Session, market: Market, lease: Lease, cause: str) -> Non
     now_ms = market.clock.now_ms()
     never_started = lease.state in {LeaseState.PROPOSED, LeaseState.CONFIRMED}
     # UTC may have been stepped back: a lease never ends before what was taken for it while it lived.
-    lease.ended_ms, lease.end_cause = max(now_ms, _newest_report_ms(session, lease)), cause
+    stamp_ended(lease, market.clock, earliest_ms=_newest_report_ms(session, lease))
+    lease.end_cause = cause
     change_state(session, lease, LeaseState.ENDED, now_ms=now_ms, detail=cause)
     if never_started:
         # A site starts only on seeing `active`, which this lease never was.
@@ -334,7 +336,7 @@ def _activate(session: Session, market: Market, placement: Placement, gang: Sequ
     begin_first_term(session, placement)
     change_state(session, placement, PlacementState.ACTIVE, now_ms=now_ms)
     for lease in gang:
-        lease.active_ms = now_ms
+        stamp_active(lease, market.clock)
         change_state(session, lease, LeaseState.ACTIVE, now_ms=now_ms)
     job = session.get_one(Job, placement.job_id)
     job.started_ms = job.started_ms or now_ms

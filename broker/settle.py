@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.database.tables import Hold, Job, Lease
+from broker.lease_clock import ended_since_ms
 from broker.market import Market
 from broker.refunds import refund_lost_work
 from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
@@ -45,9 +46,8 @@ def _close(session: Session, market: Market, job: Job) -> bool:
     now_ms = market.clock.now_ms()
     for lease in session.scalars(select(Lease).where(Lease.job_id == job.job_id)):
         assert lease.state == LeaseState.ENDED, "a final job has no live lease"
-        assert lease.ended_ms is not None, "an ended lease has its time"
         reported = lease.active_ms is None or lease.phase == AttemptPhase.EXITED
-        if not reported and now_ms < lease.ended_ms + round(market.settings.settle_s * 1000):
+        if not reported and ended_since_ms(lease, market.clock) < round(market.settings.settle_s * 1000):
             return False
     refund_lost_work(session, job, now_ms)
     voided = ledger.close_hold(session, job.job_id, now_ms)

@@ -52,6 +52,9 @@ SIGNATURE_HEADER: Final = "Hansa-Signature"
 Pem = Annotated[str, StringConstraints(max_length=8192)]
 LeaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
 GpuId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:._-]{1,64}$")]
+# Beside the longest name of a site and a stroke it still fits a name of 200 characters at the broker.
+OUTPUT_NAME_LENGTH_MAX: Final = 160
+OutputName = Annotated[str, StringConstraints(min_length=1, max_length=OUTPUT_NAME_LENGTH_MAX)]
 Sentence = Annotated[str, StringConstraints(max_length=1000)]
 Micros = Annotated[int, Field(ge=0, le=10**15)]
 # An offer beyond these would make a whole round's snapshot invalid, so it is refused at the door.
@@ -235,7 +238,9 @@ class AttemptReport(Message):
     gateway: GatewayReport | None = None
     promise: ViewReport | None = None
     checkpoint: NewestCheckpoint | None = Field(default=None, description="stored at the broker already")
-    outputs: dict[str, Digest] = Field(default_factory=dict, max_length=100, description="stored at the broker already")
+    outputs: dict[OutputName, Digest] = Field(
+        default_factory=dict, max_length=100, description="stored at the broker already"
+    )
 
 
 class Usage(Message):

@@ -33,7 +33,6 @@ from broker.api.problems import json_answer
 from broker.api.site_routes import OFFSET_MAX, artifact_state
 from broker.cancel import request_cancel
 from broker.database.tables import Event, Job, Lease
-from broker.freeze import require_open
 from broker.invoices import invoice
 from broker.market import Market
 from broker.queries.jobs import ArtifactRow, artifact_digest, job_row, list_artifacts
@@ -176,7 +175,6 @@ def post_job(header: IdempotencyHeader, body: JobSpec) -> Response:  # noqa: ARG
     """Submit a job: its budget is held and it waits for the next round."""
     market, tenant_id = the_market(), the_tenant_id()
     key = once(market, f"tenant/{tenant_id}")
-    market.database.read(require_open)
 
     def effect() -> Response:
         kept: list[str] = []

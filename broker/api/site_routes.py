@@ -27,7 +27,7 @@ from broker.identity.site_requests import spend_sequence
 from broker.market import Market
 from broker.streams import STREAM_NAMES, streams_of
 from broker.transitions import LeaseState
-from broker.uploads import Upload, take_chunk
+from broker.uploads import site_upload, take_chunk
 from sites.protocol import ROUTE_PREFIX, ArtifactState, Enrolment, Heartbeat
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -95,7 +95,7 @@ def put_artifact(digest: str) -> Response:
     site_id = the_site_request().site_id
     if not market.database.read(lambda session: _holds_any_lease(session, site_id)):
         raise NotFoundError("this site holds no lease, so there is no job that the artifact could be of")
-    upload = Upload(digest, f"site-{site_id}", query.offset, query.size, market.settings.artifact_bytes_max)
+    upload = site_upload(market, site_id, digest, offset=query.offset, size_bytes=query.size)
     progress = take_chunk(market, upload, request.get_data())
     return json_answer(artifact_state(digest, query.size, progress))
 

@@ -36,6 +36,12 @@ GPUS_TAKEN: Final = "its GPUs are no longer free"
 NOT_COMPENSATED: Final = "market equity does not cover what the move would destroy"
 
 
+class RoundOvertakenError(ConflictError):
+    """A round that may no longer be committed: another one was, or the market is frozen."""
+
+    code = "round.overtaken"
+
+
 @dataclass(slots=True)
 class Committed:
     """What a round came to: its row, the sites to wake, and the jobs whose word has changed."""
@@ -57,18 +63,18 @@ def commit(
 ) -> Committed:
     """Write the round, its signed certificate and the placements that still hold; `phases` are seconds of the solver.
 
-    Raises ConflictError where another worker has committed a round meanwhile, or an admin has
+    Raises RoundOvertakenError where another worker has committed a round meanwhile, or an admin has
     frozen the market: nothing is written.
     """
     state = session.get_one(MarketState, 1)
     if state.frozen_ms is not None:
         message = "the market was frozen while the round was being solved"
-        raise ConflictError(message)
+        raise RoundOvertakenError(message)
     number = clearing.round_number
     newest = session.scalar(select(func.max(Round.round_number))) or 0
     if newest != number - 1:
         message = f"round {newest} was committed while round {number} was being solved; its snapshot is out of date"
-        raise ConflictError(message)
+        raise RoundOvertakenError(message)
     row = Round(
         round_number=number,
         taken_ms=taken.snapshot.taken_at_ms,
@@ -204,6 +210,12 @@ class _Step:
 
     def _renew(self, job: Job, placement: Placement, award: Award) -> None:
         """Append a term at this round's price: it begins where the running one ends."""
+        leases = self.session.scalars(
+            select(Lease).where(Lease.placement_id == placement.placement_id, Lease.state == LeaseState.ACTIVE)
+        ).all()
+        # A gang that lost a lease changes neither its job's version nor, always, its sites'.
+        if {lease.site_id for lease in leases} != {part.site_id for part in award.configuration.parts}:
+            raise _DroppedError("the gang has changed since the snapshot")
         outstanding = placement.reserved_micros - placement.charged_micros
         if award.reservation_micros + outstanding > self._unposted(job):
             raise _DroppedError("the hold does not cover another term")
@@ -217,9 +229,7 @@ class _Step:
         placement.term_s = award.term_s
         append_term(self.session, placement, award, self.committed.round.round_number)
         prices = {charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools}
-        for lease in self.session.scalars(
-            select(Lease).where(Lease.placement_id == placement.placement_id, Lease.state == LeaseState.ACTIVE)
-        ):
+        for lease in leases:
             lease.price_micros_per_gpu_hour = prices[lease.pool_id]
         record_event(
             self.session,

@@ -23,13 +23,16 @@ from broker.metering import (
     EgressImpossibleError,
     UsageConflictError,
     UsageRefusedError,
+    UsageTooEarlyError,
     accept_usage,
     charges_of,
 )
 from broker.transitions import LeaseState
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Terms
+from sites.agent import FINAL_REFUSALS
 from sites.protocol import Usage
 from tests.broker.sold import BANDWIDTH, BUDGET, CREDIT, EQUITY, HOUR_MS, sold_market
+from tests.broker.speaking import Scene
 
 
 @pytest.fixture
@@ -151,13 +154,41 @@ def test_a_closed_hold_takes_no_more_usage(market: Market) -> None:
 def test_no_more_gpu_time_is_taken_than_the_lease_can_have_run(market: Market) -> None:
     market.clock.advance_s(60)
     most = 4 * round((60 + market.settings.liveness_s) * 1000)
-    with pytest.raises(UsageRefusedError, match="more than lease lease_ada can have run"):
+    with pytest.raises(UsageTooEarlyError, match="more than lease lease_ada can have run"):
         _report(market, "ada", 1, gpu_ms=most + 1)
     assert _report(market, "ada", 1, gpu_ms=most) == 1
     _end(market, "ada", "done")
     market.clock.advance_s(30)  # time after the end grants nothing
-    with pytest.raises(UsageRefusedError, match="can have run"):
+    with pytest.raises(UsageTooEarlyError, match="can have run"):
         _report(market, "ada", 2, gpu_ms=1)
+
+
+def test_usage_of_an_honest_site_is_taken_though_utc_was_stepped_back(scene: Scene) -> None:
+    job_id = scene.submit(2)
+    (site,) = scene.start(job_id)
+    order = site.order()
+    scene.pass_s(60, site.site_id)
+    scene.clock.step_utc_s(-300)
+    site.meter(order, 2 * 60_000)
+    assert site.beat().refusals == ()
+    assert scene.lease(job_id, site.site_id).delivered_gpu_milliseconds == 2 * 60_000
+
+
+def test_usage_that_comes_too_early_is_not_refused_for_good(scene: Scene) -> None:
+    job_id = scene.submit(2)
+    (site,) = scene.start(job_id)
+    order = site.order()
+    scene.pass_s(20, site.site_id)
+    # After a reboot readings of before it say nothing: what is left is UTC, which was stepped back.
+    scene.clock.reboot()
+    scene.clock.step_utc_s(-300)
+    site.meter(order, 2 * 20_000)
+    (refusal,) = site.beat().refusals
+    assert refusal.code == "usage.too_early"
+    assert refusal.code not in FINAL_REFUSALS
+    scene.clock.step_utc_s(300)
+    assert site.beat().refusals == ()
+    assert scene.lease(job_id, site.site_id).delivered_gpu_milliseconds == 2 * 20_000
 
 
 def test_egress_to_a_stranger_is_not_charged(market: Market) -> None:

@@ -19,7 +19,6 @@ from werkzeug.wrappers import Response
 from broker.api.context import the_market
 from broker.database.tables import IdempotencyKey, Job
 from broker.errors import BrokerError
-from broker.freeze import require_open
 from broker.portal.blueprint import Access, page, show, the_person
 from broker.portal.forms import (
     GPU_ROWS,
@@ -178,7 +177,6 @@ def _submit(tenant_id: str, submission: str, spec: JobSpec) -> str:
     former = market.database.read(submitted)
     if former is not None:
         return former
-    market.database.read(require_open)
     return submit_job(market, tenant_id, spec, before_commit).job_id
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from training.codecs import CODECS, MAGNITUDE_MAX, NO_HINT, Codec, Hint, Values, decode
+from training.codecs import CODECS, MAGNITUDE_MAX, NO_HINT, Codec, Hint, Values, blocks, decode
 from training.codecs.blocks import TILE
+from training.codecs.compiled import ELEMENTS_MIN, kernels
 from training.codecs.int4 import random_bytes
 from training.codecs.int8 import BLOCK
 from training.codecs.topk2 import BETA, CHUNK, KEPT_PER_CHUNK
@@ -246,3 +249,31 @@ def test_over_rounds_int8_loses_nothing_of_a_constant_gradient() -> None:
     assert np.abs(total / 200 - values).max() < 1e-4
     without = CODECS["int8"].decode(CODECS["int8"].encode(values, None)[0], 2000)
     assert np.abs(without - values).max() > 1e-3, "without the carry they would be lost"
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("elements", [ELEMENTS_MIN, ELEMENTS_MIN + 77])
+def test_compiled_loops_give_the_bytes_of_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, name: str, elements: int
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.delenv("HANSA_COMPILE", raising=False)
+    kernels.cache_clear()
+    codec: Any = CODECS[name]
+    values, carry = normal(elements), normal(elements, 1) * np.float32(1e-3)
+    values[1024:3072], values[5000:5100], carry[1024:3072] = 0, 1e-30, 0
+    hint = Hint(key=1234567890123456789)
+    try:
+        assert kernels()
+        payload, left = codec.encode(values, carry, hint)
+        decoded = codec.decode(payload, elements)
+        values[77] = np.nan
+        with pytest.raises(CodecError, match="NaN, infinite or huge"):
+            codec.encode(values, None)
+    finally:
+        kernels.cache_clear()
+    values[77] = normal(elements)[77]
+    plain, rest = blocks.encode(codec, values, carry, key=hint.key, out=None)
+    assert payload == plain
+    assert np.array_equal(left, rest)
+    assert np.array_equal(decoded, blocks.decode(codec, payload, elements, None))

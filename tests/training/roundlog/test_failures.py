@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from training.errors import ExchangeError
 from training.exchange import SampleRange
 from training.roundlog.errors import ExchangeRefusedError
 
-from .conftest import OUTER, Federation, Site, run_round, wait_until
+from .conftest import LIMIT_S, OUTER, Federation, Site, run_round, wait_until
 
 
 def samples(round_number: int, index: int) -> tuple[SampleRange, ...]:
@@ -236,6 +237,35 @@ def test_fragments_beyond_the_jobs_limit_are_refused(federation: Federation) -> 
     for fragment, code in ((0, None), (1, "too_large"), (0, None)):
         with contextlib.nullcontext() if code is None else pytest.raises(ExchangeRefusedError, match="exceed"):
             one.client.post_fragment(1, fragment, bytes(50_000_000))
+
+
+def test_refused_and_broken_bodies_leave_nothing_on_disk(federation: Federation) -> None:
+    (one,) = federation.start("aachen", listens=False)
+    federation.open(one, hub=one)
+    incoming = Path(one.config.state_dir) / "incoming"
+    with pytest.raises(ExchangeRefusedError, match="was not posted"):
+        one.client.commit(1, weight=1, samples=(), fragments=2, outer_hash=OUTER)
+    too_large = one.config.contribution_bytes_max + 1
+    _post_raw(one, f"Content-Length: {too_large}", bytes(too_large))
+    # The ranks' process dies in the middle of a body.
+    _post_raw(one, "Content-Length: 1000000", bytes(1000))
+    wait_until(lambda: list(incoming.iterdir()) == [], "what was refused to be removed")
+    run_round(1, one)
+    assert list(incoming.iterdir()) == []
+
+
+def _post_raw(site: Site, header: str, body: bytes) -> bytes:
+    """Post a fragment over a bare connection that ends after `body`; return how the answer begins."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(LIMIT_S)
+        connection.connect(site.config.ranks_socket)
+        connection.sendall(f"PUT /rounds/1/fragments/0 HTTP/1.1\r\nHost: gateway\r\n{header}\r\n\r\n".encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(body)
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            return connection.recv(100)
+    return b""
 
 
 def test_new_hub_that_just_joined_gets_chain_and_snapshot_from_a_member(federation: Federation, tmp_path: Path) -> None:
