@@ -209,7 +209,13 @@ class Replica:
 
     async def _commit_joined(self, round_number: int, request: CommitRequest, joined: Path) -> None:
         paths = [self.store.posted_path(round_number, fragment) for fragment in range(request.fragments)]
-        parts, digest = await asyncio.to_thread(_join, paths, joined, self.config.contribution_bytes_max)
+        try:
+            parts, digest = await asyncio.to_thread(_join, paths, joined, self.config.contribution_bytes_max)
+        except (FileNotFoundError, Refusal):
+            # Where a quorum seals without this site, what it posted may be dropped in the middle of the reading.
+            if self.check_open(round_number):
+                raise
+            return
         own = OwnContribution(
             round_number=round_number,
             weight=request.weight,

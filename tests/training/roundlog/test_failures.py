@@ -7,12 +7,14 @@ import contextlib
 import hashlib
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from training.errors import ExchangeError
 from training.exchange import SampleRange
+from training.roundlog import replica
 from training.roundlog.errors import ExchangeRefusedError
 
 from .conftest import LIMIT_S, OUTER, Federation, Site, run_round, wait_until
@@ -430,3 +432,26 @@ def test_measurements_become_json_lines(federation: Federation) -> None:
     assert line.count("\n") == 1
     assert '"loss":2.5' in line
     assert '"nan":null' in line
+
+
+def test_a_round_sealed_while_a_commit_is_being_joined_goes_on_without_it(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = federation.start("aachen", "bergen")
+    federation.open(one, two, hub=one, quorum=1)
+    join = replica._join
+    held = threading.Event()
+
+    def join_late(paths: list[Path], joined: Path, bytes_max: int) -> object:
+        if "aachen" in str(joined):
+            held.set()
+            wait_until(lambda: one.control.status().sealed_round == 1, "the round to be sealed by the other site")
+            wait_until(lambda: not any(path.exists() for path in paths), "what was posted to be dropped")
+        return join(paths, joined, bytes_max)
+
+    monkeypatch.setattr(replica, "_join", join_late)
+    late = one.pool.submit(one.contribute, 1)
+    assert held.wait(LIMIT_S)
+    two.contribute(1)
+    late.result(LIMIT_S)
+    assert [entry.site_id for entry in one.apply(1).entries] == ["bergen"]
