@@ -1,7 +1,7 @@
 """`hansa admin …`: what the market's admins do, over the public API with an admin's token.
 
-Only `init` works on the broker's own home: it makes the market's keys and tables and the first admin token, before
-there is a token to call the API with.
+Only `init`, `backup` and `restore` work on the broker's own home: the first makes the market's keys and tables and
+the first admin token, before there is a token to call the API with; the others need every key and file of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from broker.cli import admin_rounds, config
+from broker.cli import admin_rounds, backup_commands, config
 from broker.cli.errors import CliError, UsageError
 from broker.cli.output import MICROS_PER_CREDIT, JsonOption, credits_text, print_json, print_table, time_text
 
@@ -29,6 +29,7 @@ site_app = typer.Typer(help="Sites of the federation.", no_args_is_help=True, ri
 for name, sub in (("tenant", tenant_app), ("user", user_app), ("site", site_app)):
     app.add_typer(sub, name=name)
 admin_rounds.register(app)
+backup_commands.register(app)
 
 FIRST_TOKEN_LIFE_S: Final = 30 * 86_400
 SECONDS_PER_DAY: Final = 86_400
