@@ -17,10 +17,12 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from broker.allocation.clearing import Certificate
 from broker.api.context import the_market
 from broker.api.problems import json_answer
-from broker.database.tables import Job, Lease, MarketState, Round, Site
+from broker.database.tables import Account, Job, Lease, MarketState, Round, Site
 from broker.market import Market
+from pricing.money import MICROS_PER_CREDIT
 
 # prometheus_client's own name for the folder that worker processes share.
 MULTIPROCESS_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
@@ -98,7 +100,32 @@ def _market_figures(session: Session, market: Market) -> list[GaugeMetricFamily]
     age_s = -1 if newest is None else max(0, market.clock.now_ms() - newest.committed_ms) / 1000
     families.append(GaugeMetricFamily("hansa_round_age_seconds", "Age of the last committed round", value=age_s))
     families.append(GaugeMetricFamily("hansa_changes_uncleared", "Changes that no round has seen yet", value=waiting))
-    return families
+    state = session.get(MarketState, 1)
+    frozen = state is not None and state.frozen_ms is not None
+    families.append(GaugeMetricFamily("hansa_frozen", "1 while an admin holds all rounds", value=int(frozen)))
+    return families + _round_figures(newest) + _money_figures(session)
+
+
+def _round_figures(newest: Round | None) -> list[GaugeMetricFamily]:
+    if newest is None:
+        return []
+    proved = Certificate.model_validate_json(newest.certificate)
+    rows = (
+        ("number", "Number of the last round", newest.round_number),
+        ("solve_seconds", "Time to clear the last round", newest.solve_s),
+        ("placements", "Placements of the last round", newest.placements_made),
+        ("welfare_credits_per_hour", "Worth of the last round", proved.welfare_micros_per_hour / MICROS_PER_CREDIT),
+        ("gap_credits_per_hour", "Bound less worth of the last round", proved.gap_micros_per_hour / MICROS_PER_CREDIT),
+        ("uplift_credits_per_hour", "Uplift of the last round", proved.uplift_micros_per_hour / MICROS_PER_CREDIT),
+    )
+    return [GaugeMetricFamily(f"hansa_round_{name}", text, value=value) for name, text, value in rows]
+
+
+def _money_figures(session: Session) -> list[GaugeMetricFamily]:
+    family = GaugeMetricFamily("hansa_ledger_credits", "Balances by kind of account; together nought", labels=["kind"])
+    for kind, micros in session.execute(select(Account.kind, func.sum(Account.balance_micros)).group_by(Account.kind)):
+        family.add_metric([kind], int(micros) / MICROS_PER_CREDIT)
+    return [family]
 
 
 def _round_and_backlog(session: Session) -> tuple[Round | None, int]:

@@ -1,7 +1,8 @@
 """`hansa admin …`: what the market's admins do, over the public API with an admin's token.
 
-Only `init`, `backup` and `restore` work on the broker's own home: the first makes the market's keys and tables and
-the first admin token, before there is a token to call the API with; the others need every key and file of it.
+Only `init`, `fund`, `backup` and `restore` work on the broker's own home: the first makes the market's keys and tables
+and the first admin token, before there is a token to call the API with; new money is made by whoever holds the host; the
+others need every key and file of it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,28 @@ def init(
     typer.echo(f"token    {token.text}   (shown once; until {time_text(token.expires_ms)})")
     typer.echo(f"ca       {ca}")
     typer.echo(f"next     hansa config set --url {settings.public_url} --ca {ca} --token …")
+
+
+@app.command()
+def fund(
+    amount: Annotated[str, typer.Argument(metavar="CREDITS", help="with up to six decimals")],
+    as_json: JsonOption = False,
+) -> None:
+    """Add to the credits that the market may spend on uplift; on the broker's host only."""
+    from broker.bootstrap import open_market
+    from broker.database.tables import Account
+    from broker.ledger.accounts import EQUITY
+    from broker.settings import Settings
+
+    amount_micros = _parsed_credits(amount)
+    market = open_market(Settings())
+    _fund_equity(market, amount_micros)
+    balance = market.database.read(lambda session: session.get_one(Account, EQUITY).balance_micros)
+    market.database.close()
+    if as_json:
+        print_json({"balance_micros": balance})
+    else:
+        typer.echo(f"the market has {credits_text(balance)} credits of its own")
 
 
 @app.command()
@@ -204,13 +227,7 @@ def deposit(
     as_json: JsonOption = False,
 ) -> None:
     """Give a tenant credits."""
-    from pricing.errors import PricingError
-    from pricing.money import parse_credits
-
-    try:
-        amount_micros = parse_credits(amount)
-    except PricingError as error:
-        raise UsageError(str(error)) from None
+    amount_micros = _parsed_credits(amount)
     with _client() as client:
         document = client.admin_post(f"/tenants/{tenant_id}/deposit", {"amount_micros": amount_micros}, key)
     if as_json:
@@ -396,6 +413,16 @@ def _act(path: str, body: dict[str, Any], done: str, *, as_json: bool) -> None:
         print_json(document)
     else:
         typer.echo(done)
+
+
+def _parsed_credits(amount: str) -> int:
+    from pricing.errors import PricingError
+    from pricing.money import parse_credits
+
+    try:
+        return parse_credits(amount)
+    except PricingError as error:
+        raise UsageError(str(error)) from None
 
 
 def _fund_equity(market: Market, amount_micros: int) -> None:
