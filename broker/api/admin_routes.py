@@ -207,7 +207,7 @@ def post_revoke(path: TokenPath) -> Response:
 @api.post("/users", responses=answers(None, 201))
 def post_user(body: NewUser) -> Response:
     """Give a person an account for the portal."""
-    user = create_user(the_market(), body.login, body.password, body.role, body.tenant_id)
+    user = create_user(the_market(), body.login, body.password, body.role, body.tenant_id, actor=the_actor())
     return json_answer(
         {"user_id": user.user_id, "login": user.login, "role": user.role, "tenant_id": user.tenant_id},
         HTTPStatus.CREATED,
@@ -238,14 +238,14 @@ def get_users(query: PageQuery) -> Response:
 @api.post("/users/<string:login>/password", responses=answers())
 def post_password(path: UserPath, body: NewPassword) -> Response:
     """Set a person's password; all of their sessions end."""
-    change_password(the_market(), path.login, body.password)
+    change_password(the_market(), path.login, body.password, actor=the_actor())
     return json_answer({"login": path.login, "changed": True})
 
 
 @api.post("/users/<string:login>/close", responses=answers())
 def post_close(path: UserPath) -> Response:
     """Close a person's account for good."""
-    disable_user(the_market(), path.login)
+    disable_user(the_market(), path.login, actor=the_actor())
     return json_answer({"login": path.login, "closed": True})
 
 
@@ -253,7 +253,7 @@ def post_close(path: UserPath) -> Response:
 def post_invitation(body: Invitation) -> Response:
     """Invite a site; the join string in this answer works once."""
     market = the_market()
-    join_string = invite_site(market, body.site_id)
+    join_string = invite_site(market, body.site_id, actor=the_actor())
     expires_ms = market.clock.now_ms() + JOIN_LIFE_S * 1000
     return json_answer(
         {"site_id": body.site_id, "join_string": join_string, "expires_ms": expires_ms}, HTTPStatus.CREATED
@@ -287,7 +287,7 @@ def get_statement(path: SitePath, query: PageQuery) -> Response:
 @api.post("/sites/<string:site_id>/remove", responses=answers())
 def post_remove(path: SitePath) -> Response:
     """Take a site out of the market for good."""
-    remove_site(the_market(), path.site_id)
+    remove_site(the_market(), path.site_id, actor=the_actor())
     return json_answer({"site_id": path.site_id, "state": "removed"})
 
 

@@ -241,7 +241,7 @@ def token(
 @user_app.command("create")
 def create_user(
     login: Login,
-    role: Annotated[str, typer.Option(help="tenant, operator or admin")] = "tenant",
+    role: Annotated[str, typer.Option(help="tenant or admin")] = "tenant",
     tenant: Annotated[str | None, typer.Option(help="whose jobs they see")] = None,
     password_file: PasswordFile = None,
     as_json: JsonOption = False,
