@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Annotated, Final
 
@@ -17,7 +18,7 @@ from broker import ledger
 from broker.api.answers import answers
 from broker.api.context import the_actor, the_market
 from broker.api.documents import EventPage, event_document
-from broker.api.idempotency import IdempotencyHeader, once
+from broker.api.idempotency import IdempotencyHeader, Once, once
 from broker.api.market_routes import RoundPath
 from broker.api.pages import PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
@@ -31,13 +32,14 @@ from broker.identity.join import invite_site
 from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, change_password, create_user, disable_user
 from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token, tokens_of
 from broker.invoices import statement
+from broker.market import Market
 from broker.payment_rules import payment_rule, set_payment_rule
 from broker.queries.accounts import list_accounts
 from broker.queries.market import find_certificate, find_round
 from broker.queries.money import list_tenants
 from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
-from broker.tenants import create_tenant, deposit
+from broker.tenants import add_equity, create_tenant, deposit
 from pricing.payments import PaymentRule
 from training.spec import BUDGET_MICROS_MAX, SiteId
 
@@ -162,17 +164,37 @@ def post_deposit(path: TenantPath, header: IdempotencyHeader, body: Deposit) -> 
     key = once(market, "admin")
     actor = the_actor()
 
-    def effect() -> Response:
-        def work(session: Session) -> str:
-            transfer_id = market.ids.new("deposit")
-            balance = deposit(session, market, path.tenant_id, body.amount_micros, transfer_id, actor=actor)
-            text = json.dumps({"tenant_id": path.tenant_id, "balance_micros": balance})
-            key.record(session, HTTPStatus.OK, text)
-            return text
+    def work(session: Session) -> dict[str, object]:
+        transfer_id = market.ids.new("deposit")
+        balance = deposit(session, market, path.tenant_id, body.amount_micros, transfer_id, actor=actor)
+        return {"tenant_id": path.tenant_id, "balance_micros": balance}
 
-        return Response(market.database.write("deposit", work), content_type="application/json")
+    return key.run(lambda: _given(market, key, work))
 
-    return key.run(effect)
+
+@api.post("/equity", responses=answers())
+def post_equity(header: IdempotencyHeader, body: Deposit) -> Response:  # noqa: ARG001  the header is for the documentation
+    """Give the market money of its own for uplift, once for each idempotency key."""
+    market = the_market()
+    key = once(market, "admin")
+    actor = the_actor()
+
+    def work(session: Session) -> dict[str, object]:
+        transfer_id = market.ids.new("equity")
+        return {"balance_micros": add_equity(session, market, body.amount_micros, transfer_id, actor=actor)}
+
+    return key.run(lambda: _given(market, key, work))
+
+
+def _given(market: Market, key: Once, work: Callable[[Session], dict[str, object]]) -> Response:
+    """Move money and keep the answer under the key, in one transaction."""
+
+    def effect(session: Session) -> str:
+        text = json.dumps(work(session))
+        key.record(session, HTTPStatus.OK, text)
+        return text
+
+    return Response(market.database.write("deposit", effect), content_type="application/json")
 
 
 @api.post("/tenants/<string:tenant_id>/tokens", responses=answers(None, 201))
