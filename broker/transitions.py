@@ -114,6 +114,7 @@ def change_state(
     detail: str = "",
     tenant_id: str | None = None,
     round_number: int | None = None,
+    actor: str | None = None,
 ) -> None:
     """Move `thing` to state `after` and record the event. A new thing has no state before it.
 
@@ -139,6 +140,7 @@ def change_state(
         site_id=thing.site_id if isinstance(thing, Site | Lease) else None,
         lease_id=thing.lease_id if isinstance(thing, Lease) else None,
         round_number=round_number if round_number is not None else _round_of(thing),
+        actor=actor,
     )
 
 

@@ -64,9 +64,12 @@ def submit(
 
 
 def quote(job_file: JobFile, as_json: JsonOption = False) -> None:
-    """Show what a job could get at the last prices, without any effect."""
+    """Show what a job could get at the last prices, without any effect: its workdir stays here."""
+    from broker.cli.job_document import read_job
+
+    spec = read_job(job_file).spec
     with _client() as client:
-        document = client.quote(_spec(client, job_file))
+        document = client.quote(spec)
     if as_json:
         print_json(document)
     else:
