@@ -9,7 +9,7 @@ from broker.database.tables import Job
 from broker.errors import ConflictError, NotFoundError
 from broker.leases import end_placement, live_placement
 from broker.market import Market
-from broker.transitions import FINAL_JOB_STATES, JobState
+from broker.transitions import FINAL_JOB_STATES, EndCause, JobState
 
 
 def request_cancel(market: Market, tenant_id: str, job_id: str) -> Job:
@@ -27,7 +27,7 @@ def request_cancel(market: Market, tenant_id: str, job_id: str) -> Job:
             message = f"the job has already {job.state}; nothing is left to cancel"
             raise ConflictError(message)
         placement = live_placement(session, job_id)
-        sites = [] if placement is None else end_placement(session, market, placement, "cancelled")
+        sites = [] if placement is None else end_placement(session, market, placement, EndCause.CANCELLED)
         end_job(session, market, job_id, Ending(JobState.CANCELLED, "cancelled", "cancelled by its tenant"))
         return job, sites
 

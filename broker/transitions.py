@@ -47,6 +47,30 @@ class LeaseState(enum.StrEnum):
     ENDED = "ended"
 
 
+class EndCause(enum.StrEnum):
+    """Why a placement or a lease ended; money follows it: what expired is not paid late, what a site lost it refunds.
+
+    The second part is what sites report (`sites.protocol.ExitCause`), but for `done` and `expired`, which are both.
+    """
+
+    DONE = "done"  # every site of the gang is done
+    EXPIRED = "expired"  # its site was not heard for longer than the liveness, or fenced itself
+    LOST = "lost"  # the gang was lost whole
+    VETOED = "vetoed"
+    UNCONFIRMED = "unconfirmed"
+    TERM_ENDED = "term_ended"
+    MOVED = "moved"  # another configuration beat it
+    CANCELLED = "cancelled"
+
+    SCRIPT = "script"
+    SETUP = "setup"
+    BUNDLE = "bundle"
+    LIMIT = "limit"
+    EXCHANGE = "exchange"
+    ORDERED = "ordered"
+    SITE = "site"
+
+
 class SiteState(enum.StrEnum):
     """Whether a site is heard."""
 

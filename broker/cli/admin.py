@@ -15,6 +15,7 @@ import typer
 from broker.cli import admin_rounds, config
 from broker.cli.errors import CliError, UsageError
 from broker.cli.output import JsonOption, credits_text, print_json, print_table, time_text
+from pricing.money import MILLISECONDS_PER_HOUR
 
 if TYPE_CHECKING:
     from broker.cli.client import BrokerClient
@@ -32,8 +33,6 @@ admin_rounds.register(app)
 
 FIRST_TOKEN_LIFE_S: Final = 30 * 86_400
 SECONDS_PER_DAY: Final = 86_400
-MILLISECONDS_PER_HOUR: Final = 3_600_000
-CREDITS_MAX: Final = 1_000_000_000
 
 TenantId = Annotated[str, typer.Argument(metavar="TENANT")]
 SiteId = Annotated[str, typer.Argument(metavar="SITE")]
