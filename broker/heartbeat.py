@@ -21,7 +21,7 @@ from broker.leases import confirm, renew_certificate, renew_liveness, veto
 from broker.market import Market
 from broker.metering import accept_usage
 from broker.offers import apply_offer
-from broker.tickets import TICKET_PURPOSE, ticket
+from broker.tickets import stream_url
 from broker.transitions import LeaseState, SiteState, change_state, is_round_due, note_change, record_event
 from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
 
@@ -81,7 +81,7 @@ def receive(
             usage_acknowledged=taken.acknowledged,
             certificate_pem=_renewed_certificate(session, market, site_id, heartbeat.renewal_csr_pem),
             heartbeat_s=market.settings.heartbeat_s,
-            wake_url=_wake_url(market, site_id),
+            wake_url=stream_url(market, "site", site_id),
         )
         return answer, taken.wake - {site_id}, taken.jobs, is_round_due(session)
 
@@ -210,13 +210,6 @@ def _standing_leases(session: Session, site_id: str) -> list[Lease]:
             .order_by(Lease.lease_id)
         )
     )
-
-
-def _wake_url(market: Market, site_id: str) -> str | None:
-    if not market.settings.wake_url:
-        return None
-    key = market.authority.derive_key(TICKET_PURPOSE)
-    return f"{market.settings.wake_url}/wake/site/{site_id}?ticket={ticket(key, 'site', site_id)}"
 
 
 def _renewed_certificate(session: Session, market: Market, site_id: str, csr_pem: str | None) -> str | None:

@@ -31,6 +31,7 @@ from broker.market import Market
 from broker.terms import begin_first_term, open_first_term
 from broker.transitions import (
     FINAL_JOB_STATES,
+    EndCause,
     JobState,
     LeaseState,
     PlacementState,
@@ -194,10 +195,10 @@ def veto(session: Session, market: Market, lease: Lease, refusal: Veto) -> list[
         )
     )
     reason = f"site {lease.site_id} declined ({refusal.code}): {refusal.reason}"
-    return void_proposal(session, market, placement, "vetoed", reason)
+    return void_proposal(session, market, placement, EndCause.VETOED, reason)
 
 
-def void_proposal(session: Session, market: Market, placement: Placement, cause: str, reason: str) -> list[str]:
+def void_proposal(session: Session, market: Market, placement: Placement, cause: EndCause, reason: str) -> list[str]:
     """End a proposal that fell through; its job waits again. Returns the sites to wake."""
     sites = end_placement(session, market, placement, cause)
     requeue(session, market, session.get_one(Job, placement.job_id), cause, reason)
@@ -214,7 +215,7 @@ def requeue(session: Session, market: Market, job: Job, code: str, reason: str) 
     note_change(session)
 
 
-def end_placement(session: Session, market: Market, placement: Placement, cause: str) -> list[str]:
+def end_placement(session: Session, market: Market, placement: Placement, cause: EndCause) -> list[str]:
     """End a placement and all its leases; return the sites to wake. Ending twice changes nothing."""
     if placement.state == PlacementState.ENDED:
         return []
@@ -227,7 +228,7 @@ def end_placement(session: Session, market: Market, placement: Placement, cause:
     return [lease.site_id for lease in gang]
 
 
-def end_lease(session: Session, market: Market, lease: Lease, cause: str) -> None:
+def end_lease(session: Session, market: Market, lease: Lease, cause: EndCause) -> None:
     """End one site's part. Its GPUs are freed at once only where nothing can have started there."""
     if lease.state == LeaseState.ENDED:
         return

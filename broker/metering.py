@@ -26,13 +26,11 @@ from broker.errors import ConflictError, RefusedError, StaleEpochError
 from broker.lease_clock import ended_since_ms, ran_ms
 from broker.market import Market
 from broker.terms import Part, spans, split, terms_of
-from broker.transitions import LeaseState, PlacementState, record_event
+from broker.transitions import EndCause, LeaseState, PlacementState, record_event
 from pricing.money import MILLISECONDS_PER_HOUR, cost_micros, divide_up, egress_micros, format_credits
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Settlement, Terms, settle
 from sites.protocol import Usage
 
-# What both `broker.reconcile` and a site that fenced itself give as the cause of a lease's end.
-EXPIRED_CAUSE: Final = "expired"
 # A probe sees what other traffic leaves of a link: a transfer may find twice that.
 EGRESS_HEADROOM: Final = 2
 # How far delays on the way may part two reports that follow one another without a gap.
@@ -210,7 +208,7 @@ def _require_granted(market: Market, lease: Lease, hold: Hold, usage: Usage) -> 
         raise UsageRefusedError(message)
     if lease.state == LeaseState.ENDED:
         late_ms = round(market.settings.settle_s * 1000)
-        if lease.end_cause == EXPIRED_CAUSE:
+        if lease.end_cause == EndCause.EXPIRED:
             message = f"lease {lease.lease_id} expired before this report came; what ran after its last one is not paid"
             raise UsageRefusedError(message)
         if ended_since_ms(lease, market.clock) > late_ms:

@@ -18,7 +18,16 @@ from broker.market import Market
 from broker.offers import note_times_passed
 from broker.rounds.snapshot import renewal_starts_ms
 from broker.terms import release_finished
-from broker.transitions import JobState, LeaseState, PlacementState, SiteState, change_state, is_round_due, note_change
+from broker.transitions import (
+    EndCause,
+    JobState,
+    LeaseState,
+    PlacementState,
+    SiteState,
+    change_state,
+    is_round_due,
+    note_change,
+)
 from broker.views import check_view
 from training.spec import JobSpec
 
@@ -70,7 +79,7 @@ def _end_dead_leases(session: Session, market: Market) -> set[str]:
     for lease in list(session.scalars(select(Lease).where(Lease.state == LeaseState.ACTIVE).order_by(Lease.lease_id))):
         if lease.state == LeaseState.ACTIVE and liveness_over(market, lease):
             silent = f"site {lease.site_id} was not heard for longer than its lease's liveness"
-            wake.update(lose_lease(session, market, lease, "expired", silent))
+            wake.update(lose_lease(session, market, lease, EndCause.EXPIRED, silent))
     session.flush()
     held = select(LeasedGpu.lease_id).where(LeasedGpu.lease_id == Lease.lease_id, LeasedGpu.live).exists()
     for lease in list(session.scalars(select(Lease).where(Lease.state == LeaseState.ENDED, held))):
@@ -91,12 +100,12 @@ def _look_at(session: Session, market: Market, placement: Placement) -> list[str
                 .order_by(Lease.site_id)
             )
         )
-        return void_proposal(session, market, placement, "unconfirmed", f"{missing} did not confirm in time")
+        return void_proposal(session, market, placement, EndCause.UNCONFIRMED, f"{missing} did not confirm in time")
     if placement.state != PlacementState.ACTIVE:
         return []
     assert placement.term_ends_ms is not None, "an active placement has a term"
     if now_ms >= placement.term_ends_ms:
-        wake = end_placement(session, market, placement, "term_ended")
+        wake = end_placement(session, market, placement, EndCause.TERM_ENDED)
         job = session.get_one(Job, placement.job_id)
         requeue(session, market, job, "term_ended", "its term ended and was not renewed; it waits for another")
         return wake

@@ -15,15 +15,12 @@ from sqlalchemy.orm import Session
 from broker import ledger
 from broker.database.tables import Job, Lease, Placement, UsageReport
 from broker.leases import newest_checkpoint
-from broker.metering import EXPIRED_CAUSE
-from broker.transitions import record_event
+from broker.transitions import EndCause, record_event
 from pricing.money import format_credits
 from pricing.refunds import refund_micros
-from sites.protocol import ExitCause
 
-# Causes of a lease's end that are its site's own, and how a placement ended that was lost whole.
-FAULTS: Final = frozenset({EXPIRED_CAUSE, ExitCause.SITE.value})
-LOST_CAUSE: Final = "lost"
+# Causes of a lease's end that are its site's own.
+FAULTS: Final = frozenset({EndCause.EXPIRED, EndCause.SITE})
 
 
 def refund_lost_work(session: Session, job: Job, now_ms: int) -> int:
@@ -33,7 +30,7 @@ def refund_lost_work(session: Session, job: Job, now_ms: int) -> int:
     )
     total = 0
     for number, placement in enumerate(placements):
-        if placement.end_cause != LOST_CAUSE:
+        if placement.end_cause != EndCause.LOST:
             continue
         kept = _kept_samples(session, job, placements, number)
         leases = list(session.scalars(select(Lease).where(Lease.placement_id == placement.placement_id)))

@@ -13,9 +13,8 @@ from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Lease, LeasedGpu, Placement
 from broker.lease_clock import ran_ms
 from broker.market import Market
-from broker.metering import EXPIRED_CAUSE
 from broker.terms import terms_of
-from broker.transitions import LeaseState
+from broker.transitions import EndCause, LeaseState
 from pricing.money import divide_up
 
 
@@ -29,7 +28,7 @@ def due_of_ended(session: Session, market: Market, job_id: str | None = None) ->
     ended = (
         select(Lease, Placement)
         .join(Placement, Placement.placement_id == Lease.placement_id)
-        .where(Lease.state == LeaseState.ENDED, Lease.end_cause != EXPIRED_CAUSE, held)
+        .where(Lease.state == LeaseState.ENDED, Lease.end_cause != EndCause.EXPIRED, held)
     )
     if job_id is not None:
         ended = ended.where(Lease.job_id == job_id)

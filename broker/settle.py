@@ -15,6 +15,7 @@ from broker.lease_clock import ended_since_ms
 from broker.market import Market
 from broker.refunds import refund_lost_work
 from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
+from broker.underdelivery import refund_underdelivery
 from pricing.money import format_credits
 from sites.protocol import AttemptPhase
 
@@ -50,6 +51,7 @@ def _close(session: Session, market: Market, job: Job) -> bool:
         if not reported and ended_since_ms(lease, market.clock) < round(market.settings.settle_s * 1000):
             return False
     refund_lost_work(session, job, now_ms)
+    refund_underdelivery(session, job, now_ms)
     voided = ledger.close_hold(session, job.job_id, now_ms)
     record_event(
         session,

@@ -12,7 +12,8 @@ counts with the figure that the site offers or the catalogue's, as before: both 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +23,7 @@ from sqlalchemy.orm import Session
 from broker.allocation.snapshot import BITS_PER_S_MAX, FLOPS_PER_S_MAX, JobSpeed
 from broker.database.tables import Job, Lease
 from training.spec import JobSpec, Workload
-from training.speeds import SECONDS_MIN, MeasuredRun, SpeedEstimate, carried, cold, estimate, ratios_between
+from training.speeds import SECONDS_MIN, MeasuredRun, SpeedEstimate, carried, cold, estimate, near, ratios_between
 
 # The newest leases that a round looks at: it must stay short, and old runs say little of today's hosts.
 LEASES_READ_MAX: Final = 5_000
@@ -32,18 +33,21 @@ Family = tuple[str, int, float, int]
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What was measured, by family and GPU type; `rings` are those that ran on more than one GPU."""
+    """What was measured, by family and GPU type: the runs, and the speeds that agree with them."""
 
     families: Mapping[Family, Mapping[str, SpeedEstimate]]
-    rings: frozenset[tuple[Family, str]] = frozenset()
+    runs: Mapping[Family, Mapping[str, Sequence[MeasuredRun]]]
 
     def of(self, tenant_id: str, spec: JobSpec) -> dict[str, SpeedEstimate]:
         """Return what is known of a job on each GPU type that it accepts; types that nothing is known of are left out."""
-        known = self.families.get(family_of(tenant_id, spec.market.workload), {})
+        family = family_of(tenant_id, spec.market.workload)
+        known = self.families.get(family, {})
         found = {}
         for request in spec.resources.accelerators:
             if request.gpu_type in known:
-                found[request.gpu_type] = known[request.gpu_type]
+                middle = math.sqrt(request.count_min * request.count_max)
+                runs = self.runs[family][request.gpu_type]
+                found[request.gpu_type] = near(spec.market.workload, known[request.gpu_type], runs, middle)
             elif known:
                 nearest = min(known, key=lambda name: (known[name].half_width_log, name))
                 ratios = ratios_between(list(self.families.values()), nearest, request.gpu_type)
@@ -56,7 +60,9 @@ class Speeds:
         rows = []
         for gpu_type, known in sorted(self.of(tenant_id, spec).items()):
             lower = known.at_quantile()
-            ring = min(lower.ring_bits_per_s, BITS_PER_S_MAX) if (family, gpu_type) in self.rings else None
+            # A family that ran on single GPUs alone says nothing of a ring: the pool's own counts.
+            several = any(run.gpus > 1 for run in self.runs.get(family, {}).get(gpu_type, ()))
+            ring = min(lower.ring_bits_per_s, BITS_PER_S_MAX) if several else None
             rows.append(
                 JobSpeed(gpu_type=gpu_type, flops_per_s=min(lower.flops_per_s, FLOPS_PER_S_MAX), ring_bits_per_s=ring)
             )
@@ -68,14 +74,16 @@ def family_of(tenant_id: str, workload: Workload) -> Family:
     return tenant_id, workload.parameters, workload.flops_per_sample, workload.batch_per_gpu
 
 
-def read_speeds(session: Session) -> Speeds:
-    """Return what the newest leases on a single site measured."""
+def read_speeds(session: Session, *, but_site: str | None = None, before_ms: int | None = None) -> Speeds:
+    """Return what the newest leases on a single site measured, if asked without a site, and ended before a time."""
     sites = (
         select(Lease.placement_id)
         .group_by(Lease.placement_id)
         .having(func.count() == 1)  # across sites, a lease's pace is the slowest site's and the links'
         .subquery()
     )
+    asked = [] if but_site is None else [Lease.site_id != but_site]
+    asked += [] if before_ms is None else [Lease.ended_ms < before_ms]
     rows = session.execute(
         select(
             Lease.job_id,
@@ -91,6 +99,7 @@ def read_speeds(session: Session) -> Speeds:
             Lease.placement_id.in_(select(sites.c.placement_id)),
             Lease.delivered_samples > 0,
             Lease.delivered_gpu_milliseconds >= Lease.gpus * int(SECONDS_MIN * 1000),
+            *asked,
         )
         .order_by(Lease.active_ms.desc(), Lease.lease_id)
         .limit(LEASES_READ_MAX)
@@ -107,13 +116,7 @@ def read_speeds(session: Session) -> Speeds:
         family: {gpu_type: estimate(_workload(family), found, cold(gpu_type)) for gpu_type, found in by_type.items()}
         for family, by_type in runs.items()
     }
-    rings = frozenset(
-        (family, gpu_type)
-        for family, by_type in runs.items()
-        for gpu_type, found in by_type.items()
-        if any(run.gpus > 1 for run in found)
-    )
-    return Speeds(families, rings)
+    return Speeds(families, runs)
 
 
 def _workload(family: Family) -> Workload:

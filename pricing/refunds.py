@@ -26,3 +26,19 @@ def refund_micros(*, earned_micros: int, samples_delivered: int, samples_kept: i
         return Micros(earned_micros)
     lost = max(0, samples_delivered - samples_kept)
     return Micros(earned_micros * lost // samples_delivered)
+
+
+def underdelivery_micros(*, earned_micros: int, samples_delivered: int, samples_promised_low: int) -> Micros:
+    """Return what a site gives back of `earned_micros` for delivering less than the low end of what was promised.
+
+    Within the interval of the prediction nothing goes back: that is chance, and the price had it in. Below it, the
+    tenant pays for the share that came; rounded down. Raises QuantityError for negative quantities.
+    """
+    if min(earned_micros, samples_delivered, samples_promised_low) < 0:
+        message = (
+            f"earned {earned_micros}, delivered {samples_delivered}, promised {samples_promised_low}: "
+            "none can be below nought"
+        )
+        raise QuantityError(message)
+    missing = max(0, samples_promised_low - samples_delivered)
+    return Micros(earned_micros * missing // samples_promised_low) if missing else Micros(0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, median
 from typing import Final
 
@@ -37,6 +37,10 @@ CARRIED_HALF_WIDTH_LOG: Final = 0.3
 # The market values what is open at this quantile of its speed.
 VALUED_QUANTILE: Final = 0.25
 _ROUNDS: Final = 25
+# Fewer runs than these have no scatter to speak of; more say how unlike the hosts of a type are.
+_RUNS_FOR_SCATTER: Final = 4
+# How far one count's measurements may pull from the form of all, as a logarithm: a factor of four.
+_OFF_MAX: Final = math.log(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +116,29 @@ def estimate(workload: Workload, runs: Sequence[MeasuredRun], start: SpeedEstima
     largest = max(usable, key=lambda run: (run.gpus, run.seconds))
     step, computing, moving = _step(workload, largest.gpus, math.exp(log_flops), math.exp(log_ring))
     g, h = computing / step, moving / step
+    scatter = max(SCATTER, _scatter(workload, usable, math.exp(log_flops), math.exp(log_ring)))
     open_still = (c * g * g - 2 * b * g * h + a * h * h) / (a * c - b * b)
-    half = _NINE_OF_TEN * math.sqrt(open_still + SCATTER**2)
+    half = _NINE_OF_TEN * math.sqrt(open_still + scatter**2)
     return SpeedEstimate(math.exp(log_flops), math.exp(log_ring), min(half, COLD_HALF_WIDTH_LOG), measured=True)
+
+
+def near(workload: Workload, found: SpeedEstimate, runs: Sequence[MeasuredRun], gpus: float) -> SpeedEstimate:
+    """Return an estimate that agrees with what was measured at the count nearest to `gpus`.
+
+    The closed form cannot bend everywhere as real scaling does (caches that fit, links that share);
+    near a measured count the measurement is the better witness. Both speeds move by one factor, so
+    that the form keeps its shape around it. Long runs count for more.
+    """
+    usable = [run for run in runs if run.seconds >= SECONDS_MIN and run.samples > 0 and run.gpus > 0]
+    if not usable or not found.measured:
+        return found
+    nearest = min({run.gpus for run in usable}, key=lambda count: (abs(math.log(count / gpus)), -count))
+    there = [run for run in usable if run.gpus == nearest]
+    form = samples_per_s(workload, nearest, found)
+    time_s = sum(run.seconds for run in there)
+    off = sum(run.seconds * math.log(run.samples / run.seconds / form) for run in there) / time_s
+    factor = math.exp(max(-_OFF_MAX, min(_OFF_MAX, off)))
+    return replace(found, flops_per_s=found.flops_per_s * factor, ring_bits_per_s=found.ring_bits_per_s * factor)
 
 
 def carried(source: SpeedEstimate, from_type: str, to_type: str, ratios: Sequence[float]) -> SpeedEstimate:
@@ -151,6 +175,18 @@ def chance_within(seconds_predicted: float, seconds_allowed: float, half_width_l
     if seconds_predicted <= 0:
         return 1.0
     return NormalDist().cdf(math.log(seconds_allowed / seconds_predicted) * _NINE_OF_TEN / max(half_width_log, 1e-9))
+
+
+def _scatter(workload: Workload, runs: Sequence[MeasuredRun], flops_per_s: float, ring_bits_per_s: float) -> float:
+    """Return how far runs lie from the form, as a robust standard deviation; nought where there are too few."""
+    if len(runs) < _RUNS_FOR_SCATTER:
+        return 0.0
+    off = [
+        abs(math.log(workload.batch_per_gpu * run.gpus * run.seconds / run.samples / step))
+        for run in runs
+        for step, _, _ in (_step(workload, run.gpus, flops_per_s, ring_bits_per_s),)
+    ]
+    return 1.4826 * median(off)
 
 
 def _step(workload: Workload, gpus: int, flops_per_s: float, ring_bits_per_s: float) -> tuple[float, float, float]:

@@ -306,7 +306,7 @@ class Synchronizer:
                 sites_merged=flight.sites_merged,
                 bytes_posted=flight.bytes_posted,
                 fetched=flight.fetched,
-                elements=flight.elements,
+                elements=flight.elements if flight.bytes_posted else 0,
                 stall_s=flight.stall_s + now_s - started_s,
                 round_s=now_s - flight.started_s,
                 late_rounds=flight.late_rounds,

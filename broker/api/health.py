@@ -100,8 +100,8 @@ def _market_figures(session: Session, market: Market) -> list[GaugeMetricFamily]
     age_s = -1 if newest is None else max(0, market.clock.now_ms() - newest.committed_ms) / 1000
     families.append(GaugeMetricFamily("hansa_round_age_seconds", "Age of the last committed round", value=age_s))
     families.append(GaugeMetricFamily("hansa_changes_uncleared", "Changes that no round has seen yet", value=waiting))
-    state = session.get(MarketState, 1)
-    frozen = state is not None and state.frozen_ms is not None
+    kept = session.get(MarketState, 1)
+    frozen = kept is not None and kept.frozen_ms is not None
     families.append(GaugeMetricFamily("hansa_frozen", "1 while an admin holds all rounds", value=int(frozen)))
     return families + _round_figures(newest) + _money_figures(session)
 

@@ -15,6 +15,7 @@ from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
 from broker.api.answers import answers
+from broker.api.chunks import OFFSET_MAX, ChunkQuery, artifact_state
 from broker.api.context import the_market, the_tenant_id
 from broker.api.documents import (
     ArtifactDocument,
@@ -30,7 +31,6 @@ from broker.api.downloads import send_artifact
 from broker.api.idempotency import IdempotencyHeader, once
 from broker.api.pages import CURSOR_LENGTH_MAX, PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
-from broker.api.site_routes import OFFSET_MAX, artifact_state
 from broker.cancel import request_cancel
 from broker.database.tables import Event, Job, Lease
 from broker.invoices import invoice
@@ -83,13 +83,6 @@ class WorkdirQuery(BaseModel):
     """The size of the whole, as far as it is known."""
 
     size: int = Field(default=0, ge=0, le=OFFSET_MAX)
-
-
-class ChunkQuery(BaseModel):
-    """Where the chunk in the body begins, and how large the whole is."""
-
-    offset: int = Field(ge=0, le=OFFSET_MAX)
-    size: int = Field(ge=0, le=OFFSET_MAX)
 
 
 class JobsQuery(PageQuery):

@@ -21,6 +21,7 @@ from broker.cli.output import (
     print_table,
     time_text,
 )
+from pricing.money import MILLISECONDS_PER_HOUR
 
 if TYPE_CHECKING:
     from broker.cli.client import BrokerClient
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 JOBS_SHOWN: Final = 50
 EVENTS_SHOWN: Final = 200
 SHARE: Final = 100
-MILLISECONDS_PER_HOUR: Final = 3_600_000
 
 JobFile = Annotated[Path, typer.Argument(help="the job as YAML", metavar="JOB.yaml")]
 JobId = Annotated[str, typer.Argument(help="the job's id, as `hansa status` shows it", metavar="JOB")]
@@ -64,9 +64,12 @@ def submit(
 
 
 def quote(job_file: JobFile, as_json: JsonOption = False) -> None:
-    """Show what a job could get at the last prices, without any effect."""
+    """Show what a job could get at the last prices, without any effect: its workdir stays here."""
+    from broker.cli.job_document import read_job
+
+    spec = read_job(job_file).spec
     with _client() as client:
-        document = client.quote(_spec(client, job_file))
+        document = client.quote(spec)
     if as_json:
         print_json(document)
     else:

@@ -37,7 +37,7 @@ class Tenant(Table):
 
 
 class User(Table):
-    """A person who signs in to the portal. `role` is tenant, operator or admin."""
+    """A person who signs in to the portal. `role` is tenant or admin."""
 
     __tablename__ = "users"
     user_id: Mapped[str] = mapped_column(primary_key=True)

@@ -26,7 +26,7 @@ from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
 from broker.rounds.snapshot import TakenSnapshot, free_equity
 from broker.terms import append_term
-from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
+from broker.transitions import EndCause, JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
 
 # Such as those of a lease that is up for renewal and was outbid: it keeps them until its term ends.
@@ -247,7 +247,7 @@ class _Step:
         Inside its term its tenant is paid what the move destroys, as this round's snapshot counted it.
         """
         self._compensate(job, placement)
-        self.committed.wake.update(end_placement(self.session, self.market, placement, "moved"))
+        self.committed.wake.update(end_placement(self.session, self.market, placement, EndCause.MOVED))
         requeue(self.session, self.market, job, "moving", f"{award.why}; its GPUs are being released first")
 
     def _compensate(self, job: Job, placement: Placement) -> None:

@@ -46,6 +46,7 @@ from broker.database.tables import (
     Site,
     Tenant,
 )
+from broker.ledger import EQUITY
 from broker.market import Market
 from broker.payment_rules import payment_rule
 from broker.reservations import due_of_ended
@@ -60,7 +61,6 @@ from training.spec import BUDGET_MICROS_MAX, DataTerms, JobSpec
 # A term is offered again this long before its end, so that the job need not stop in between.
 RENEWAL_SHARE: Final = 1 / 3
 RENEWAL_S_MAX: Final = 30.0
-EQUITY_ACCOUNT: Final = "equity"
 RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 
@@ -360,7 +360,7 @@ def _standing_part(configuration: Configuration, standing: set[str]) -> Configur
 
 def free_equity(session: Session, now_ms: int) -> int:
     """Return what the market may still promise beyond the uplift of running terms, in micro-credits."""
-    equity = session.get(Account, EQUITY_ACCOUNT)
+    equity = session.get(Account, EQUITY)
     balance = 0 if equity is None else equity.balance_micros
     promised = 0
     for placement in session.scalars(

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from broker.database.tables import JobArtifact, SiteUpload
+from broker.transitions import EndCause
 from sites.protocol import ExitCause, LeasePhase
 from tests.broker.speaking import LIVENESS_S, MARGIN_S, Scene, SpeakingSite, checkpoint
 
@@ -206,3 +207,7 @@ def _resumes_from(site: SpeakingSite) -> str | None:
 def _files(scene: Scene, job_id: str) -> dict[tuple[str, str], str]:
     rows = scene.read(select(JobArtifact).where(JobArtifact.job_id == job_id, JobArtifact.kind != "workdir"))
     return {(row.kind, row.name): row.digest for row in rows}
+
+
+def test_every_cause_that_a_site_reports_is_a_cause_of_an_end() -> None:
+    assert {cause.value for cause in ExitCause} <= {cause.value for cause in EndCause}

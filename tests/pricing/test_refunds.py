@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pricing.errors import QuantityError
-from pricing.refunds import refund_micros
+from pricing.refunds import refund_micros, underdelivery_micros
 
 AMOUNT = st.integers(0, 10**15)
 
@@ -27,3 +27,14 @@ def test_a_refund_is_within_what_was_earned(earned: int, delivered: int, kept: i
 def test_nothing_is_below_nought() -> None:
     with pytest.raises(QuantityError, match="below nought"):
         refund_micros(earned_micros=1, samples_delivered=-1, samples_kept=0)
+
+
+def test_a_delivery_within_its_promise_gives_nothing_back_and_below_it_the_missing_share() -> None:
+    promised = {"earned_micros": 1_000, "samples_promised_low": 300}
+    assert underdelivery_micros(samples_delivered=300, **promised) == 0
+    assert underdelivery_micros(samples_delivered=900, **promised) == 0
+    assert underdelivery_micros(samples_delivered=100, **promised) == 666
+    assert underdelivery_micros(samples_delivered=0, **promised) == 1_000
+    assert underdelivery_micros(earned_micros=1_000, samples_delivered=0, samples_promised_low=0) == 0
+    with pytest.raises(QuantityError, match="below nought"):
+        underdelivery_micros(earned_micros=-1, samples_delivered=0, samples_promised_low=0)

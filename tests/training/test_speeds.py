@@ -16,6 +16,7 @@ from training.speeds import (
     chance_within,
     cold,
     estimate,
+    near,
     ratios_between,
     samples_per_s,
 )
@@ -97,3 +98,22 @@ def test_the_chance_of_a_deadline_is_a_half_at_the_prediction() -> None:
     assert chance_within(100.0, 100.0 * math.exp(0.3), 0.3) == pytest.approx(0.95, abs=0.001)
     assert chance_within(100.0, 0.0, 0.3) == 0.0
     assert chance_within(0.0, 1.0, 0.3) == 1.0
+
+
+def test_near_a_measured_count_the_measurement_is_believed() -> None:
+    # Two GPUs are three times as fast as the form allows: no pair of speeds agrees with both counts.
+    runs = [run(1), run(2, factor=3.0), run(8)]
+    found = estimate(WORK, runs, cold("A100"))
+    for gpus, factor in ((1, 1.0), (2, 3.0), (8, 1.0)):
+        true = samples_per_s(WORK, gpus, TRUE) * factor
+        believed = samples_per_s(WORK, gpus, near(WORK, found, runs, gpus))
+        assert believed == pytest.approx(true, rel=0.05)
+    assert near(WORK, found, runs, 12) == near(WORK, found, runs, 8)
+    assert near(WORK, cold("A100"), [], 2) == cold("A100")
+
+
+def test_unlike_hosts_widen_the_interval() -> None:
+    alike = [run(1), run(2), run(4), run(8)] * 2
+    unlike = [run(gpus, factor=factor) for gpus in (1, 2, 4, 8) for factor in (0.7, 1.4)]
+    narrow, wide = (estimate(WORK, runs, cold("A100")).half_width_log for runs in (alike, unlike))
+    assert wide > 2 * narrow

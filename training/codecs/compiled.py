@@ -1,4 +1,4 @@
-"""int8 and int4 in one pass over memory, where numba is installed; the same bits as the plain code.
+"""int8, int4 and the choice of the largest in one pass over memory, where numba is installed; the same bits as the plain code.
 
 The plain codecs (`blocks`) pass over a tile some ten times, which is the best that numpy can do. Compiled, a block is
 read once, held in the first cache and written once. Nothing depends on it: without numba, with HANSA_COMPILE=0 or for small
@@ -39,6 +39,7 @@ def kernels() -> dict[str, Kernel]:
         "decode_int8": _decode_int8,
         "encode_int4": _encode_int4,
         "decode_int4": _decode_int4,
+        "select": _select,
     }
     return {name: _compiled(loop) for name, loop in loops.items()}
 
@@ -180,3 +181,83 @@ def _decode_int4(packed: Any, scales: Any, out: Any, block: int) -> None:  # noq
             values[i + half] = np.float32(np.int32(codes[i] >> np.uint8(4)) - np.int32(8)) * scale
         for i in range(stop - start):
             target[i] = values[i]
+
+
+def _select(  # noqa: C901, PLR0912, PLR0915, PLR0917 - one loop, written out for the vectoriser
+    values: Any,  # noqa: ANN401 - arrays as numba takes them
+    carry: Any,  # noqa: ANN401
+    decay: Any,  # noqa: ANN401
+    total: Any,  # noqa: ANN401
+    places: Any,  # noqa: ANN401
+    chunk: int,
+) -> int:
+    """Write values + decay * carry to `total`, and to each row of `places` where a chunk's largest magnitudes are.
+
+    Places ascend; of equals the first win. The `kept`-th largest of the maxima of eight is no more than that of all, so
+    what is below it is out; both thresholds are found by bisection of the bits. Returns the bits of the largest.
+    """
+    kept = places.shape[1]
+    groups = chunk // 8
+    bits_of = np.empty(chunk, np.float32)
+    bits = bits_of.view(np.int32)
+    maxima = np.empty(groups, np.int32)
+    where = np.empty(chunk + 1, np.int32)
+    candidates = np.empty(chunk + 1, np.int32)
+    largest = np.int32(0)
+    for number in range(places.shape[0]):
+        start = number * chunk
+        v, c, t = values[start : start + chunk], carry[start : start + chunk], total[start : start + chunk]
+        for i in range(chunk):
+            decayed = decay * c[i]
+            t[i] = v[i] + decayed
+            bits_of[i] = t[i]
+        for i in range(chunk):
+            bits[i] &= _MAGNITUDE_BITS
+        for i in range(groups):
+            maxima[i] = bits[i]
+        for part in range(1, 8):
+            slab = bits[part * groups : (part + 1) * groups]
+            for i in range(groups):
+                maxima[i] = max(maxima[i], slab[i])
+        top = np.int32(0)
+        for i in range(groups):
+            top = max(top, maxima[i])
+        largest = max(largest, top)
+        low, high = np.int64(0), np.int64(top)
+        while low < high:
+            middle = np.int32((low + high + 1) // 2)
+            count = np.int32(0)
+            for i in range(groups):
+                count += np.int32(maxima[i] >= middle)
+            if count >= kept:
+                low = np.int64(middle)
+            else:
+                high = np.int64(middle) - 1
+        bound = np.int32(low)
+        found = np.int64(0)
+        for i in range(chunk):
+            where[found] = i
+            candidates[found] = bits[i]
+            found += np.int64(bits[i] >= bound)
+        low, high = np.int64(bound), np.int64(top)
+        while low < high:
+            middle = np.int32((low + high + 1) // 2)
+            count = np.int32(0)
+            for i in range(found):
+                count += np.int32(candidates[i] >= middle)
+            if count >= kept:
+                low = np.int64(middle)
+            else:
+                high = np.int64(middle) - 1
+        threshold = np.int32(low)
+        room = np.int64(kept)
+        for i in range(found):
+            room -= np.int64(candidates[i] > threshold)
+        row = 0
+        for i in range(found):
+            equal = candidates[i] == threshold
+            if candidates[i] > threshold or (equal and room > 0):
+                places[number, row] = start + where[i]
+                row += 1
+                room -= np.int64(equal)
+    return int(largest)

@@ -105,7 +105,8 @@ def _panel(
     label, of, log = panel
     values = [of(point) for each in outcomes for point in each.points]
     positive = [value for value in values if value > 0] or [1.0]
-    axis = Axis(min(positive), max(*positive, min(positive) * 10), log=True) if log else Axis(0.0, max(positive))
+    # A curve over bytes begins at the left edge, where nothing has been sent yet.
+    axis = Axis(min(positive) / 3, max(*positive, min(positive) * 10), log=True) if log else Axis(0.0, max(positive))
     bottom = _TOP + _PLOT_HEIGHT
 
     def place(value: float, height: float) -> tuple[float, float]:
@@ -121,7 +122,7 @@ def _panel(
     drawn.append(Line(((left, _TOP), (left, bottom), (left + _PLOT_WIDTH, bottom)), _INK))
     drawn.append(Text(left + _PLOT_WIDTH / 2, bottom + 36, f"{name} over {label}", "middle"))
     for number, each in enumerate(outcomes):
-        track = [place(of(point), point.loss) for point in each.points if not log or of(point) > 0]
+        track = [place(of(point), point.loss) for point in each.points]
         if len(track) > 1:
             drawn.append(Line(tuple(track), _colour(number), 2))
     return drawn

@@ -24,7 +24,7 @@ from broker.leases import end_placement, live_placement, requeue
 from broker.rounds import clear as clear_module
 from broker.rounds.replay import replay
 from broker.rounds.snapshot import TakenSnapshot, renewal_starts_ms, take
-from broker.transitions import change_state, note_change
+from broker.transitions import EndCause, change_state, note_change
 from sites.protocol import ExitCause
 from tests.broker.speaking import ASK, LIVENESS_S, MARGIN_S, TERM_S, Scene
 from tests.simulation.founding import TENANT_ID
@@ -438,5 +438,5 @@ def _silence(session: Session, site_id: str) -> None:
 def _end(scene: Scene, session: Session, job_id: str) -> None:
     placement = live_placement(session, job_id)
     assert placement is not None
-    end_placement(session, scene.market, placement, "moved")
+    end_placement(session, scene.market, placement, EndCause.MOVED)
     requeue(session, scene.market, session.get_one(Job, job_id), "moving", "moves")
