@@ -15,7 +15,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Artifact, Job, JobArtifact, Lease, LeasedGpu, Placement, SiteUpload
+from broker.database.tables import Artifact, Job, JobArtifact, Lease, LeasedGpu, Placement
+from broker.database.uploads import SiteUpload
 from broker.errors import ConflictError
 from broker.leases import end_lease, end_placement, free_leased_gpus, leases_of, requeue
 from broker.market import Market

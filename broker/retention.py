@@ -33,9 +33,8 @@ from broker.database.tables import (
     MarketState,
     Round,
     SiteCertificate,
-    SiteUpload,
-    WorkdirUpload,
 )
+from broker.database.uploads import SiteUpload, WorkdirUpload
 from broker.market import Market
 from broker.streams import streams_of
 from broker.uploads import discard_unkept

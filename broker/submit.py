@@ -13,7 +13,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker import ledger
-from broker.database.tables import Artifact, Job, JobArtifact, Tenant, WorkdirUpload
+from broker.database.tables import Artifact, Job, JobArtifact, Tenant
+from broker.database.uploads import WorkdirUpload
 from broker.errors import NeverPossibleError, NotFoundError, RefusedError
 from broker.freeze import require_open
 from broker.instant import TRIES_MAX, InstantOffer, InstantOvertakenError, commit_offer, make_offer, wants_instant

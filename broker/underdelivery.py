@@ -39,16 +39,18 @@ def refund_underdelivery(session: Session, job: Job, now_ms: int) -> int:
 
 
 def promised_low_samples(session: Session, job: Job, placement: Placement, lease: Lease) -> int:
-    """Return the least that a lease's promise allows for the time that it was paid; 0 where none was measured."""
+    """Return the least that a lease's promise allows for its time; 0 where it was kept, or none was measured."""
     seconds = lease.delivered_gpu_milliseconds / 1000 / lease.gpus
     if seconds < SECONDS_MIN:
         return 0
+    promised = Award.model_validate_json(placement.award).configuration.samples_per_s
+    if lease.delivered_samples >= promised * seconds:
+        return 0  # what was promised came in full: no need to look at what others measured
     spec = JobSpec.model_validate_json(job.spec)
     speeds = read_speeds(session, but_site=lease.site_id, before_ms=lease.active_ms)
     known = speeds.of(job.tenant_id, spec).get(lease.gpu_type)
     if known is None or not known.measured:
         return 0
-    promised = Award.model_validate_json(placement.award).configuration.samples_per_s
     # The award's speed is a quantile of the estimate already: only the rest of the way to its low end is left.
     normal = NormalDist()
     below = known.half_width_log * (1 - normal.inv_cdf(VALUED_QUANTILE) / normal.inv_cdf(0.05))

@@ -13,7 +13,8 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from broker.artifacts import ArtifactTooLargeError, Progress
-from broker.database.tables import Artifact, SiteUpload, WorkdirUpload
+from broker.database.tables import Artifact
+from broker.database.uploads import SiteUpload, WorkdirUpload
 from broker.errors import RefusedError
 from broker.market import Market
 from sites.bundle import BundleLimits, inspect

@@ -426,11 +426,7 @@ class Round(Table):
 
 
 class MarketState(Table):
-    """One row: what the market as a whole remembers. `changes` rises with whatever a round should see.
-
-    `documents_swept_to` is the last round whose documents are forgotten, `streams_swept_to` the time of the last end
-    of a job whose streams are.
-    """
+    """One row: what the market remembers. `changes` rises with whatever a round should see, `…_swept_to` with sweeps."""
 
     __tablename__ = "market_state"
     one: Mapped[int] = mapped_column(primary_key=True)
@@ -470,24 +466,6 @@ class Artifact(Table):
     complete: Mapped[bool] = mapped_column(Boolean)
     created_ms: Mapped[int]
     expires_ms: Mapped[int | None]
-
-
-class WorkdirUpload(Table):
-    """A workdir that a tenant has brought itself: only by that may its jobs name the digest."""
-
-    __tablename__ = "workdir_uploads"
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), primary_key=True)
-    digest: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"), primary_key=True)
-    created_ms: Mapped[int]
-
-
-class SiteUpload(Table):
-    """A file that a site has brought itself: only by that may it name the digest as a job's."""
-
-    __tablename__ = "site_uploads"
-    site_id: Mapped[str] = mapped_column(ForeignKey("sites.site_id"), primary_key=True)
-    digest: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"), primary_key=True)
-    created_ms: Mapped[int]
 
 
 class JobArtifact(Table):

@@ -17,19 +17,9 @@ from sqlalchemy.orm import Session
 from broker.artifacts import ArtifactStore
 from broker.audit import audit
 from broker.database.engine import Database
-from broker.database.tables import (
-    Artifact,
-    Event,
-    Hold,
-    Job,
-    Lease,
-    LeasedGpu,
-    MarketState,
-    Placement,
-    Round,
-    SiteUpload,
-)
+from broker.database.tables import Artifact, Event, Hold, Job, Lease, LeasedGpu, MarketState, Placement, Round
 from broker.database.tables import ViewChange as ViewRow
+from broker.database.uploads import SiteUpload
 from broker.heartbeat import receive
 from broker.identity.authority import Authority
 from broker.ids import SequentialIds

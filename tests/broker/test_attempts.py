@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
-from broker.database.tables import JobArtifact, SiteUpload
+from broker.database.tables import JobArtifact
+from broker.database.uploads import SiteUpload
 from broker.transitions import EndCause
 from sites.protocol import ExitCause, LeasePhase
 from tests.broker.speaking import LIVENESS_S, MARGIN_S, Scene, SpeakingSite, checkpoint

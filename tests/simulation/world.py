@@ -21,7 +21,8 @@ from sqlalchemy.orm import Session
 from broker.artifacts import ArtifactStore
 from broker.cancel import request_cancel
 from broker.database.engine import CommitHook, Database
-from broker.database.tables import Artifact, Job, Placement, SiteUpload
+from broker.database.tables import Artifact, Job, Placement
+from broker.database.uploads import SiteUpload
 from broker.errors import ConflictError
 from broker.heartbeat import receive
 from broker.identity.authority import Authority

@@ -34,6 +34,9 @@ SHRINK_ROWS: Final = 30.0
 # Fewer errors than these say nothing about a 90 % quantile: the widest known scatter is assumed.
 ERRORS_MIN: Final = 20
 UNCALIBRATED_LOG: Final = 0.5
+# One node, two and more are three kinds of network. What has seen fewer than three nodes has not seen
+# the kind that it is asked for beyond, and no error of its own can say how far off it is there.
+TREND_NODES_MIN: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,9 @@ class Calibration:
             * self.scatter[np.asarray(model, dtype=np.int64)]
             * (1 + self.growth * distance)
         )
+        if self.nodes_max < TREND_NODES_MIN:
+            unseen = UNCALIBRATED_LOG if self.nodes_max > 1 else 2 * UNCALIBRATED_LOG
+            result = np.where(distance > 0, np.hypot(result, unseen), result)
         return result
 
 

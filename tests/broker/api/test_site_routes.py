@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.audit import audit
-from broker.database.tables import Event, Lease, LeasedGpu, Site, SiteCertificate, SiteUpload, Table
+from broker.database.tables import Event, Lease, LeasedGpu, Site, SiteCertificate, Table
+from broker.database.uploads import SiteUpload
 from broker.identity.join import LIFE_S
 from broker.streams import streams_of
 from sites.identity import certificate_request_pem, decode_join_string, site_uri

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from broker.database.tables import WorkdirUpload
+from broker.database.uploads import WorkdirUpload
 from tests.broker.cli.calling import Broker, Hansa
 
 

@@ -111,3 +111,12 @@ def test_intervals_widen_with_the_distance_of_extrapolation() -> None:
     near, same, far = calibration.half_width_log(0, np.array([2.0, 4.0, 16.0]))
     assert near == same
     assert far == pytest.approx(2.0 * same)
+
+
+def test_beyond_a_kind_of_network_that_was_never_seen_the_interval_is_wide() -> None:
+    scores = np.arange(1.0, 101.0)
+    on_two, on_three = (Calibration(scores, np.array([0.001]), 0.5, nodes) for nodes in (2.0, 3.0))
+    assert on_two.half_width_log(0, np.array([4.0]))[0] >= 0.5
+    assert on_two.half_width_log(0, np.array([2.0]))[0] < 0.1
+    assert Calibration(scores, np.array([0.001]), 0.5, 1.0).half_width_log(0, np.array([2.0]))[0] >= 1.0
+    assert on_three.half_width_log(0, np.array([4.0]))[0] < 0.2
