@@ -322,11 +322,14 @@ class Agent:
         _log.info("attempt.forgotten", lease=key[0], epoch=key[1], cause=attempt.record.cause)
 
     def _take_refusal(self, lease_id: str, code: str, detail: str) -> None:
-        """Take the broker's word that it will never accept an item, so that it is not said for ever."""
+        """Take the broker's word that it will never accept an item, so that it is not said for ever.
+
+        Any other refusal is of now: the item is said again, until it is taken or refused for good.
+        """
         _log.warning("item.refused", lease=lease_id, code=code, detail=detail)
-        attempts = [attempt for key, attempt in self._attempts.items() if key[0] == lease_id]
-        if code not in FINAL_REFUSALS and attempts:
+        if code not in FINAL_REFUSALS:
             return
+        attempts = [attempt for key, attempt in self._attempts.items() if key[0] == lease_id]
         lowest = self._journal.drop_usage(lease_id)
         if lowest is None:
             return
