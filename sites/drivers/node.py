@@ -68,7 +68,9 @@ def main(folder: Path) -> None:
         "groups": [],
     }
     _write(own / "run.json", run)
-    if plan["relay"] and number == 0:  # rank 0 alone speaks to the gateway
+    if plan["relay"]:
+        # Here already: a sandbox shows the folder to the ranks, and the relay opens its socket in it at any time.
+        Path(plan["ranks_socket"]).parent.mkdir(mode=0o700, exist_ok=True)
         subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py")), "node", plan["relay"]],
             stdin=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
 """Carry ranks' connections from a cluster's node to the gateway on the agent's host. Standard library only.
 
     python -I -S relay.py host FOLDER     on the agent's host: from TCP to the gateway's Unix socket
-    python -I -S relay.py node FOLDER     on node 0: from a Unix socket of its own to TCP
+    python -I -S relay.py node FOLDER     on a node: from a Unix socket of its own to TCP
 
 FOLDER/relay.json names both sockets, the host's address and a secret of this one run; the host's side writes its
 port into FOLDER/port.json, and each new connection reads it again, so either side may be started anew.
@@ -59,7 +59,7 @@ class Relay:
         # The name can be guessed, so a stranger may have been first.
         if not stat.S_ISDIR(owner.st_mode) or owner.st_uid != os.getuid():
             raise SystemExit(f"{path.parent} belongs to someone else; remove it on this node")
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # of a former run; where two nodes are one host, either's will do
         await self._until_left(await asyncio.start_unix_server(self._from_rank, str(path)))
 
     async def _until_left(self, server: asyncio.Server) -> None:

@@ -152,7 +152,7 @@ class SlurmDriver:
             self._cancel(folder)
 
     def placement(self, gpu_ids: tuple[str, ...], gateway_socket: Path) -> Placement:
-        """Return marks for the GPUs that Slurm will choose, and the socket that a relay opens on node 0."""
+        """Return marks for the GPUs that Slurm will choose, and the socket that a relay opens on each node."""
         ranks_socket = gateway_socket
         if self._settings.gateway_host is not None:
             name = hashlib.sha256(os.fsencode(gateway_socket)).hexdigest()[:16]
@@ -357,6 +357,7 @@ class SlurmDriver:
             "written_ms": self._clock.now_ms(),
             "socket": None if run.socket is None else str(run.socket),
             "relay": None if relay_folder is None else str(relay_folder),
+            "ranks_socket": None if run.socket is None else str(self.placement(("",), run.socket).ranks_socket),
         }
 
     def _is_stopped(self, folder: Path) -> bool:
