@@ -21,6 +21,7 @@ demo: install ## run a whole market on this machine and train real jobs in it (K
 test: install ## run every test (TEST_WORKERS=… processes); with CI=true a skipped test is a failure
 	@deploy/chromium.sh
 	@deploy/bubblewrap.sh
+	@deploy/slurm.sh
 	@$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --ignore=tests/journey $(PYTEST_ARGS)
 	@$(BIN)/pytest tests/journey $(PYTEST_ARGS)
 
