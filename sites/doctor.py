@@ -17,13 +17,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Final
 
 from sites import identity as identities
 from sites.client import greet
 from sites.drivers import cgroups
-from sites.drivers.slurm import cluster_gpus
+from sites.drivers.slurm_outcome import cluster_gpus
 from sites.drivers.slurm_queue import run_slurm
 from sites.errors import SiteError
 from sites.protocol import REQUEST_AGE_MS_MAX

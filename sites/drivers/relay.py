@@ -54,12 +54,7 @@ class Relay:
     async def node(self) -> None:
         """Take the ranks' connections to the agent's host until SIGTERM, and those that are open to their end."""
         path = Path(self.known["node_socket"])
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        owner = path.parent.lstat()
-        # The name can be guessed, so a stranger may have been first.
-        if not stat.S_ISDIR(owner.st_mode) or owner.st_uid != os.getuid():
-            raise SystemExit(f"{path.parent} belongs to someone else; remove it on this node")
-        path.unlink(missing_ok=True)  # of a former run; where two nodes are one host, either's will do
+        _clear(path)
         await self._until_left(await asyncio.start_unix_server(self._from_rank, str(path)))
 
     async def _until_left(self, server: asyncio.Server) -> None:
@@ -99,6 +94,16 @@ class Relay:
 
     def _proof(self, side: bytes, of_host: bytes, of_node: bytes) -> bytes:
         return hmac.new(self.secret, side + of_host + of_node, hashlib.sha256).digest()
+
+
+def _clear(path: Path) -> None:
+    """Make the socket's folder this user's alone, and remove a former run's socket; of two nodes on one host either's will do."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    owner = path.parent.lstat()
+    # The name can be guessed, so a stranger may have been first.
+    if not stat.S_ISDIR(owner.st_mode) or owner.st_uid != os.getuid():
+        raise SystemExit(f"{path.parent} belongs to someone else; remove it on this node")
+    path.unlink(missing_ok=True)
 
 
 class Counted:

@@ -15,27 +15,35 @@ or was told from outside to end: cancelled, preempted, out of time, a node lost.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-import secrets
-import tempfile
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
-from sites.drivers import node, rank, relay
-from sites.drivers.interface import EndCause, Limits, Placement, Run, RunPhase, RunState
+from sites.drivers import node, rank
+from sites.drivers.interface import EndCause, Placement, Run, RunPhase, RunState
 from sites.drivers.process import RUN_MARK, ProcessDriver, read_document, write_document
-from sites.drivers.slurm_queue import Job, Look, SlurmQueue, remedy_for, sbatch_script
+from sites.drivers.slurm_outcome import (
+    SKEW_S,
+    NodeReport,
+    end_by_slurm,
+    gather_logs,
+    has_started,
+    job_name,
+    layout,
+    reports_in,
+    running_s,
+    skew,
+    state_of,
+    went_well,
+)
+from sites.drivers.slurm_queue import Job, Look, SlurmQueue, sbatch_script
+from sites.drivers.slurm_relay import Relays
 from sites.errors import DriverError, SlurmAwayError
 from sites.settings import SlurmSettings
 from training.clock import Clock
 
-# How far the clocks of the cluster's hosts may be apart; a deadline in UTC is earlier by this.
-SKEW_S: Final = 1.0
 # A file that a node wrote just before its job ended may be seen a little later here.
 SETTLE_S: Final = 2.0
 # How long Slurm may take to say why it ended a job whose wardens were told from outside to end.
@@ -45,19 +53,12 @@ SUBMISSION_S: Final = 15.0
 STARTS_MAX: Final = 3
 SUBMIT_WAIT_S: Final = 0.5
 SUBMIT_AGAIN_S: Final = 5.0
+RELAY_INTERVAL_S: Final = 1.0
 CANCEL_INTERVAL_S: Final = 5.0
 # Beyond a run's grace; then scancel ends what did not hear the wish to stop.
 CANCEL_AFTER_S: Final = 10.0
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NodeReport:
-    """What one node's warden has written so far."""
-
-    watcher: dict[str, Any] | None
-    status: dict[str, Any] | None
 
 
 class SlurmDriver:
@@ -70,7 +71,7 @@ class SlurmDriver:
         self._settings = settings
         self._python = python
         self._clock = clock
-        self._local = local
+        self._relays = Relays(local, python, settings.gateway_host)
         self._queue = queue or SlurmQueue(clock)
         self._submissions: dict[Path, Future[str | None]] = {}
         self._failed_starts: dict[Path, set[str]] = {}
@@ -92,7 +93,7 @@ class SlurmDriver:
         try:
             (run.folder / "exits").mkdir(parents=True, exist_ok=True)
             self.renew(run.folder, run.deadline_s)
-            relay_folder = self._start_relay(run)
+            relay_folder = self._relays.start(run)
             script = run.folder / "job.sh"
             script.write_text(sbatch_script(self._python, Path(node.__file__), run.folder))
             arguments = [*self._arguments(run, nodes, per_node), str(script)]
@@ -109,17 +110,17 @@ class SlurmDriver:
         ended = read_document(folder / "ended.json")
         if ended is not None:
             self._check_accounting(folder, ended)
-            return _state(ended)
+            return state_of(ended)
         plan = read_document(folder / "run.json")
         if plan is None:
             return RunState(RunPhase.ABSENT)
-        reports = _reports(folder, plan["nodes"])
+        reports = reports_in(folder, plan["nodes"])
         self._report_skew(folder, reports)
         state = self._judged(folder, plan, reports)
         if state.phase in (RunPhase.ENDED, RunPhase.LOST):
             self._settle(folder, plan, state)
         elif state.phase is not RunPhase.ABSENT:
-            self._keep_relay(folder, plan)
+            self._keep_relay(folder)
         return state
 
     def adopt(self, folder: Path) -> RunState:
@@ -137,8 +138,7 @@ class SlurmDriver:
             "stop": self._is_stopped(folder),
         }
         write_document(folder / "liveness", document)
-        if self._relay_number(folder):
-            self._local.renew(self._relay_run(folder), deadline_s)
+        self._relays.renew(folder, deadline_s)
 
     def stop(self, folder: Path) -> None:
         """Ask the wardens for the end of the run, and Slurm where it has not started or they do not hear."""
@@ -148,17 +148,13 @@ class SlurmDriver:
         plan = read_document(folder / "run.json") or {}
         job = self._job(folder)[0]
         overdue_s = float(plan.get("grace_s", 0.0)) + CANCEL_AFTER_S
-        if (job is not None and not _has_started(folder, plan)) or self._since_s(folder, "stop") > overdue_s:
+        if (job is not None and not has_started(folder, plan)) or self._since_s(folder, "stop") > overdue_s:
             self._cancel(folder)
 
     def placement(self, gpu_ids: tuple[str, ...], gateway_socket: Path) -> Placement:
         """Return marks for the GPUs that Slurm will choose, and the socket that a relay opens on each node."""
-        ranks_socket = gateway_socket
-        if self._settings.gateway_host is not None:
-            name = hashlib.sha256(os.fsencode(gateway_socket)).hexdigest()[:16]
-            ranks_socket = Path(tempfile.gettempdir()) / f"hansa-node-{name}" / "ranks.sock"
         nodes, _ = layout(len(gpu_ids), self._settings.gpus_per_node)
-        return Placement((node.GPU,), network=nodes > 1, ranks_socket=ranks_socket)
+        return Placement((node.GPU,), network=nodes > 1, ranks_socket=self._relays.ranks_socket(gateway_socket))
 
     def ranks_argv(self, gpus: int, words: list[str], folder: Path) -> tuple[str, ...]:
         """Return the torchrun command of each node for `gpus` ranks of the script and arguments in `words`."""
@@ -188,45 +184,51 @@ class SlurmDriver:
         statuses = [report.status for report in reports if report.status is not None]
         if len(statuses) == len(reports):
             return self._concluded(folder, reports, statuses)
-        if any(not _went_well(status) for status in statuses):
+        if any(not went_well(status) for status in statuses):
             self._tell_wardens_to_stop(folder)  # one node's failure is the run's
-        state = self._of_submission(folder, plan)
-        if state is not None:
-            return state
+        return self._of_submission(folder, plan) or self._by_queue(folder, plan, reports)
+
+    def _by_queue(self, folder: Path, plan: dict[str, Any], reports: tuple[NodeReport, ...]) -> RunState:
+        """Return the state of a submitted run of which some warden has not said its last word."""
         job, is_missing = self._job(folder)
         if job is not None and job.is_terminal:
-            phase = RunPhase.RUNNING if _has_started(folder, plan) else RunPhase.STARTING
-            if self._since_s(folder, "terminal") < SETTLE_S:
-                return RunState(phase, running_s=self._running_s(reports, job))
-            if self._submitted_again(folder, plan, job):
-                return RunState(RunPhase.STARTING, detail=f"Slurm could not start it as job {job.job_id}; tried again")
-            return _end_by_slurm(job, self._running_s(reports, job), stopped=self._is_stopped(folder))
+            return self._terminal(folder, plan, reports, job)
         if is_missing:
             return self._missing(folder, plan, reports)
         self._first_s.pop((folder, "missing"), None)
         if any(report.watcher and report.watcher["started_s"] is not None for report in reports):
-            return RunState(RunPhase.RUNNING, running_s=self._running_s(reports, job))
+            return RunState(RunPhase.RUNNING, running_s=running_s(reports, job, self._clock))
         waiting_for = f"waits in Slurm's queue: {job.reason}" if job is not None else self._queue.trouble
         return RunState(RunPhase.STARTING, detail=waiting_for)
+
+    def _terminal(self, folder: Path, plan: dict[str, Any], reports: tuple[NodeReport, ...], job: Job) -> RunState:
+        """Return how a run ended of which Slurm says that nothing lives, though not all wardens said so."""
+        lasted_s = running_s(reports, job, self._clock)
+        if self._since_s(folder, "terminal") < SETTLE_S:
+            phase = RunPhase.RUNNING if has_started(folder, plan) else RunPhase.STARTING
+            return RunState(phase, running_s=lasted_s)
+        if self._submitted_again(folder, plan, job):
+            return RunState(RunPhase.STARTING, detail=f"Slurm could not start it as job {job.job_id}; tried again")
+        return end_by_slurm(job, lasted_s, stopped=self._is_stopped(folder))
 
     def _concluded(self, folder: Path, reports: tuple[NodeReport, ...], statuses: list[dict[str, Any]]) -> RunState:
         """Return how a run ended whose wardens have all said their last word."""
         job, is_missing = self._job(folder)
-        running_s = self._running_s(reports, job)
-        if any(status["asked"] for status in statuses) and not all(_went_well(status) for status in statuses):
+        lasted_s = running_s(reports, job, self._clock)
+        if any(status["asked"] for status in statuses) and not all(went_well(status) for status in statuses):
             # Someone other than this agent ended it, so why is for Slurm to say.
             if job is not None and job.is_terminal:
-                return _end_by_slurm(job, running_s, stopped=self._is_stopped(folder))
+                return end_by_slurm(job, lasted_s, stopped=self._is_stopped(folder))
             if not is_missing and self._since_s(folder, "word") < WORD_WAIT_S:
-                return RunState(RunPhase.RUNNING, running_s=running_s)
-            return RunState(RunPhase.LOST, running_s=running_s, detail="its processes were ended from outside")
-        decisive = min(statuses, key=lambda status: (_went_well(status), status["ended_ms"]))
+                return RunState(RunPhase.RUNNING, running_s=lasted_s)
+            return RunState(RunPhase.LOST, running_s=lasted_s, detail="its processes were ended from outside")
+        decisive = min(statuses, key=lambda status: (went_well(status), status["ended_ms"]))
         return RunState(
             RunPhase.ENDED,
             cause=EndCause(decisive["cause"]),
             exit_code=decisive["exit_code"],
             detail=decisive["detail"],
-            running_s=running_s,
+            running_s=lasted_s,
             limit=decisive["limit"],
         )
 
@@ -239,21 +241,22 @@ class SlurmDriver:
             return RunState(RunPhase.STARTING, detail="is being submitted to Slurm")
         error = submission.exception()
         if isinstance(error, DriverError):
-            if self._job(folder)[0] is not None:
-                return None  # it was taken, and the answer lost
-            if isinstance(error, SlurmAwayError):
-                if self._since_s(folder, "refused") >= SUBMIT_AGAIN_S:
-                    self._first_s.pop((folder, "refused"))
-                    self._submit(folder, plan["arguments"])
-                return RunState(RunPhase.STARTING, detail=str(error))
-            if self._since_s(folder, "refused") < SETTLE_S:
-                return RunState(RunPhase.STARTING, detail=str(error))
-            return RunState(RunPhase.ENDED, cause=EndCause.NOT_STARTED, detail=str(error))
+            # Known all the same: it was taken, and the answer lost.
+            return None if self._job(folder)[0] is not None else self._refused(folder, plan, error)
         if error is not None:
             raise error
         if submission.result() is None:
             return RunState(RunPhase.ENDED, cause=EndCause.STOPPED, detail="it was stopped before it was submitted")
         return None
+
+    def _refused(self, folder: Path, plan: dict[str, Any], error: DriverError) -> RunState:
+        """Return the state of a run that Slurm refused, or did not hear of: then it is submitted again."""
+        if not isinstance(error, SlurmAwayError):
+            return RunState(RunPhase.ENDED, cause=EndCause.NOT_STARTED, detail=str(error))
+        if self._since_s(folder, "refused") >= SUBMIT_AGAIN_S:
+            self._first_s.pop((folder, "refused"))
+            self._submit(folder, plan["arguments"])
+        return RunState(RunPhase.STARTING, detail=str(error))
 
     def _missing(self, folder: Path, plan: dict[str, Any], reports: tuple[NodeReport, ...]) -> RunState:
         """Return the state of a run whose job Slurm does not know: never submitted, or long forgotten."""
@@ -265,10 +268,10 @@ class SlurmDriver:
             return RunState(RunPhase.ABSENT)
         # Should anything of it live after all, it hears this, or does not see its liveness renewed.
         self._tell_wardens_to_stop(folder)
-        running_s = self._running_s(reports, None)
+        lasted_s = running_s(reports, None, self._clock)
         if self._since_s(folder, "missing") < float(plan["grace_s"]) + SETTLE_S:
-            return RunState(RunPhase.RUNNING, running_s=running_s)
-        return RunState(RunPhase.LOST, running_s=running_s, detail="Slurm does not know its job any more")
+            return RunState(RunPhase.RUNNING, running_s=lasted_s)
+        return RunState(RunPhase.LOST, running_s=lasted_s, detail="Slurm does not know its job any more")
 
     def _job(self, folder: Path) -> tuple[Job | None, bool]:
         """Return the run's job, and whether Slurm answers that there is none."""
@@ -286,25 +289,6 @@ class SlurmDriver:
     def _done_s(self, folder: Path) -> float:
         """Return when this agent first saw its submission answered: an older look cannot show the job."""
         return self._first_s.setdefault((folder, "submitted"), self._clock.monotonic_s())
-
-    def _running_s(self, reports: tuple[NodeReport, ...], job: Job | None) -> float:
-        """Return how long the longest node has run, by the wardens' stamps and never beyond Slurm's own."""
-        longest_s = 0.0
-        now_s, now_ms, era = self._clock.monotonic_s(), self._clock.now_ms(), self._clock.era()
-        for report in reports:
-            if report.status is not None:
-                longest_s = max(longest_s, float(report.status["running_s"]))
-            elif report.watcher is not None and report.watcher["started_s"] is not None:
-                watcher = report.watcher
-                if watcher["era"] == era:
-                    longest_s = max(longest_s, now_s - watcher["started_s"])
-                else:
-                    longest_s = max(longest_s, (now_ms - watcher["started_ms"]) / 1000 - SKEW_S)
-        if job is not None and job.started_s is not None:
-            ended_s = job.ended_s if job.is_terminal and job.ended_s is not None else now_ms / 1000
-            # Slurm counts whole seconds.
-            longest_s = min(longest_s, max(0.0, ended_s - job.started_s + SKEW_S))
-        return longest_s
 
     # -- what is done --------------------------------------------------------------------------
 
@@ -357,8 +341,14 @@ class SlurmDriver:
             "written_ms": self._clock.now_ms(),
             "socket": None if run.socket is None else str(run.socket),
             "relay": None if relay_folder is None else str(relay_folder),
-            "ranks_socket": None if run.socket is None else str(self.placement(("",), run.socket).ranks_socket),
+            "ranks_socket": None if run.socket is None else str(self._relays.ranks_socket(run.socket)),
         }
+
+    def _keep_relay(self, folder: Path) -> None:
+        liveness = read_document(folder / "liveness") or {}
+        if not liveness.get("stop") and self._since_s(folder, "relay") >= RELAY_INTERVAL_S:
+            self._first_s.pop((folder, "relay"))
+            self._relays.keep(folder, float(liveness.get("deadline_s", 0.0)))
 
     def _is_stopped(self, folder: Path) -> bool:
         return bool((read_document(folder / "liveness") or {}).get("stop"))
@@ -381,9 +371,8 @@ class SlurmDriver:
 
     def _settle(self, folder: Path, plan: dict[str, Any], state: RunState) -> None:
         """Write down how a run ended, so that it stands when Slurm has forgotten the job."""
-        _gather_logs(folder, plan)
-        if plan["relay"]:
-            self._local.stop(self._relay_run(folder))
+        gather_logs(folder, plan)
+        self._relays.stop(folder)
         document = dataclasses.asdict(state) | {"phase": state.phase.value}
         write_document(folder / "ended.json", document | {"cause": None if state.cause is None else state.cause.value})
         self._submissions.pop(folder, None)
@@ -422,151 +411,3 @@ class SlurmDriver:
             if abs(skew_s) > SKEW_S:
                 _log.warning("slurm.clock_skew", node=report.watcher["host"], skew_s=round(skew_s, 1))
         self._first_s[folder, "looked"] = self._clock.monotonic_s()
-
-    # -- the relay, where nodes are other hosts -------------------------------------------------
-
-    def _start_relay(self, run: Run) -> Path | None:
-        """Start what takes the nodes' connections to the gateway; its folder holds the secret that they share."""
-        if run.socket is None or self._settings.gateway_host is None:
-            return None
-        folder = run.folder / "relay"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        document = {
-            "host": self._settings.gateway_host,
-            "secret": secrets.token_hex(32),
-            "gateway_socket": str(run.socket),
-            "node_socket": str(self.placement(("",), run.socket).ranks_socket),
-        }
-        if not (folder / "relay.json").exists():
-            write_document(folder / "relay.json", document)
-        self._run_relay(folder, 1, run.deadline_s)
-        return folder
-
-    def _keep_relay(self, folder: Path, plan: dict[str, Any]) -> None:
-        """Start the relay again where it died; the nodes read its new port."""
-        number = self._relay_number(folder)
-        if not plan["relay"] or not number or not self._local.poll(self._relay_run(folder)).is_over:
-            return
-        liveness = read_document(folder / "liveness") or {}
-        if liveness.get("stop") or number >= RELAYS_MAX or self._since_s(folder, f"relay-{number}") < 1.0:
-            return
-        self._run_relay(folder / "relay", number + 1, float(liveness.get("deadline_s", 0.0)))
-
-    def _run_relay(self, folder: Path, number: int, deadline_s: float) -> None:
-        self._local.start(
-            Run(
-                folder=folder / str(number),
-                argv=(self._python, "-I", "-S", relay.__file__, "host", str(folder)),
-                cwd=folder,
-                environment={"PATH": os.defpath},
-                log_path=folder / "relay.log",
-                deadline_s=deadline_s,
-                limits=Limits(open_files=1024),
-            )
-        )
-
-    def _relay_number(self, folder: Path) -> int:
-        return max((int(path.name) for path in (folder / "relay").glob("[0-9]*")), default=0)
-
-    def _relay_run(self, folder: Path) -> Path:
-        return folder / "relay" / str(self._relay_number(folder))
-
-
-RELAYS_MAX: Final = 20
-
-
-def layout(gpus: int, gpus_per_node: int) -> tuple[int, int]:
-    """Return on how many nodes, and how many on each, `gpus` GPUs are: the fewest nodes that share them evenly."""
-    if gpus == 0:
-        return 1, 0
-    nodes = next(count for count in range(1, gpus + 1) if gpus % count == 0 and gpus // count <= gpus_per_node)
-    return nodes, gpus // nodes
-
-
-def job_name(folder: Path) -> str:
-    """Return the name of a run's job: found again by it, and the same for no other run."""
-    return f"hansa-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}"
-
-
-def skew(written_ms: int, now_ms: int, looked_ago_s: float | None) -> float:
-    """Return by how many seconds a node's clock is ahead, as far as a stamp read now can tell.
-
-    A stamp of the future tells it for certain; one of the past only as far as it is older than the last look.
-    """
-    ahead_s = (written_ms - now_ms) / 1000
-    if ahead_s >= 0 or looked_ago_s is None:
-        return max(0.0, ahead_s)
-    return min(0.0, ahead_s + looked_ago_s)
-
-
-def _reports(folder: Path, nodes: int) -> tuple[NodeReport, ...]:
-    return tuple(
-        NodeReport(
-            read_document(folder / f"node-{number}" / "warden.json"),
-            read_document(folder / f"node-{number}" / "status.json"),
-        )
-        for number in range(nodes)
-    )
-
-
-def _has_started(folder: Path, plan: dict[str, Any]) -> bool:
-    return any(report.watcher is not None for report in _reports(folder, int(plan.get("nodes", 0))))
-
-
-def _went_well(status: dict[str, Any]) -> bool:
-    return bool(status["cause"] == EndCause.EXIT.value and status["exit_code"] == 0)
-
-
-def _end_by_slurm(job: Job, running_s: float, *, stopped: bool) -> RunState:
-    """Return how a run ended that Slurm ended, or whose wardens died without a word."""
-    if stopped and job.state == "CANCELLED":
-        return RunState(RunPhase.ENDED, cause=EndCause.STOPPED, running_s=running_s)
-    if job.state in ("TIMEOUT", "DEADLINE"):
-        detail = f"Slurm's time limit ended job {job.job_id}; ask for more in slurm.extra_args or the partition"
-        return RunState(RunPhase.ENDED, cause=EndCause.TIMEOUT, running_s=running_s, detail=detail)
-    if job.state == "OUT_OF_MEMORY":
-        detail = "the run needed more memory than Slurm granted its job"
-        return RunState(RunPhase.ENDED, cause=EndCause.LIMIT, running_s=running_s, detail=detail, limit="memory")
-    if job.state == "FAILED" and not job.nodes:
-        detail = f"Slurm cannot place job {job.job_id} ({job.reason}): {remedy_for('requested node configuration is not available')}"
-        return RunState(RunPhase.ENDED, cause=EndCause.NOT_STARTED, detail=detail)
-    words = f"Slurm says of job {job.job_id} on {job.nodes or 'no node'}: {job.state} ({job.reason})"
-    return RunState(RunPhase.LOST, running_s=running_s, detail=words)
-
-
-def _state(ended: dict[str, Any]) -> RunState:
-    return RunState(
-        RunPhase(ended["phase"]),
-        cause=None if ended["cause"] is None else EndCause(ended["cause"]),
-        exit_code=ended["exit_code"],
-        detail=ended["detail"],
-        running_s=ended["running_s"],
-        limit=ended["limit"],
-    )
-
-
-def _gather_logs(folder: Path, plan: dict[str, Any]) -> None:
-    """Put what ranks of the further nodes printed behind node 0's log, within the log's limit."""
-    for number in range(1, plan["nodes"]):
-        path = folder / f"node-{number}" / "output.log"
-        target = Path(plan["log_path"])
-        if not path.exists() or path.stat().st_size == 0:
-            continue
-        with path.open("rb") as source, target.open("ab") as log:
-            left = plan["log_bytes_max"] - log.tell()
-            if left > 0:
-                log.write(f"[hansa] node {number} printed:\n".encode() + source.read(left))
-
-
-def cluster_gpus(told: str) -> dict[str, int]:
-    """Return the GPUs of each node in what `sinfo --noheader --Node --format='%N|%G'` printed."""
-    found: dict[str, int] = {}
-    for line in told.splitlines():
-        name, _, gres = line.partition("|")
-        count = 0
-        for word in gres.split(","):
-            parts = word.partition("(")[0].split(":")
-            if parts[0] == "gpu" and parts[-1].isdigit():
-                count += int(parts[-1])
-        found[name.strip()] = count
-    return found

@@ -107,7 +107,7 @@ SLURM = "driver: slurm\nslurm: {gpus_per_node: %d, partition: %s, gres: gpu, gat
     ids=["as promised", "too many promised", "too many on a node", "no such partition"],
 )
 def test_what_slurm_has_is_held_against_what_is_promised(
-    cluster: Cluster, tmp_path: Path, gpus: int, per_node: int, partition: str, fault: str | None
+    cluster: Cluster, tmp_path: Path, *, gpus: int, per_node: int, partition: str, fault: str | None
 ) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(SITE_YAML.replace("gpus: 4", f"gpus: {gpus}") + SLURM % (per_node, partition))

@@ -17,7 +17,8 @@ from sites.drivers import node, warden
 from sites.drivers.interface import EndCause, Run, RunPhase, RunState
 from sites.drivers.node import GPU, expanded
 from sites.drivers.process import ProcessDriver
-from sites.drivers.slurm import SlurmDriver, cluster_gpus, job_name, layout, skew
+from sites.drivers.slurm import SlurmDriver
+from sites.drivers.slurm_outcome import cluster_gpus, end_by_slurm, job_name, layout, skew
 from sites.drivers.slurm_queue import parse_jobs, run_slurm
 from sites.errors import DriverError
 from sites.settings import SlurmSettings
@@ -261,7 +262,7 @@ def test_refusal_by_slurm_names_the_setting(site: Site, settings: dict[str, obje
 
 
 def test_several_nodes_are_refused_without_a_trusted_fabric(site: Site) -> None:
-    with pytest.raises(DriverError, match="slurm.fabric: trusted"):
+    with pytest.raises(DriverError, match=r"slurm\.fabric: trusted"):
         site.start(site.driver(fabric="none"), "pass", gpus=8)
 
 
@@ -271,21 +272,32 @@ def test_host_without_slurm_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         run_slurm(["sbatch", "--version"])
 
 
-def test_time_limit_of_slurm_is_named(site: Site) -> None:
-    # Slurm looks at time limits every half minute; what it would say then is read here as it says it.
-    parsed = parse_jobs("12|TIMEOUT|hansa-x|100|161|TimeLimit|n1\n")
-    assert parsed["hansa-x"].is_terminal
-    assert parsed["hansa-x"].ended_s == 161
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("TIMEOUT", (RunPhase.ENDED, EndCause.TIMEOUT)),
+        ("OUT_OF_MEMORY", (RunPhase.ENDED, EndCause.LIMIT)),
+        ("NODE_FAIL", (RunPhase.LOST, None)),
+        ("PREEMPTED", (RunPhase.LOST, None)),
+    ],
+)
+def test_word_of_slurm_decides_where_wardens_gave_none(state: str, expected: tuple[RunPhase, EndCause | None]) -> None:
+    # Slurm looks at time limits every half minute and for lost nodes every five; what it says then is read here.
+    found = parse_jobs(f"12|{state}|hansa-x|100|161|Reason|n1\n")["hansa-x"]
+    assert found.is_terminal
+    outcome = end_by_slurm(found, 61.0, stopped=False)
+    assert (outcome.phase, outcome.cause) == expected
+    assert "memory" in (outcome.limit or "memory")
 
 
 def test_accounting_is_held_against_slurm_s_own_times(site: Site) -> None:
     driver = site.driver()
-    folder = site.start(driver, "import time; time.sleep(2.5)", gpus=1)
+    folder = site.start(driver, "import time; time.sleep(1.5)", gpus=1)
     state = ended(driver, folder)
     wait_until(lambda: driver.poll(folder) and (folder / "accounting.json").exists())
     told = json.loads((folder / "accounting.json").read_text())
-    assert 2.5 <= state.running_s == told["wardens_s"] < 3.5
-    assert 2 <= told["slurm_s"] <= 6
+    assert 1.5 <= state.running_s == told["wardens_s"] < 2.5
+    assert 1 <= told["slurm_s"] <= 6
 
 
 # ------------------------------------------------------------------ without a cluster
