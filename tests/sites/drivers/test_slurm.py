@@ -207,6 +207,10 @@ def test_second_job_of_one_run_gives_way(site: Site) -> None:
     run_slurm(
         ["sbatch", "--wait", "--mem=100M", f"--job-name={job_name(folder)}", str(folder / "job.sh")], timeout_s=20
     )
+    # Its further nodes give way too, else two jobs would share one gang.
+    other = {"PATH": os.defpath, "SLURM_JOB_ID": "999999", "SLURM_NODEID": "1"}
+    subprocess.run([sys.executable, "-I", "-S", node.__file__, str(folder)], env=other, check=True, timeout=20)
+    assert not (folder / "node-1").exists()
     assert driver.poll(folder).phase is RunPhase.RUNNING
     (site.folder / "go").touch()
     assert ended(driver, folder).exit_code == 0
