@@ -7,6 +7,7 @@ another's, and a name never changes what it stands for.
     ROOT/files/ab/abcd…          whole files
     ROOT/documents/ab/abcd….z    small documents, compressed; named by what they unpack to
     ROOT/partial/OWNER.abcd…     uploads under way
+    ROOT/locks/ab                empty; held while what is said of a file and the file are brought together
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class ArtifactStore:
         self._files = root / "files"
         self._documents = root / "documents"
         self._partial = root / "partial"
-        for folder in (self._files, self._documents, self._partial):
+        self._locks = root / "locks"
+        for folder in (self._files, self._documents, self._partial, self._locks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def progress(self, digest: str, owner: str, *, afresh: bool = False) -> Progress:
@@ -140,10 +142,20 @@ class ArtifactStore:
             return os.fstat(stream.fileno()).st_size
 
     def discard(self, digest: str) -> None:
-        """Remove a whole artifact and every upload of it."""
+        """Remove a whole artifact; uploads of it that are under way go on."""
         self._path(digest).unlink(missing_ok=True)
-        for partial in self._partial.glob(f"*.{digest}"):
-            partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def settled(self, digest: str) -> Iterator[bool]:
+        """Say whether a whole artifact is here; that stays so while the body runs.
+
+        Whoever writes or reads the row that promises the file does it in here, and so does who discards it:
+        else one could remove what another has just promised.
+        """
+        path = self._path(digest)
+        with (self._locks / digest[:2]).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield path.exists()
 
     def put_bytes(self, content: bytes) -> str:
         """Keep a document and return its digest, that of the bytes before compression."""

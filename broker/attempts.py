@@ -16,10 +16,20 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Artifact, Job, JobArtifact, Lease, LeasedGpu, Placement
+from broker.database.uploads import SiteUpload
 from broker.errors import ConflictError
 from broker.leases import end_lease, end_placement, free_leased_gpus, leases_of, requeue
 from broker.market import Market
-from broker.transitions import JobState, LeaseState, PlacementState, ViewState, change_state, note_change, record_event
+from broker.transitions import (
+    EndCause,
+    JobState,
+    LeaseState,
+    PlacementState,
+    ViewState,
+    change_state,
+    note_change,
+    record_event,
+)
 from broker.views import (
     check_view,
     issued_view,
@@ -131,7 +141,7 @@ def take_report(session: Session, market: Market, lease: Lease, report: AttemptR
     return wake
 
 
-def lose_lease(session: Session, market: Market, lease: Lease, cause: str, reason: str) -> list[str]:
+def lose_lease(session: Session, market: Market, lease: Lease, cause: EndCause, reason: str) -> list[str]:
     """End a lease whose site is lost or gave up; survivors go on, else the job waits again."""
     end_lease(session, market, lease, cause)
     session.flush()
@@ -145,12 +155,12 @@ def _conclude(session: Session, market: Market, lease: Lease, report: AttemptRep
     if cause is ExitCause.DONE:
         return _conclude_done(session, market, placement)
     if cause in TENANTS_CAUSES:
-        wake = end_placement(session, market, placement, str(cause))
+        wake = end_placement(session, market, placement, EndCause(cause.value))
         free_leased_gpus(session, lease)
         detail = report.detail or f"exit code {report.exit_code}"
         end_job(session, market, placement.job_id, Ending(JobState.FAILED, str(cause), f"at {lease.site_id}: {detail}"))
         return wake
-    end_lease(session, market, lease, str(cause))
+    end_lease(session, market, lease, EndCause(cause.value))
     free_leased_gpus(session, lease)
     session.flush()
     return _after_loss(session, market, placement, f"the attempt at {lease.site_id} ended ({cause}): {report.detail}")
@@ -162,7 +172,7 @@ def _conclude_done(session: Session, market: Market, placement: Placement) -> li
     gang = [lease for lease in leases_of(session, placement) if lease.state == LeaseState.ACTIVE]
     if not all(_is_done(lease) for lease in gang):
         return []
-    wake = end_placement(session, market, placement, "done")
+    wake = end_placement(session, market, placement, EndCause.DONE)
     for lease in gang:
         free_leased_gpus(session, lease)
     end_job(
@@ -191,7 +201,7 @@ def _after_loss(session: Session, market: Market, placement: Placement, reason: 
         )
         return check_view(session, market, placement)
     # A site that was left out of the last view may still hold its lease, but not what was sealed without it.
-    wake = end_placement(session, market, placement, "lost")
+    wake = end_placement(session, market, placement, EndCause.LOST)
     job.failures += 1
     if job.failures >= market.settings.attempts_max:
         sentence = f"{job.failures} attempts were lost, the last one: {reason}"
@@ -264,6 +274,8 @@ def _keep_artifact(session: Session, row: JobArtifact) -> None:
     stored = session.get(Artifact, row.digest)
     if stored is None or not stored.complete:
         return  # reported before it was stored: the next heartbeat says it again
+    if session.get(SiteUpload, (row.site_id, row.digest)) is None:
+        return  # a digest alone is no pass: what others brought becomes no site's by naming it
     held = session.get(JobArtifact, (row.job_id, row.kind, row.name))
     if held is not None and held.epoch >= row.epoch and held.round_number >= row.round_number:
         return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
+from broker.attempts import Ending, end_job
 from broker.database.tables import Job
 from broker.errors import ConflictError, NotFoundError
 from broker.leases import end_placement, live_placement
 from broker.market import Market
-from broker.transitions import FINAL_JOB_STATES, JobState, change_state, note_change
+from broker.transitions import FINAL_JOB_STATES, EndCause, JobState
 
 
 def request_cancel(market: Market, tenant_id: str, job_id: str) -> Job:
@@ -16,7 +17,6 @@ def request_cancel(market: Market, tenant_id: str, job_id: str) -> Job:
 
     Raises NotFoundError for another tenant's job, ConflictError where it has ended already.
     """
-    now_ms = market.clock.now_ms()
 
     def work(session: Session) -> tuple[Job, list[str]]:
         job = session.get(Job, job_id)
@@ -27,11 +27,8 @@ def request_cancel(market: Market, tenant_id: str, job_id: str) -> Job:
             message = f"the job has already {job.state}; nothing is left to cancel"
             raise ConflictError(message)
         placement = live_placement(session, job_id)
-        sites = [] if placement is None else end_placement(session, market, placement, "cancelled")
-        job.ended_ms = now_ms
-        job.reason_code, job.reason = "cancelled", "cancelled by its tenant"
-        change_state(session, job, JobState.CANCELLED, now_ms=now_ms)
-        note_change(session)
+        sites = [] if placement is None else end_placement(session, market, placement, EndCause.CANCELLED)
+        end_job(session, market, job_id, Ending(JobState.CANCELLED, "cancelled", "cancelled by its tenant"))
         return job, sites
 
     job, sites = market.database.write("cancel", work)

@@ -68,7 +68,7 @@ def enrol(market: Market, enrolment: Enrolment) -> EnrolmentAnswer:
     )
 
 
-def remove_site(market: Market, site_id: str) -> None:
+def remove_site(market: Market, site_id: str, *, actor: str | None = None) -> None:
     """Take a site out of the market for good: its certificates are revoked, its leases run out of liveness.
 
     Raises NotFoundError; removing twice is no fault.
@@ -81,7 +81,7 @@ def remove_site(market: Market, site_id: str) -> None:
             raise NotFoundError(f"there is no site {site_id!r}")
         if site.state == SiteState.REMOVED:
             return
-        change_state(session, site, SiteState.REMOVED, now_ms=now_ms, detail="removed by an admin")
+        change_state(session, site, SiteState.REMOVED, now_ms=now_ms, detail="removed by an admin", actor=actor)
         session.execute(
             update(SiteCertificate)
             .where(SiteCertificate.site_id == site_id, SiteCertificate.revoked_ms.is_(None))

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
 from sqlalchemy import or_, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from broker.attempts import order_for, take_report
+from broker.database.engine import refuses_the_values
 from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
-from broker.errors import BrokerError, ConflictError, CredentialError, NotFoundError, StaleEpochError
+from broker.errors import BrokerError, ConflictError, CredentialError, NotFoundError, RefusedError, StaleEpochError
 from broker.leases import confirm, renew_certificate, renew_liveness, veto
 from broker.market import Market
 from broker.metering import accept_usage
 from broker.offers import apply_offer
-from broker.tickets import TICKET_PURPOSE, ticket
+from broker.tickets import stream_url
 from broker.transitions import LeaseState, SiteState, change_state, is_round_due, note_change, record_event
 from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
 
 BeforeEffect = Callable[[Session], None]
+_log = structlog.get_logger(__name__)
 Item = Confirmation | Veto | Usage | AttemptReport
 
 
@@ -30,6 +34,12 @@ class OvertakenError(ConflictError):
     """A heartbeat that arrived after a later one of the same site; what it says is out of date."""
 
     code = "heartbeat.overtaken"
+
+
+class UnstorableError(RefusedError):
+    """An item that breaks a bound or a constraint of the database: others of the heartbeat are taken."""
+
+    code = "item.unstorable"
 
 
 def receive(
@@ -71,7 +81,7 @@ def receive(
             usage_acknowledged=taken.acknowledged,
             certificate_pem=_renewed_certificate(session, market, site_id, heartbeat.renewal_csr_pem),
             heartbeat_s=market.settings.heartbeat_s,
-            wake_url=_wake_url(market, site_id),
+            wake_url=stream_url(market, "site", site_id),
         )
         return answer, taken.wake - {site_id}, taken.jobs, is_round_due(session)
 
@@ -137,7 +147,15 @@ class _Taken:
                 work(lease)
             self.jobs.add(lease.job_id)
         except BrokerError as error:
-            self.refusals.append(Refusal(lease_id=item.lease_id, code=error.code, detail=str(error)[:1000]))
+            self._refuse(item, error)
+        except DBAPIError as error:
+            if not refuses_the_values(error):
+                raise  # the whole heartbeat is tried again, or fails
+            _log.exception("item.unstorable", site=self.site_id, lease=item.lease_id, kind=type(item).__name__)
+            self._refuse(item, UnstorableError(f"the database does not hold what this {type(item).__name__} says"))
+
+    def _refuse(self, item: Item, error: BrokerError) -> None:
+        self.refusals.append(Refusal(lease_id=item.lease_id, code=error.code, detail=str(error)[:1000]))
 
     def _lease(self, lease_id: str, epoch: int) -> Lease:
         lease = self.session.get(Lease, lease_id)
@@ -192,13 +210,6 @@ def _standing_leases(session: Session, site_id: str) -> list[Lease]:
             .order_by(Lease.lease_id)
         )
     )
-
-
-def _wake_url(market: Market, site_id: str) -> str | None:
-    if not market.settings.wake_url:
-        return None
-    key = market.authority.derive_key(TICKET_PURPOSE)
-    return f"{market.settings.wake_url}/wake/site/{site_id}?ticket={ticket(key, 'site', site_id)}"
 
 
 def _renewed_certificate(session: Session, market: Market, site_id: str, csr_pem: str | None) -> str | None:

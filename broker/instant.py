@@ -23,6 +23,7 @@ from broker.freeze import require_open
 from broker.leases import propose
 from broker.market import Market
 from broker.rounds.snapshot import free_by_pool, job_state, take
+from broker.speeds import read_speeds
 from broker.transitions import SiteState, record_event
 from pricing.money import format_credits
 from sites.protocol import Offer
@@ -60,10 +61,10 @@ def wants_instant(spec: JobSpec) -> bool:
     return spec.market.start == "now"
 
 
-def make_offer(market: Market, spec: JobSpec) -> InstantOffer:
+def make_offer(market: Market, tenant_id: str, spec: JobSpec) -> InstantOffer:
     """Return what a job gets at once. Raises InstantRefusedError with the reason where it gets nothing."""
     _require_small(market, spec)
-    return market.database.read(lambda session: _offer(session, market, spec))
+    return market.database.read(lambda session: _offer(session, market, tenant_id, spec))
 
 
 def commit_offer(session: Session, market: Market, job: Job, offer: InstantOffer) -> list[str] | None:
@@ -106,7 +107,7 @@ def _require_small(market: Market, spec: JobSpec) -> None:
         )
 
 
-def _offer(session: Session, market: Market, spec: JobSpec) -> InstantOffer:
+def _offer(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> InstantOffer:
     require_open(session)
     newest = session.scalar(select(func.max(Round.round_number)))
     if newest is None:
@@ -118,6 +119,8 @@ def _offer(session: Session, market: Market, spec: JobSpec) -> InstantOffer:
         version=0,
         submitted_ms=taken.snapshot.taken_at_ms,
         hold_left_micros=spec.market.budget_micros,
+        sites=taken.site_versions,
+        speeds=read_speeds(session).valued(tenant_id, spec),
     ).model_copy(update={"sites_max": 1})
     pools = _free_pools(session, market, taken.snapshot.pools, taken.snapshot.last_prices)
     if not pools:
@@ -141,7 +144,12 @@ def _free_pools(
         if not Offer.model_validate_json(site.offer).draining
     }
     return tuple(
-        pool.model_copy(update={"capacity_gpus": free[pool.pool_id], "job_gpus_max": market.settings.instant_gpus_max})
+        pool.model_copy(
+            update={
+                "capacity_gpus": free[pool.pool_id],
+                "job_gpus_max": min(market.settings.instant_gpus_max, pool.job_gpus_max or free[pool.pool_id]),
+            }
+        )
         for pool in pools
         if pool.site_id in selling and free.get(pool.pool_id, 0) and pool.pool_id in last_prices
     )

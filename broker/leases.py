@@ -26,10 +26,12 @@ from broker.database.tables import (
     Round,
     UsageReport,
 )
+from broker.lease_clock import stamp_active, stamp_ended
 from broker.market import Market
 from broker.terms import begin_first_term, open_first_term
 from broker.transitions import (
     FINAL_JOB_STATES,
+    EndCause,
     JobState,
     LeaseState,
     PlacementState,
@@ -193,10 +195,10 @@ def veto(session: Session, market: Market, lease: Lease, refusal: Veto) -> list[
         )
     )
     reason = f"site {lease.site_id} declined ({refusal.code}): {refusal.reason}"
-    return void_proposal(session, market, placement, "vetoed", reason)
+    return void_proposal(session, market, placement, EndCause.VETOED, reason)
 
 
-def void_proposal(session: Session, market: Market, placement: Placement, cause: str, reason: str) -> list[str]:
+def void_proposal(session: Session, market: Market, placement: Placement, cause: EndCause, reason: str) -> list[str]:
     """End a proposal that fell through; its job waits again. Returns the sites to wake."""
     sites = end_placement(session, market, placement, cause)
     requeue(session, market, session.get_one(Job, placement.job_id), cause, reason)
@@ -213,7 +215,7 @@ def requeue(session: Session, market: Market, job: Job, code: str, reason: str) 
     note_change(session)
 
 
-def end_placement(session: Session, market: Market, placement: Placement, cause: str) -> list[str]:
+def end_placement(session: Session, market: Market, placement: Placement, cause: EndCause) -> list[str]:
     """End a placement and all its leases; return the sites to wake. Ending twice changes nothing."""
     if placement.state == PlacementState.ENDED:
         return []
@@ -226,14 +228,15 @@ def end_placement(session: Session, market: Market, placement: Placement, cause:
     return [lease.site_id for lease in gang]
 
 
-def end_lease(session: Session, market: Market, lease: Lease, cause: str) -> None:
+def end_lease(session: Session, market: Market, lease: Lease, cause: EndCause) -> None:
     """End one site's part. Its GPUs are freed at once only where nothing can have started there."""
     if lease.state == LeaseState.ENDED:
         return
     now_ms = market.clock.now_ms()
     never_started = lease.state in {LeaseState.PROPOSED, LeaseState.CONFIRMED}
     # UTC may have been stepped back: a lease never ends before what was taken for it while it lived.
-    lease.ended_ms, lease.end_cause = max(now_ms, _newest_report_ms(session, lease)), cause
+    stamp_ended(lease, market.clock, earliest_ms=_newest_report_ms(session, lease))
+    lease.end_cause = cause
     change_state(session, lease, LeaseState.ENDED, now_ms=now_ms, detail=cause)
     if never_started:
         # A site starts only on seeing `active`, which this lease never was.
@@ -334,7 +337,7 @@ def _activate(session: Session, market: Market, placement: Placement, gang: Sequ
     begin_first_term(session, placement)
     change_state(session, placement, PlacementState.ACTIVE, now_ms=now_ms)
     for lease in gang:
-        lease.active_ms = now_ms
+        stamp_active(lease, market.clock)
         change_state(session, lease, LeaseState.ACTIVE, now_ms=now_ms)
     job = session.get_one(Job, placement.job_id)
     job.started_ms = job.started_ms or now_ms

@@ -23,15 +23,14 @@ from broker.allocation.clearing import Placement as Award
 from broker.database.papers import Term
 from broker.database.tables import Hold, Lease, Link, Placement, UsageReport
 from broker.errors import ConflictError, RefusedError, StaleEpochError
+from broker.lease_clock import ended_since_ms, ran_ms
 from broker.market import Market
 from broker.terms import Part, spans, split, terms_of
-from broker.transitions import LeaseState, PlacementState, record_event
+from broker.transitions import EndCause, LeaseState, PlacementState, record_event
 from pricing.money import MILLISECONDS_PER_HOUR, cost_micros, divide_up, egress_micros, format_credits
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Settlement, Terms, settle
 from sites.protocol import Usage
 
-# What both `broker.reconcile` and a site that fenced itself give as the cause of a lease's end.
-EXPIRED_CAUSE: Final = "expired"
 # A probe sees what other traffic leaves of a link: a transfer may find twice that.
 EGRESS_HEADROOM: Final = 2
 # How far delays on the way may part two reports that follow one another without a gap.
@@ -48,6 +47,12 @@ class UsageRefusedError(RefusedError):
     """A report about time that the lease did not grant."""
 
     code = "usage.refused"
+
+
+class UsageTooEarlyError(RefusedError):
+    """More GPU time than the lease can have run by now; not final: the report may be sent again."""
+
+    code = "usage.too_early"
 
 
 class EgressImpossibleError(RefusedError):
@@ -81,7 +86,8 @@ def accept_usage(session: Session, market: Market, lease: Lease, usage: Usage, *
 
     It is charged by the terms in which it was delivered; it ended `age_ms` ago. A number taken before is acknowledged and ignored, one after a gap is neither. Raises
     StaleEpochError for another epoch than the lease's, UsageConflictError for a number that
-    stands for another report, UsageRefusedError for usage that the lease did not grant.
+    stands for another report, UsageRefusedError for usage that the lease did not grant, UsageTooEarlyError for
+    more than it can have run by now and EgressImpossibleError for more than its links can have carried.
     """
     assert usage.lease_id == lease.lease_id, "the caller looked the lease up by the report's own id"
     if usage.epoch != lease.epoch:
@@ -95,11 +101,11 @@ def accept_usage(session: Session, market: Market, lease: Lease, usage: Usage, *
     now_ms = market.clock.now_ms()
     placement = session.get_one(Placement, lease.placement_id)
     hold = session.get_one(Hold, lease.job_id)
-    _require_granted(market, lease, hold, usage, now_ms)
+    _require_granted(market, lease, hold, usage)
     ended_ms = _ended_ms(market, lease, usage, age_ms, now_ms)
     terms = _terms_naming(session, lease)
     _require_own_links(session, lease, usage)
-    lease.egress = _carried(session, market, lease, usage, now_ms)
+    lease.egress = _carried(session, market, lease, usage)
     for part in split(usage, spans(list(terms.values())), gpus=lease.gpus, ended_ms=ended_ms):
         term = terms[part.term]
         sold, delivery = _sold_and_delivered(session, Award.model_validate_json(term.award), lease, part)
@@ -195,20 +201,17 @@ def _require_repetition(session: Session, usage: Usage) -> None:
         raise UsageConflictError(message)
 
 
-def _require_granted(market: Market, lease: Lease, hold: Hold, usage: Usage, now_ms: int) -> None:
+def _require_granted(market: Market, lease: Lease, hold: Hold, usage: Usage) -> None:
     """Refuse usage that the lease did not grant: before, after, or more than it can have run."""
     if lease.active_ms is None:
         message = f"lease {lease.lease_id} is {lease.state} and never was active; nothing can have run under it"
         raise UsageRefusedError(message)
-    end_ms = now_ms
     if lease.state == LeaseState.ENDED:
-        assert lease.ended_ms is not None, "an ended lease has its time"
-        end_ms = lease.ended_ms
         late_ms = round(market.settings.settle_s * 1000)
-        if lease.end_cause == EXPIRED_CAUSE:
+        if lease.end_cause == EndCause.EXPIRED:
             message = f"lease {lease.lease_id} expired before this report came; what ran after its last one is not paid"
             raise UsageRefusedError(message)
-        if now_ms > lease.ended_ms + late_ms:
+        if ended_since_ms(lease, market.clock) > late_ms:
             message = f"lease {lease.lease_id} ended more than {late_ms / 1000:g} s ago; its account is closed"
             raise UsageRefusedError(message)
     if hold.closed_ms is not None:
@@ -216,14 +219,14 @@ def _require_granted(market: Market, lease: Lease, hold: Hold, usage: Usage, now
         raise UsageRefusedError(message)
     # A site stops what ended only once it hears of it, which is within the liveness.
     slack_ms = round(market.settings.liveness_s * 1000)
-    most_ms = lease.gpus * max(0, end_ms - lease.active_ms + slack_ms)
+    most_ms = lease.gpus * (ran_ms(lease, market.clock) + slack_ms)
     total_ms = lease.delivered_gpu_milliseconds + usage.gpu_milliseconds
     if total_ms > most_ms:
         message = (
             f"{total_ms} GPU-milliseconds on {lease.gpus} GPUs are more than lease {lease.lease_id} can have run by "
             f"now ({most_ms}); check the agent's clock and report again"
         )
-        raise UsageRefusedError(message)
+        raise UsageTooEarlyError(message)
 
 
 def _require_own_links(session: Session, lease: Lease, usage: Usage) -> None:
@@ -235,15 +238,13 @@ def _require_own_links(session: Session, lease: Lease, usage: Usage) -> None:
         raise UsageRefusedError(message)
 
 
-def _carried(session: Session, market: Market, lease: Lease, usage: Usage, now_ms: int) -> str:
+def _carried(session: Session, market: Market, lease: Lease, usage: Usage) -> str:
     """Return what the lease has now sent to each site, as canonical JSON.
 
     Raises EgressImpossibleError where that is more than a link can have carried since the lease began: its
     offered bandwidth, with headroom for what a probe did not see, times that time.
     """
-    assert lease.active_ms is not None, "usage was granted"
-    until_ms = now_ms if lease.ended_ms is None else min(now_ms, lease.ended_ms)
-    elapsed_ms = until_ms - lease.active_ms + round(market.settings.liveness_s * 1000)
+    elapsed_ms = ran_ms(lease, market.clock) + round(market.settings.liveness_s * 1000)
     sent: dict[str, int] = json.loads(lease.egress or "{}")
     for target, size in usage.egress_bytes.items():
         sent[target] = sent.get(target, 0) + size

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from collections.abc import Iterator
+
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from broker.database.tables import Gpu, Link, Pool, Site
+from broker.database.tables import Gpu, Link, Pool, Round, Site
 from broker.errors import RefusedError
-from broker.transitions import note_change
+from broker.transitions import SiteState, note_change
 from sites.protocol import LinkOffer, Offer, PoolOffer
 from training.catalogue import GPU_TYPES
 
@@ -43,6 +45,25 @@ def apply_offer(session: Session, site: Site, offer: Offer) -> bool:
     session.flush()
     note_change(session)
     return True
+
+
+def note_times_passed(session: Session, now_ms: int) -> None:
+    """Ask for a round where a time that an owner announced has come since the last one: what is sold has changed."""
+    last_ms = session.scalar(select(func.max(Round.taken_ms)))
+    if last_ms is None:
+        return
+    for document in session.scalars(select(Site.offer).where(Site.state == SiteState.LIVE)):
+        if any(last_ms < time_ms <= now_ms for time_ms in _times(Offer.model_validate_json(document))):
+            note_change(session)
+            return
+
+
+def _times(offer: Offer) -> Iterator[int]:
+    for pool in offer.pools:
+        for kept in pool.reserved:
+            yield from (kept.from_ms, kept.to_ms)
+    if offer.drains_at_ms is not None:
+        yield offer.drains_at_ms
 
 
 def _check(offer: Offer) -> None:

@@ -1,10 +1,15 @@
 """What a job would get now: its candidate configurations, priced, without any effect.
 
+Each row says how far its speed is open, how likely the deadline is met, and what to bid at least.
 Also answers, at submit, whether any state of this federation could ever hold the job.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from statistics import NormalDist
 from typing import Final
 
 from sqlalchemy import func, select
@@ -16,28 +21,93 @@ from broker.allocation.snapshot import SiteState as Listening
 from broker.database.tables import Gpu, Pool, Site
 from broker.market import Market
 from broker.rounds.snapshot import job_state, standing_links, take
+from broker.speeds import read_speeds
 from broker.transitions import SiteState
+from pricing.money import divide_up
 from sites.protocol import Offer
 from training.spec import JobSpec
+from training.speeds import (
+    COLD_HALF_WIDTH_LOG,
+    VALUED_QUANTILE,
+    SpeedEstimate,
+    chance_within,
+)
 
 QUOTED_JOB_ID: Final = "quoted"
+# Prices move between a quote and the next round: what is recommended stands a tenth above the last.
+BID_MARGIN_PERCENT: Final = 10
+# What the links add where a configuration spans sites: their bandwidth is probed, not promised.
+LINKS_HALF_WIDTH_LOG: Final = 0.1
 
 
-def quote_job(market: Market, spec: JobSpec) -> list[QuoteRow]:
-    """Return the candidates of `spec` at the prices of the last round, best first."""
+@dataclass(frozen=True, slots=True)
+class QuotedRow(QuoteRow):
+    """A candidate with its interval: 90 % of runs lie between the speeds `low` and `high`.
 
-    def work(session: Session) -> list[QuoteRow]:
+    `samples_per_s` is what the market counts with, `samples_per_s_expected` the middle of the interval.
+    `deadline_probability` is None without a deadline. `recommended_bid...` is worth the last price and
+    a tenth more. `measured` says whether this family ran on these GPUs before.
+    """
+
+    samples_per_s_low: float
+    samples_per_s_expected: float
+    samples_per_s_high: float
+    measured: bool
+    deadline_probability: float | None
+    recommended_bid_micros_per_million_samples: int
+
+
+def quote_job(market: Market, spec: JobSpec, tenant_id: str = "") -> list[QuotedRow]:
+    """Return the candidates of `spec` at the prices of the last round, best first.
+
+    `tenant_id` is whose measured speeds count.
+    """
+
+    def work(session: Session) -> list[QuotedRow]:
         taken = take(session, market)
+        speeds = read_speeds(session)
+        now_ms = market.clock.now_ms()
         job = job_state(
             QUOTED_JOB_ID,
             spec,
             version=0,
-            submitted_ms=market.clock.now_ms(),
+            submitted_ms=now_ms,
             hold_left_micros=spec.market.budget_micros,
+            sites=taken.site_versions,
+            speeds=speeds.valued(tenant_id, spec),
         )
-        return quote(taken.snapshot, job)
+        known = speeds.of(tenant_id, spec)
+        deadline_ms = spec.market.deadline_ms
+        left_s = None if deadline_ms is None else (deadline_ms - now_ms) / 1000
+        samples = spec.market.workload.samples
+        return [with_interval(row, known, samples=samples, left_s=left_s) for row in quote(taken.snapshot, job)]
 
     return market.database.read(work)
+
+
+def with_interval(
+    row: QuoteRow, known: Mapping[str, SpeedEstimate], *, samples: int, left_s: float | None
+) -> QuotedRow:
+    """Return a row with what is known of its GPU types; `left_s` is the time to the deadline, None without one."""
+    types = sorted({part.gpu_type for part in row.configuration.parts})
+    half = max(known[name].half_width_log if name in known else COLD_HALF_WIDTH_LOG for name in types)
+    if len(row.configuration.parts) > 1:
+        half = math.hypot(half, LINKS_HALF_WIDTH_LOG)
+    expected = row.samples_per_s
+    if all(name in known for name in types):
+        # The market counted with a quantile of the speed; its middle lies above.
+        expected /= math.exp(NormalDist().inv_cdf(VALUED_QUANTILE) * half / NormalDist().inv_cdf(0.95))
+    values = {field.name: getattr(row, field.name) for field in fields(QuoteRow)}
+    per_million = divide_up(row.price_micros_per_hour * 1_000_000, max(1, math.floor(row.samples_per_s * 3600)))
+    return QuotedRow(
+        **values,
+        samples_per_s_low=expected / math.exp(half),
+        samples_per_s_expected=expected,
+        samples_per_s_high=expected * math.exp(half),
+        measured=all(name in known and known[name].measured for name in types),
+        deadline_probability=None if left_s is None else chance_within(samples / expected, left_s, half),
+        recommended_bid_micros_per_million_samples=divide_up(per_million * (100 + BID_MARGIN_PERCENT), 100),
+    )
 
 
 def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
@@ -46,23 +116,35 @@ def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
     Every pool counts with all its GPUs, also where they are taken or its site is silent now.
     """
     sites = list(session.scalars(select(Site).where(Site.state != SiteState.REMOVED)))
+    offers = {site.site_id: Offer.model_validate_json(site.offer) for site in sites}
+    data = spec.market.data
+    if data is not None and data.home_site not in offers:
+        known = ", ".join(sorted(offers)) or "none yet"
+        return f"market.data.home_site {data.home_site!r} is no site of this market; the sites are: {known}"
     whole = []
     for pool in session.scalars(
         select(Pool).join(Site, Site.site_id == Pool.site_id).where(Site.state != SiteState.REMOVED)
     ):
         present = session.scalar(select(func.count()).select_from(Gpu).where(Gpu.pool_id == pool.pool_id, Gpu.present))
+        quotas = [each.job_gpus_max for each in offers[pool.site_id].pools if each.gpu_type == pool.gpu_type]
         whole.append(
             PoolState(
                 pool_id=pool.pool_id,
                 site_id=pool.site_id,
                 gpu_type=pool.gpu_type,
-                capacity_gpus=present or 0,
+                # What one job may have of it: a quota of the owner's never ends.
+                capacity_gpus=min([present or 0, *(quota for quota in quotas if quota is not None)]),
                 ask_micros_per_gpu_hour=pool.ask_micros_per_gpu_hour,
                 flops_per_s=pool.flops_per_s,
             )
         )
-    job = job_state(QUOTED_JOB_ID, spec, version=0, submitted_ms=0, hold_left_micros=spec.market.budget_micros)
-    listening = [
-        Listening(site_id=site.site_id, listens=Offer.model_validate_json(site.offer).listens) for site in sites
-    ]
+    job = job_state(
+        QUOTED_JOB_ID,
+        spec,
+        version=0,
+        submitted_ms=0,
+        hold_left_micros=spec.market.budget_micros,
+        sites=offers,
+    )
+    listening = [Listening(site_id=site_id, listens=offer.listens) for site_id, offer in offers.items()]
     return never_possible(job, whole, listening, standing_links(session, {site.site_id for site in sites}))

@@ -3,7 +3,7 @@
 Level-triggered and idempotent: it may run at any time, twice at once, or late, and only the delay
 changes. It ends what has run out (proposals, terms, livenesses), opens the views that are needed,
 notices sites that fell silent, fails jobs that waited beyond their deadline, and asks for a round when a term is up for
-renewal or a bar is about to lift.
+renewal, a bar is about to lift or a time that an owner announced has come.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ from broker.attempts import Ending, end_job, lose_lease
 from broker.database.tables import BarredConfiguration, Job, Lease, LeasedGpu, Placement, Round, Site
 from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
 from broker.market import Market
+from broker.offers import note_times_passed
 from broker.rounds.snapshot import renewal_starts_ms
-from broker.transitions import JobState, LeaseState, PlacementState, SiteState, change_state, is_round_due, note_change
+from broker.terms import release_finished
+from broker.transitions import (
+    EndCause,
+    JobState,
+    LeaseState,
+    PlacementState,
+    SiteState,
+    change_state,
+    is_round_due,
+    note_change,
+)
 from broker.views import check_view
 from training.spec import JobSpec
 
@@ -37,6 +48,7 @@ def reconcile(market: Market) -> bool:
         session.flush()
         _fail_overdue_jobs(session, market)
         _look_again_at_barred_jobs(session)
+        note_times_passed(session, market.clock.now_ms())
         return wake, is_round_due(session)
 
     wake, due = market.database.write("reconcile", work)
@@ -67,7 +79,7 @@ def _end_dead_leases(session: Session, market: Market) -> set[str]:
     for lease in list(session.scalars(select(Lease).where(Lease.state == LeaseState.ACTIVE).order_by(Lease.lease_id))):
         if lease.state == LeaseState.ACTIVE and liveness_over(market, lease):
             silent = f"site {lease.site_id} was not heard for longer than its lease's liveness"
-            wake.update(lose_lease(session, market, lease, "expired", silent))
+            wake.update(lose_lease(session, market, lease, EndCause.EXPIRED, silent))
     session.flush()
     held = select(LeasedGpu.lease_id).where(LeasedGpu.lease_id == Lease.lease_id, LeasedGpu.live).exists()
     for lease in list(session.scalars(select(Lease).where(Lease.state == LeaseState.ENDED, held))):
@@ -88,15 +100,17 @@ def _look_at(session: Session, market: Market, placement: Placement) -> list[str
                 .order_by(Lease.site_id)
             )
         )
-        return void_proposal(session, market, placement, "unconfirmed", f"{missing} did not confirm in time")
+        return void_proposal(session, market, placement, EndCause.UNCONFIRMED, f"{missing} did not confirm in time")
     if placement.state != PlacementState.ACTIVE:
         return []
     assert placement.term_ends_ms is not None, "an active placement has a term"
     if now_ms >= placement.term_ends_ms:
-        wake = end_placement(session, market, placement, "term_ended")
+        wake = end_placement(session, market, placement, EndCause.TERM_ENDED)
         job = session.get_one(Job, placement.job_id)
         requeue(session, market, job, "term_ended", "its term ended and was not renewed; it waits for another")
         return wake
+    if release_finished(session, placement):
+        note_change(session)  # what it holds no longer may pay for more
     if now_ms >= renewal_starts_ms(placement) and not _was_offered_again(session, placement, now_ms):
         note_change(session)
     return check_view(session, market, placement)

@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Lease, LeasedGpu, Placement
+from broker.lease_clock import ran_ms
 from broker.market import Market
-from broker.metering import EXPIRED_CAUSE
 from broker.terms import terms_of
-from broker.transitions import LeaseState
+from broker.transitions import EndCause, LeaseState
 from pricing.money import divide_up
 
 
@@ -28,7 +28,7 @@ def due_of_ended(session: Session, market: Market, job_id: str | None = None) ->
     ended = (
         select(Lease, Placement)
         .join(Placement, Placement.placement_id == Lease.placement_id)
-        .where(Lease.state == LeaseState.ENDED, Lease.end_cause != EXPIRED_CAUSE, held)
+        .where(Lease.state == LeaseState.ENDED, Lease.end_cause != EndCause.EXPIRED, held)
     )
     if job_id is not None:
         ended = ended.where(Lease.job_id == job_id)
@@ -51,5 +51,5 @@ def _unreported_ms(lease: Lease, market: Market) -> int:
     if lease.active_ms is None or lease.ended_ms is None:
         return 0
     # A site stops what ended only once it hears of it, which is within the liveness.
-    ran_ms = lease.ended_ms - lease.active_ms + round(market.settings.liveness_s * 1000)
-    return max(0, ran_ms - lease.delivered_gpu_milliseconds // lease.gpus)
+    most_ms = ran_ms(lease, market.clock) + round(market.settings.liveness_s * 1000)
+    return max(0, most_ms - lease.delivered_gpu_milliseconds // lease.gpus)

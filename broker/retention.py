@@ -14,10 +14,11 @@ made good by the next.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import delete, exists, func, or_, select
+from sqlalchemy import ColumnElement, delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from broker.database.tables import (
@@ -29,18 +30,21 @@ from broker.database.tables import (
     JobArtifact,
     JoinToken,
     Lease,
+    MarketState,
     Round,
     SiteCertificate,
-    WorkdirUpload,
 )
+from broker.database.uploads import SiteUpload, WorkdirUpload
 from broker.market import Market
 from broker.streams import streams_of
+from broker.uploads import discard_unkept
 
 DAY_MS: Final = 86_400 * 1000
 JOB_FILES_LIFE_MS: Final = 30 * DAY_MS
 IDEMPOTENCY_LIFE_MS: Final = 7 * DAY_MS
 UPLOAD_IDLE_MS_MAX: Final = DAY_MS
 SWEPT_AT_ONCE_MAX: Final = 1000
+BATCHES_MAX: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +63,31 @@ def sweep(market: Market) -> Swept:
     now_ms = market.clock.now_ms()
     artifacts = market.database.write("retire artifacts", lambda session: _retire_artifacts(session, now_ms))
     for digest in artifacts:
-        market.artifacts.discard(digest)
-    documents = market.database.read(lambda session: _old_documents(session, market))
-    for digest in documents:
-        market.artifacts.discard_document(digest)
-    leases = market.database.read(lambda session: _old_leases(session, now_ms))
-    streams = streams_of(market)
-    removed = sum(streams.discard(lease_id) for lease_id in leases)
+        discard_unkept(market, digest)
     return Swept(
         artifacts=len(artifacts),
         uploads=market.artifacts.sweep_partials(now_ms, UPLOAD_IDLE_MS_MAX),
-        documents=len(documents),
-        streams=removed,
+        documents=sum(_until_done(lambda: _sweep_documents(market))),
+        streams=sum(_until_done(lambda: _sweep_streams(market, now_ms))),
         rows=market.database.write("retire rows", lambda session: _retire_rows(session, now_ms)),
     )
+
+
+def _until_done(sweep_some: Callable[[], int | None]) -> Iterator[int]:
+    """Sweep batch after batch until one finds nothing to do, within a bound."""
+    for _ in range(BATCHES_MAX):
+        swept = sweep_some()
+        if swept is None:
+            return
+        yield swept
 
 
 def _retire_artifacts(session: Session, now_ms: int) -> list[str]:
     """Remove the rows of artifacts that no kept job names, and return their digests.
 
     The rows go first: a file without a row is only lost space, and the next upload of it
-    writes the row again; a row without a file would promise what is not there.
+    writes the row again; a row without a file would promise what is not there. Whoever writes the row again before
+    the file is gone keeps it (`broker.uploads.discard_unkept`).
     """
     kept_job = or_(Job.ended_ms.is_(None), Job.ended_ms > now_ms - JOB_FILES_LIFE_MS)
     needed = (
@@ -96,33 +104,91 @@ def _retire_artifacts(session: Session, now_ms: int) -> list[str]:
         )
     )
     session.execute(delete(JobArtifact).where(JobArtifact.digest.in_(gone)))
-    session.execute(delete(WorkdirUpload).where(WorkdirUpload.digest.in_(gone)))
+    for uploads in (WorkdirUpload, SiteUpload):
+        session.execute(delete(uploads).where(uploads.digest.in_(gone)))
     session.execute(delete(Artifact).where(Artifact.digest.in_(gone)))
     return gone
 
 
-def _old_documents(session: Session, market: Market) -> list[str]:
-    """Return the documents of old rounds, only those that no kept round shares."""
-    newest = session.scalar(select(func.max(Round.round_number))) or 0
-    first_kept = newest - market.settings.snapshot_retention_rounds + 1
-    old = select(Round).where(Round.round_number < first_kept, Round.round_number >= first_kept - SWEPT_AT_ONCE_MAX)
-    kept = select(Round).where(Round.round_number >= first_kept)
-    digests = {digest for row in session.scalars(old) for digest in (row.snapshot_digest, row.clearing_digest)}
-    if not digests:
-        return []
-    shared = {digest for row in session.scalars(kept) for digest in (row.snapshot_digest, row.clearing_digest)}
-    return sorted(digests - shared)
+def _sweep_documents(market: Market) -> int | None:
+    """Remove the documents of the next old rounds, but for those that a kept round shares.
+
+    Files first: a sweep that is cut goes over the same rounds again. None where no old round is left.
+    """
+
+    def old(session: Session) -> tuple[int, list[str]] | None:
+        state = session.get(MarketState, 1)
+        swept_to = 0 if state is None else state.documents_swept_to
+        newest = session.scalar(select(func.max(Round.round_number))) or 0
+        last_old = newest - market.settings.snapshot_retention_rounds
+        until = min(last_old, swept_to + SWEPT_AT_ONCE_MAX)
+        if until <= swept_to:
+            return None
+        digests = _documents(session, Round.round_number > swept_to, Round.round_number <= until)
+        shared = _documents(
+            session,
+            Round.round_number > last_old,
+            or_(Round.snapshot_digest.in_(digests), Round.clearing_digest.in_(digests)),
+        )
+        return until, sorted(digests - shared)
+
+    found = market.database.read(old)
+    if found is None:
+        return None
+    until, digests = found
+    for digest in digests:
+        market.artifacts.discard_document(digest)
+    market.database.write("documents swept", lambda session: _remember(session, documents_swept_to=until))
+    return len(digests)
 
 
-def _old_leases(session: Session, now_ms: int) -> list[str]:
-    over = (
-        select(Lease.lease_id)
-        .join(Job, Job.job_id == Lease.job_id)
-        .where(Job.ended_ms <= now_ms - JOB_FILES_LIFE_MS)
-        .order_by(Job.ended_ms.desc())
-        .limit(SWEPT_AT_ONCE_MAX)
-    )
-    return list(session.scalars(over))
+def _documents(session: Session, *conditions: ColumnElement[bool]) -> set[str]:
+    rows = session.execute(select(Round.snapshot_digest, Round.clearing_digest).where(*conditions))
+    return {digest for row in rows for digest in row}
+
+
+def _sweep_streams(market: Market, now_ms: int) -> int | None:
+    """Remove the streams of the next jobs that ended long ago; None where no such job is left."""
+    over_ms = now_ms - JOB_FILES_LIFE_MS
+
+    def old(session: Session) -> tuple[int, list[str]] | None:
+        state = session.get(MarketState, 1)
+        swept_to = 0 if state is None else state.streams_swept_to
+        jobs = session.execute(
+            select(Job.job_id, Job.ended_ms)
+            .where(Job.ended_ms > swept_to, Job.ended_ms <= over_ms)
+            .order_by(Job.ended_ms)
+            .limit(SWEPT_AT_ONCE_MAX)
+        ).all()
+        if not jobs:
+            return None
+        last_ms = jobs[-1].ended_ms
+        # Of several that ended in the batch's last millisecond some may be beyond it: all of them are taken.
+        leases = (
+            select(Lease.lease_id)
+            .join(Job, Job.job_id == Lease.job_id)
+            .where(Job.ended_ms > swept_to, Job.ended_ms <= last_ms)
+        )
+        return last_ms, list(session.scalars(leases))
+
+    found = market.database.read(old)
+    if found is None:
+        return None
+    last_ms, leases = found
+    streams = streams_of(market)
+    removed = sum(streams.discard(lease_id) for lease_id in leases)
+    market.database.write("streams swept", lambda session: _remember(session, streams_swept_to=last_ms))
+    return removed
+
+
+def _remember(session: Session, **swept_to: int) -> None:
+    """Write down how far a sweep has come; of two at once the further one counts."""
+    state = session.get(MarketState, 1)
+    if state is None:
+        state = MarketState(one=1, changes=0, changes_cleared=0, seed=0, documents_swept_to=0, streams_swept_to=0)
+        session.add(state)
+    for column, value in swept_to.items():
+        setattr(state, column, max(value, getattr(state, column)))
 
 
 def _retire_rows(session: Session, now_ms: int) -> int:

@@ -6,9 +6,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# A site's warden takes up to 2 s to kill what expired (`sites.drivers.warden.GRACE_EXPIRED_S`), and must be seen to have
+# done so on another machine's clock: with less a GPU could serve two.
+LIVENESS_MARGIN_S_MIN: Final = 3.0
+# Two heartbeats may be lost on the way before a site's work is taken for lost.
+HEARTBEATS_PER_LIVENESS_MIN: Final = 3
 
 
 class Settings(BaseSettings):
@@ -25,7 +32,11 @@ class Settings(BaseSettings):
 
     heartbeat_s: float = Field(default=5.0, gt=0, le=60)
     liveness_s: float = Field(default=20.0, gt=0, le=600, description="an agent kills its ranks this long after")
-    liveness_margin_s: float = Field(default=10.0, gt=0, description="how much longer the broker waits")
+    liveness_margin_s: float = Field(
+        default=10.0,
+        ge=LIVENESS_MARGIN_S_MIN,
+        description="how much longer the broker waits; a site takes two seconds to kill what expired",
+    )
     proposal_s: float = Field(default=30.0, gt=0, description="an unconfirmed proposal falls through after this")
     term_s: int = Field(default=3600, ge=10, le=7 * 86_400)
     instant_gpus_max: int = Field(
@@ -64,6 +75,17 @@ class Settings(BaseSettings):
     site_certificate_s: int = 24 * 3600
     attempt_certificate_s: int = 24 * 3600
     snapshot_retention_rounds: int = 10_000
+
+    @model_validator(mode="after")
+    def _require_heartbeats_within_a_liveness(self) -> Self:
+        least_s = HEARTBEATS_PER_LIVENESS_MIN * self.heartbeat_s
+        if self.liveness_s < least_s:
+            message = (
+                f"a liveness of {self.liveness_s:g} s at a heartbeat each {self.heartbeat_s:g} s would end work that is "
+                f"only late to be heard; set HANSA_LIVENESS_S to {least_s:g} or more, or HANSA_HEARTBEAT_S to less"
+            )
+            raise ValueError(message)
+        return self
 
     @property
     def resolved_database_url(self) -> str:

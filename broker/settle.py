@@ -1,4 +1,4 @@
-"""Step 8: settle. What a final job's hold still contains goes back, and its invoice is final.
+"""Step 8: settle. What a final job's hold still contains goes back, lost work is refunded, and its invoice is final.
 
 A job's hold closes when every lease is settled: its site has reported the attempt's end, with its
 last usage before it, or may no longer report. Idempotent like `reconcile`.
@@ -11,8 +11,11 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.database.tables import Hold, Job, Lease
+from broker.lease_clock import ended_since_ms
 from broker.market import Market
+from broker.refunds import refund_lost_work
 from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
+from broker.underdelivery import refund_underdelivery
 from pricing.money import format_credits
 from sites.protocol import AttemptPhase
 
@@ -44,10 +47,11 @@ def _close(session: Session, market: Market, job: Job) -> bool:
     now_ms = market.clock.now_ms()
     for lease in session.scalars(select(Lease).where(Lease.job_id == job.job_id)):
         assert lease.state == LeaseState.ENDED, "a final job has no live lease"
-        assert lease.ended_ms is not None, "an ended lease has its time"
         reported = lease.active_ms is None or lease.phase == AttemptPhase.EXITED
-        if not reported and now_ms < lease.ended_ms + round(market.settings.settle_s * 1000):
+        if not reported and ended_since_ms(lease, market.clock) < round(market.settings.settle_s * 1000):
             return False
+    refund_lost_work(session, job, now_ms)
+    refund_underdelivery(session, job, now_ms)
     voided = ledger.close_hold(session, job.job_id, now_ms)
     record_event(
         session,

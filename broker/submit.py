@@ -13,8 +13,10 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker import ledger
-from broker.database.tables import Artifact, Job, JobArtifact, Tenant, WorkdirUpload
+from broker.database.tables import Artifact, Job, JobArtifact, Tenant
+from broker.database.uploads import WorkdirUpload
 from broker.errors import NeverPossibleError, NotFoundError, RefusedError
+from broker.freeze import require_open
 from broker.instant import TRIES_MAX, InstantOffer, InstantOvertakenError, commit_offer, make_offer, wants_instant
 from broker.market import Market
 from broker.quote import reason_never_possible
@@ -73,7 +75,7 @@ def _submit_instant(market: Market, tenant_id: str, spec: JobSpec, before_commit
     """Submit a job together with its lease; an offer that was overtaken is made anew a few times."""
     market.database.read(lambda session: _check_admissible(session, market, tenant_id, spec))
     for _ in range(TRIES_MAX):
-        offer = make_offer(market, spec)
+        offer = make_offer(market, tenant_id, spec)
 
         def work(session: Session, offer: InstantOffer = offer) -> tuple[Job, list[str]]:
             job = _write(session, market, tenant_id, spec)
@@ -101,7 +103,8 @@ class _OvertakenError(Exception):
 
 
 def _write(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> Job:
-    """Write the job, its hold and its event."""
+    """Write the job, its hold and its event. Raises FrozenError while the market takes nothing new."""
+    require_open(session)
     now_ms = market.clock.now_ms()
     _check_admissible(session, market, tenant_id, spec)
     job = Job(

@@ -34,7 +34,6 @@ from broker.supervise.deathwatch import die_with_parent
 
 ROUNDS_QUEUE: Final = "rounds"
 UPKEEP_QUEUE: Final = "upkeep"
-TASK_S_MAX: Final = 60
 SWEEP_S: Final = 3600
 # How long a worker waits between two tries to reach a lost Redis. Celery's own wait grows to half a minute, and a
 # lost doorbell may delay by one beat only.
@@ -64,7 +63,6 @@ def make_app(settings: Settings) -> Celery:
     app = Celery("hansa", broker=celery_url(settings.redis_url))
     app.conf.update(
         task_ignore_result=True,
-        task_time_limit=TASK_S_MAX,
         task_serializer="json",
         accept_content=["json"],
         worker_prefetch_multiplier=1,

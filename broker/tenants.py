@@ -77,3 +77,15 @@ def deposit(
         note_change(session)
     session.flush()
     return ledger.balance_micros(session, ledger.tenant_account(tenant_id))
+
+
+def add_equity(
+    session: Session, market: Market, amount_micros: int, transfer_id: str, *, actor: str | None = None
+) -> int:
+    """Give the market money of its own, from which uplift is paid, and return its balance; once for a `transfer_id`."""
+    now_ms = market.clock.now_ms()
+    if ledger.fund_equity(session, amount_micros, transfer_id, now_ms, memo="by its admin"):
+        record_event(session, "market", now_ms=now_ms, after="equity", detail=f"{amount_micros} micros", actor=actor)
+        note_change(session)
+    session.flush()
+    return ledger.balance_micros(session, ledger.EQUITY)

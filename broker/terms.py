@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.papers import Term
-from broker.database.tables import Placement
+from broker.database.tables import Lease, Placement
 from pricing.money import divide_up
 from sites.protocol import Usage
 
@@ -60,6 +60,29 @@ def append_term(session: Session, placement: Placement, award: Award, round_numb
     session.add(term)
     placement.term_ends_ms = term.ends_ms
     placement.reserved_micros += award.reservation_micros
+
+
+def release_finished(session: Session, placement: Placement) -> int:
+    """Give back to a running placement's job what its finished terms reserved and nobody can charge; return how much.
+
+    A term is finished once every lease that had a part in it has reported beyond its end: reports follow one another,
+    so none of it is still to come.
+    """
+    terms = terms_of(session, placement.placement_id)
+    released = 0
+    for term in terms[:-1]:
+        left = term.reserved_micros - term.charged_micros
+        if left == 0 or term.ends_ms is None or not _reported_until(session, placement, term.ends_ms):
+            continue
+        term.reserved_micros -= left
+        placement.reserved_micros -= left
+        released += left
+    return released
+
+
+def _reported_until(session: Session, placement: Placement, ends_ms: int) -> bool:
+    leases = list(session.scalars(select(Lease).where(Lease.placement_id == placement.placement_id)))
+    return all(lease.usage_until_ms is not None and lease.usage_until_ms >= ends_ms for lease in leases)
 
 
 def terms_of(session: Session, placement_id: str) -> list[Term]:

@@ -9,7 +9,17 @@ import hashlib
 import hmac
 from typing import Final
 
+from broker.market import Market
+
 TICKET_PURPOSE: Final = "wake"
+
+
+def stream_url(market: Market, kind: str, name: str) -> str | None:
+    """Return where the stream of one site or job is, with its ticket; None where this market has no wake process."""
+    if not market.settings.wake_url:
+        return None
+    key = market.authority.derive_key(TICKET_PURPOSE)
+    return f"{market.settings.wake_url.rstrip('/')}/wake/{kind}/{name}?ticket={ticket(key, kind, name)}"
 
 
 def ticket(key: bytes, kind: str, name: str) -> str:

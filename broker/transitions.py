@@ -47,6 +47,30 @@ class LeaseState(enum.StrEnum):
     ENDED = "ended"
 
 
+class EndCause(enum.StrEnum):
+    """Why a placement or a lease ended; money follows it: what expired is not paid late, what a site lost it refunds.
+
+    The second part is what sites report (`sites.protocol.ExitCause`), but for `done` and `expired`, which are both.
+    """
+
+    DONE = "done"  # every site of the gang is done
+    EXPIRED = "expired"  # its site was not heard for longer than the liveness, or fenced itself
+    LOST = "lost"  # the gang was lost whole
+    VETOED = "vetoed"
+    UNCONFIRMED = "unconfirmed"
+    TERM_ENDED = "term_ended"
+    MOVED = "moved"  # another configuration beat it
+    CANCELLED = "cancelled"
+
+    SCRIPT = "script"
+    SETUP = "setup"
+    BUNDLE = "bundle"
+    LIMIT = "limit"
+    EXCHANGE = "exchange"
+    ORDERED = "ordered"
+    SITE = "site"
+
+
 class SiteState(enum.StrEnum):
     """Whether a site is heard."""
 
@@ -114,6 +138,7 @@ def change_state(
     detail: str = "",
     tenant_id: str | None = None,
     round_number: int | None = None,
+    actor: str | None = None,
 ) -> None:
     """Move `thing` to state `after` and record the event. A new thing has no state before it.
 
@@ -139,6 +164,7 @@ def change_state(
         site_id=thing.site_id if isinstance(thing, Site | Lease) else None,
         lease_id=thing.lease_id if isinstance(thing, Lease) else None,
         round_number=round_number if round_number is not None else _round_of(thing),
+        actor=actor,
     )
 
 

@@ -13,7 +13,8 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from broker.artifacts import ArtifactTooLargeError, Progress
-from broker.database.tables import Artifact, WorkdirUpload
+from broker.database.tables import Artifact
+from broker.database.uploads import SiteUpload, WorkdirUpload
 from broker.errors import RefusedError
 from broker.market import Market
 from sites.bundle import BundleLimits, inspect
@@ -36,7 +37,8 @@ class WorkdirRefusedError(RefusedError):
 class Upload:
     """Which artifact a chunk is of, whose upload it is, and where it begins.
 
-    A tenant brings every byte itself, also of what is held already: `tenant_id` then may name it in a job.
+    A tenant or a site brings every byte itself, also of what is held already: only then may it name the digest, the
+    tenant in a job (`tenant_id`), the site as a checkpoint or an output of one (`site_id`).
     """
 
     digest: str
@@ -45,6 +47,11 @@ class Upload:
     size_bytes: int
     bytes_max: int
     tenant_id: str | None = None
+    site_id: str | None = None
+
+    def __post_init__(self) -> None:
+        """Hold that an upload is somebody's."""
+        assert (self.tenant_id is None) != (self.site_id is None), "an upload is a tenant's or a site's"
 
 
 def workdir_upload(market: Market, tenant_id: str, digest: str, *, offset: int = 0, size_bytes: int = 0) -> Upload:
@@ -52,8 +59,13 @@ def workdir_upload(market: Market, tenant_id: str, digest: str, *, offset: int =
     return Upload(digest, f"tenant-{tenant_id}", offset, size_bytes, market.settings.workdir_bytes_max, tenant_id)
 
 
+def site_upload(market: Market, site_id: str, digest: str, *, offset: int, size_bytes: int) -> Upload:
+    """Return the upload of a site's checkpoint or output."""
+    return Upload(digest, f"site-{site_id}", offset, size_bytes, market.settings.artifact_bytes_max, site_id=site_id)
+
+
 def progress_of(market: Market, upload: Upload) -> Progress:
-    """Return how much of an upload is held; a tenant learns nothing of what others have uploaded."""
+    """Return how much of an upload is held; nobody learns what others have uploaded."""
     return market.artifacts.progress(upload.digest, upload.owner, afresh=not _has_brought(market, upload))
 
 
@@ -82,8 +94,7 @@ def take_chunk(
     if check is not None:
         # Also where the file came from elsewhere: a checkpoint of a site is no workdir by that.
         check(market, upload.digest)
-    _keep_rows(market, upload, progress.held_bytes)
-    return progress
+    return progress if _keep_rows(market, upload, progress.held_bytes) else Progress(0, complete=False)
 
 
 def check_workdir(market: Market, digest: str) -> None:
@@ -93,20 +104,30 @@ def check_workdir(market: Market, digest: str) -> None:
         with market.artifacts.open(digest) as stream:
             inspect(stream, limits)
     except BundleError as error:
-        if market.database.read(lambda session: session.get(Artifact, digest)) is None:
-            market.artifacts.discard(digest)
+        discard_unkept(market, digest)
         raise WorkdirRefusedError(error) from None
 
 
+def discard_unkept(market: Market, digest: str) -> None:
+    """Remove a file that no row promises; one that was promised meanwhile stays."""
+    with market.artifacts.settled(digest):
+        if market.database.read(lambda session: session.get(Artifact, digest)) is None:
+            market.artifacts.discard(digest)
+
+
 def _has_brought(market: Market, upload: Upload) -> bool:
-    """Say whether what is held counts as this owner's: sites may share it, a tenant must have brought it."""
-    if upload.tenant_id is None:
-        return True
-    key = (upload.tenant_id, upload.digest)
-    return market.database.read(lambda session: session.get(WorkdirUpload, key)) is not None
+    """Say whether its owner has brought all of it before."""
+    return market.database.read(lambda session: _brought(session, upload)) is not None
 
 
-def _keep_rows(market: Market, upload: Upload, size_bytes: int) -> None:
+def _brought(session: Session, upload: Upload) -> WorkdirUpload | SiteUpload | None:
+    if upload.tenant_id is not None:
+        return session.get(WorkdirUpload, (upload.tenant_id, upload.digest))
+    return session.get(SiteUpload, (upload.site_id, upload.digest))
+
+
+def _keep_rows(market: Market, upload: Upload, size_bytes: int) -> bool:
+    """Promise the file; False where a sweep has removed it since its last byte came: it is to be brought again."""
     now_ms = market.clock.now_ms()
 
     def work(session: Session) -> None:
@@ -124,8 +145,14 @@ def _keep_rows(market: Market, upload: Upload, size_bytes: int) -> None:
         elif known.expires_ms is not None:
             known.expires_ms = max(known.expires_ms, now_ms + UNUSED_LIFE_MS)
         session.flush()
-        key = (upload.tenant_id, upload.digest)
-        if upload.tenant_id is not None and session.get(WorkdirUpload, key) is None:
+        if _brought(session, upload) is not None:
+            return
+        if upload.tenant_id is not None:
             session.add(WorkdirUpload(tenant_id=upload.tenant_id, digest=upload.digest, created_ms=now_ms))
+        else:
+            session.add(SiteUpload(site_id=upload.site_id, digest=upload.digest, created_ms=now_ms))
 
-    market.database.write("artifact", work)
+    with market.artifacts.settled(upload.digest) as is_here:
+        if is_here:
+            market.database.write("artifact", work)
+        return is_here

@@ -28,6 +28,8 @@ from broker.celery_doorbell import WAKE_CHANNEL
 from broker.tickets import ticket
 
 STREAMS_MAX: Final = 2000
+# One ticket opens one topic: a tenant with many browsers, never all streams.
+STREAMS_PER_TOPIC_MAX: Final = 20
 KEEPALIVE_S: Final = 20.0
 RECONNECT_S: Final = 1.0
 # A portal's page may come from another port. There is nothing to read here, and no cookie counts.
@@ -63,6 +65,12 @@ class WakeServer:
             raise web.HTTPServiceUnavailable(
                 text="all streams are taken; poll instead", headers={"Retry-After": "30", **_ANY_ORIGIN}
             )
+        topic = f"{kind}/{name}"
+        if len(self._waiting.get(topic, ())) >= STREAMS_PER_TOPIC_MAX:
+            raise web.HTTPTooManyRequests(
+                text=f"{STREAMS_PER_TOPIC_MAX} streams about this are open already; close some, or poll instead",
+                headers={"Retry-After": "30", **_ANY_ORIGIN},
+            )
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
@@ -71,13 +79,13 @@ class WakeServer:
                 **_ANY_ORIGIN,
             }
         )
-        await response.prepare(request)
         ring = asyncio.Event()
         ring.set()  # look once at the start: something may have changed before the stream was open
-        topic = f"{kind}/{name}"
+        # Counted before anything is awaited: others that ask meanwhile are to find it.
         self._waiting[topic].add(ring)
         self._streams += 1
         try:
+            await response.prepare(request)
             while True:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(ring.wait(), KEEPALIVE_S)

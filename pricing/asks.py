@@ -39,18 +39,6 @@ class Ask:
         """The whole curve as (GPUs, price) in rising order; None GPUs: as many as there are."""
         return ((self.flat_gpus, self.price_micros_per_gpu_hour), *self.steps)
 
-    def cost_micros_per_hour(self, gpus: int) -> Micros:
-        """Return what the site wants for `gpus` GPUs over an hour, cheapest first.
-
-        GPUs beyond the curve's last step cost as much as that step.
-        """
-        cost, left = 0, gpus
-        for units, price in self.curve:
-            taken = left if units is None else min(left, units)
-            cost += taken * price
-            left -= taken
-        return Micros(cost + left * self.curve[-1][1])
-
     def marginal_micros_per_gpu_hour(self, gpus: int) -> Micros:
         """Return what the site wants for the dearest of its first `gpus` GPUs."""
         reached = 0

@@ -33,17 +33,6 @@ def bid_for_value(value_micros_per_hour: int, samples_per_s: float) -> int:
     return max(1, divide_up(value_micros_per_hour * denominator * SAMPLES_PER_BID, numerator * SECONDS_PER_HOUR))
 
 
-def affordable_micros_per_hour(hold_left_micros: int, term_s: int, rows: int) -> Micros:
-    """Return the highest hourly rate that a hold can reserve for a whole term.
-
-    `rows` is how many amounts the reservation rounds up: each may cost one micro-credit more.
-    """
-    if term_s < 1:
-        message = f"a term of {term_s} s reserves nothing; give at least one second"
-        raise QuantityError(message)
-    return Micros(max(0, hold_left_micros - rows) * SECONDS_PER_HOUR // term_s)
-
-
 def _exact(samples_per_s: float) -> tuple[int, int]:
     if not 0 < samples_per_s < float("inf"):
         message = f"{samples_per_s} samples/s is no speed; a prediction is positive and finite"

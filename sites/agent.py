@@ -340,7 +340,7 @@ class Agent:
         slurm = self._settings.slurm
         return House(
             gpu_ids={pool.gpu_type: frozenset(pool.gpu_ids) for pool in self._settings.pools},
-            asks={pool.gpu_type: pool.ask for pool in self._settings.pools},
+            asks={pool.gpu_type: pool.ask_curve[0].price for pool in self._settings.pools},
             policy=self._settings.policy,
             gpus_per_node=None if slurm is None or slurm.fabric == "trusted" else slurm.gpus_per_node,
             draining=self._is_draining(),

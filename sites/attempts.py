@@ -24,12 +24,14 @@ from sites.attempt_folder import RANKS_SOCKET, AttemptFolder, Surroundings, resu
 from sites.client import Broker
 from sites.drivers.interface import Driver, EndCause, Limits, Placement, Run, RunPhase, RunState
 from sites.drivers.process import ProcessDriver
+from sites.endings import conclusion
+from sites.environment import own_environment
 from sites.errors import BrokerConnectionError, BundleError, SiteError
-from sites.gateway import Gateway
+from sites.gateway import Gateway, report_of
 from sites.journal import AttemptRecord, Journal
 from sites.leases import Steer
 from sites.preparation import Prepared, keep_setup, prepare
-from sites.protocol import AttemptPhase, AttemptReport, ExitCause, GatewayReport
+from sites.protocol import AttemptPhase, AttemptReport, ExitCause
 from sites.sandbox import Bubblewrap, View
 from sites.settings import SiteSettings
 from sites.shipping import Shipped, ship
@@ -38,8 +40,6 @@ from training.clock import Clock
 from training.roundlog.control import GatewayStatus
 from training.spec import JobSpec, split_run
 
-# training.launch: the round log was lost for longer than the job's patience (EX_TEMPFAIL).
-EXIT_EXCHANGE: Final = 75
 SHIP_INTERVAL_S: Final = 1.0
 RETRY_S: Final = 2.0
 # How often ranks that vanished with their watcher, as when a host loses its power, are started again under one lease.
@@ -85,7 +85,7 @@ class Attempt:
             services.local,
             services.clock,
             python=services.settings.python,
-            environment=_own_environment(services.settings.python),
+            environment=own_environment(services.settings.python),
         )
         self._preparing: Future[Prepared] | None = None
         self._shipping: Future[Shipped] | None = None
@@ -146,7 +146,7 @@ class Attempt:
             cause=record.cause if record.is_over else None,
             exit_code=record.exit_code,
             detail=record.detail,
-            gateway=None if status is None else _gateway_report(status),
+            gateway=None if status is None else report_of(status),
             promise=record.promise,
             checkpoint=record.checkpoint,
             outputs=record.outputs,
@@ -244,7 +244,7 @@ class Attempt:
                 keep_setup(settings.folder, self._folder.workdir, self.record.tenant_id, self._spec)
                 self._save(phase=AttemptPhase.RUNNING)
                 return
-            cause, detail = _end_of(state)
+            cause, _, detail = conclusion(state)
             if cause is ExitCause.SCRIPT:
                 cause = ExitCause.SETUP
             self._conclude(cause, state.exit_code, f"setup: {detail}")
@@ -257,7 +257,7 @@ class Attempt:
             self._start_ranks_anew()
             return
         if state.is_over and state.phase is not RunPhase.ABSENT:
-            self._conclude(*_conclusion(state))
+            self._conclude(*conclusion(state))
             return
         if not self._keep_gateway():
             return
@@ -305,7 +305,7 @@ class Attempt:
         if state.is_over:
             # Its own end, if it came first, is the truth: work that was done is not thrown away.
             ended_itself = state.cause is EndCause.EXIT and name == self._ranks
-            self._conclude(*_conclusion(state)) if ended_itself else self._conclude(self.record.stop)
+            self._conclude(*conclusion(state)) if ended_itself else self._conclude(self.record.stop)
         else:
             self._services.driver.stop(self._folder.run(name))
         return True
@@ -454,7 +454,7 @@ class Attempt:
         return {
             "OMP_NUM_THREADS": "1",
             **self._spec.envs,
-            **_own_environment(self._services.settings.python),
+            **own_environment(self._services.settings.python),
             "HOME": str(self._folder.root / "home"),
             "TMPDIR": str(self._folder.root / "tmp"),
         }
@@ -500,68 +500,3 @@ class Attempt:
         if changed != self.record:
             self.record = changed
             self._services.journal.save(changed)
-
-
-def _conclusion(state: RunState) -> tuple[ExitCause, int | None, str]:
-    cause, detail = _end_of(state)
-    return cause, state.exit_code, detail
-
-
-def _end_of(state: RunState) -> tuple[ExitCause, str]:
-    """Return why a run that was not asked to end is over, and a sentence about it."""
-    if state.phase is RunPhase.LOST or state.cause is None:
-        return ExitCause.SITE, state.detail
-    if state.limit is not None and state.exit_code != 0:
-        return ExitCause.LIMIT, f"{state.limit}: {state.detail}"
-    if state.cause is not EndCause.EXIT:
-        return _ENDED_BY_THE_SITE[state.cause][0], state.detail or _ENDED_BY_THE_SITE[state.cause][1]
-    code = state.exit_code or 0
-    number = -code if code < 0 else code - _SHELL_SIGNAL  # a sandbox tells of signals as a shell does
-    if number in _LIMIT_SIGNALS:
-        return ExitCause.LIMIT, f"killed by {_LIMIT_SIGNALS[number]}; most often memory or a resource limit"
-    return _EXIT_CODES.get(code, (ExitCause.SCRIPT, f"exit code {code}; the end of the job's log says why"))
-
-
-_ENDED_BY_THE_SITE: Final = {
-    EndCause.EXPIRED: (ExitCause.EXPIRED, "the lease's liveness ran out"),
-    EndCause.STOPPED: (ExitCause.SITE, "the run was ended by someone at the site"),
-    EndCause.TIMEOUT: (ExitCause.LIMIT, "it ran longer than the operator allows"),
-    EndCause.NOT_STARTED: (ExitCause.SITE, "the command could not be started"),
-    EndCause.LIMIT: (ExitCause.LIMIT, "it took more than the operator allows"),
-}
-_EXIT_CODES: Final = {
-    0: (ExitCause.DONE, ""),
-    EXIT_EXCHANGE: (ExitCause.EXCHANGE, "the round log was lost for longer than the job's patience"),
-}
-_SHELL_SIGNAL: Final = 128
-# The kernel's ways to end a process at a limit.
-_LIMIT_SIGNALS: Final = {9: "SIGKILL", 24: "SIGXCPU", 25: "SIGXFSZ"}
-
-
-def _own_environment(python: str) -> dict[str, str]:
-    environment = {
-        "PATH": os.pathsep.join((str(Path(python).parent), os.defpath)),
-        "LANG": "C.UTF-8",
-        "PYTHONSAFEPATH": "1",  # what -P says, for the processes that torchrun starts too
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    origin = Path(__file__).parents[1]  # one distribution holds sites and training
-    if origin.name not in {"site-packages", "dist-packages"}:
-        environment["PYTHONPATH"] = str(origin)  # a checkout: the interpreter does not find it by itself
-    return environment
-
-
-def _gateway_report(status: GatewayStatus) -> GatewayReport:
-    return GatewayReport(
-        view_number=status.view_number or 0,
-        sealed_round=status.sealed_round,
-        chain_hash=status.chain_hash,
-        applied_round=status.applied_round,
-        outer_hash=status.outer_hash,
-        samples_done=status.samples_done,
-        samples_by_site=status.samples_by_site,
-        hub_lost_s=status.hub_lost_s,
-        members_lost_s=status.members_lost_s,
-        waiting_for=status.waiting_for,
-    )

@@ -14,6 +14,7 @@ from sites.attempt_folder import AGENT_SOCKET, RANKS_SOCKET, AttemptFolder
 from sites.drivers.interface import Limits, Run
 from sites.drivers.process import ProcessDriver
 from sites.errors import GatewayError
+from sites.protocol import GatewayReport
 from training.clock import Clock
 from training.errors import TrainingError
 from training.roundlog.control import GatewayControl, GatewayStatus
@@ -144,3 +145,19 @@ class Gateway:
 
     def _run_folder(self, number: int) -> Path:
         return self._folder.run(f"gateway-{number}")
+
+
+def report_of(status: GatewayStatus) -> GatewayReport:
+    """Return a gateway's status as the broker hears it."""
+    return GatewayReport(
+        view_number=status.view_number or 0,
+        sealed_round=status.sealed_round,
+        chain_hash=status.chain_hash,
+        applied_round=status.applied_round,
+        outer_hash=status.outer_hash,
+        samples_done=status.samples_done,
+        samples_by_site=status.samples_by_site,
+        hub_lost_s=status.hub_lost_s,
+        members_lost_s=status.members_lost_s,
+        waiting_for=status.waiting_for,
+    )

@@ -8,6 +8,7 @@ when all slots are busy.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sites.identity import write_private
-from sites.protocol import LinkOffer, Offer, PoolOffer
+from sites.protocol import AskStepOffer, LinkOffer, Offer, PoolOffer, ReservedOffer
 from sites.settings import SiteSettings
 
 CPU_SLOT: Final = "cpu-slot"
@@ -94,7 +95,15 @@ def offer(settings: SiteSettings, measured: Measured, *, draining: bool) -> Offe
             PoolOffer(
                 gpu_type=pool.gpu_type,
                 gpu_ids=pool.gpu_ids,
-                ask_micros_per_gpu_hour=pool.ask,
+                ask_micros_per_gpu_hour=pool.ask_curve[0].price,
+                ask_steps=tuple(
+                    AskStepOffer(gpus=part.gpus, ask_micros_per_gpu_hour=part.price) for part in pool.ask_curve[1:]
+                ),
+                job_gpus_max=pool.gpus_max_per_job,
+                reserved=tuple(
+                    ReservedOffer(from_ms=_ms(kept.begins), to_ms=_ms(kept.ends), gpus=kept.gpus)
+                    for kept in pool.reserved
+                ),
                 flops_per_s=_slot_share(measured, settings.cores, len(pool.gpu_ids))
                 if pool.gpu_type == CPU_SLOT
                 else None,
@@ -112,8 +121,18 @@ def offer(settings: SiteSettings, measured: Measured, *, draining: bool) -> Offe
         ),
         listens=settings.listen is not None,
         draining=draining,
+        drains_at_ms=None if settings.drain_at is None else _ms(settings.drain_at),
+        region=settings.region,
+        continent=settings.continent,
+        data_egress_to_region=settings.data_egress.region,
+        data_egress_to_continent=settings.data_egress.continent,
+        data_egress_beyond=settings.data_egress.beyond,
         environment=measured.environment,
     )
+
+
+def _ms(moment: dt.datetime) -> int:
+    return round(moment.timestamp() * 1000)
 
 
 def _slot_share(measured: Measured, cores_own: float | None, slots: int) -> float | None:

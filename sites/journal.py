@@ -12,12 +12,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sites.errors import JournalError
-from sites.protocol import AttemptOrder, AttemptPhase, Confirmation, ExitCause, Usage, Veto
+from sites.protocol import OUTPUT_NAME_LENGTH_MAX, AttemptOrder, AttemptPhase, Confirmation, ExitCause, Usage, Veto
 from training.attempt import NewestCheckpoint
 from training.roundlog.view import ViewReport
 
@@ -76,13 +76,20 @@ class AttemptRecord(BaseModel):
     gateway_run: int = 1
     ranks_run: int = 1
     gpu_milliseconds_before: int = 0
-    view_number: int = 0
     promise: ViewReport | None = None
     checkpoint: NewestCheckpoint | None = None
     outputs: dict[str, str] = Field(default_factory=dict)
     stream_bytes: dict[str, int] = Field(default_factory=dict)
     delivered: Delivered = Delivered()
     usage_sequence: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Read what an older agent kept: a field that nobody needs, and output names beyond today's bound."""
+        outputs = document.get("outputs", {})
+        known = {name: value for name, value in document.items() if name != "view_number"}
+        return {**known, "outputs": {name: outputs[name] for name in outputs if len(name) <= OUTPUT_NAME_LENGTH_MAX}}
 
     @property
     def key(self) -> AttemptKey:

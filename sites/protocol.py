@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from typing import Annotated, Final
+import itertools
+from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from training.attempt import NewestCheckpoint
 from training.roundlog.signing import SignedDocument
@@ -30,6 +31,8 @@ PROTOCOL_VERSION: Final = 1
 ROUTE_PREFIX: Final = "/site/v1"
 
 POOLS_PER_SITE_MAX: Final = 64
+ASK_STEPS_MAX: Final = 16
+RESERVATIONS_MAX: Final = 64
 GPUS_PER_POOL_MAX: Final = 65_536
 LEASES_PER_SITE_MAX: Final = 10_000
 HEARTBEAT_BYTES_MAX: Final = 8_000_000
@@ -49,10 +52,15 @@ SIGNATURE_HEADER: Final = "Hansa-Signature"
 Pem = Annotated[str, StringConstraints(max_length=8192)]
 LeaseId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
 GpuId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:._-]{1,64}$")]
+# Beside the longest name of a site and a stroke it still fits a name of 200 characters at the broker.
+OUTPUT_NAME_LENGTH_MAX: Final = 160
+OutputName = Annotated[str, StringConstraints(min_length=1, max_length=OUTPUT_NAME_LENGTH_MAX)]
 Sentence = Annotated[str, StringConstraints(max_length=1000)]
 Micros = Annotated[int, Field(ge=0, le=10**15)]
 # An offer beyond these would make a whole round's snapshot invalid, so it is refused at the door.
 Rate = Annotated[int, Field(ge=0, le=2**45)]
+UtcMs = Annotated[int, Field(ge=0, le=2**53)]
+PlaceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 FlopsPerSecond = Annotated[float, Field(ge=1, le=1e18)]
 BitsPerSecond = Annotated[float, Field(ge=1, le=1e15)]
 
@@ -81,13 +89,50 @@ class EnrolmentAnswer(Message):
     heartbeat_s: float
 
 
+class AskStepOffer(Message):
+    """Some of a pool's GPUs that cost more than those before them."""
+
+    gpus: int = Field(ge=1, le=GPUS_PER_POOL_MAX)
+    ask_micros_per_gpu_hour: Rate
+
+
+class ReservedOffer(Message):
+    """GPUs that are not for sale for a time: maintenance, or the owner's own use."""
+
+    from_ms: UtcMs
+    to_ms: UtcMs
+    gpus: int = Field(ge=1, le=GPUS_PER_POOL_MAX)
+
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.to_ms <= self.from_ms:
+            message = "a reservation must end after it begins"
+            raise ValueError(message)
+        return self
+
+
 class PoolOffer(Message):
-    """One GPU type at this site. `flops_per_s` is measured per GPU, None where it was not."""
+    """One GPU type at this site. `flops_per_s` is measured per GPU, None where it was not.
+
+    The last GPUs cost what `ask_steps` say, in rising order, the others the flat ask. One job gets at most
+    `job_gpus_max` of them.
+    """
 
     gpu_type: str
     gpu_ids: tuple[GpuId, ...] = Field(max_length=GPUS_PER_POOL_MAX)
     ask_micros_per_gpu_hour: Rate
     flops_per_s: FlopsPerSecond | None = None
+    ask_steps: tuple[AskStepOffer, ...] = Field(default=(), max_length=ASK_STEPS_MAX)
+    job_gpus_max: int | None = Field(default=None, ge=1, le=GPUS_PER_POOL_MAX)
+    reserved: tuple[ReservedOffer, ...] = Field(default=(), max_length=RESERVATIONS_MAX)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        asks = [self.ask_micros_per_gpu_hour, *(step.ask_micros_per_gpu_hour for step in self.ask_steps)]
+        if any(later <= earlier for earlier, later in itertools.pairwise(asks)):
+            message = "each step of an ask curve must cost more than the one before"
+            raise ValueError(message)
+        return self
 
 
 class LinkOffer(Message):
@@ -101,12 +146,23 @@ class LinkOffer(Message):
 
 
 class Offer(Message):
-    """What a site sells. `listens` says that other sites' gateways may connect to this one."""
+    """What a site sells. `listens` says that other sites' gateways may connect to this one.
+
+    `draining`: nothing new from now on; `drains_at_ms`: nothing from then on, announced so that prices and terms can
+    follow. `region` and `continent` are the site's, for data that may not leave them; the egress prices are
+    for data whose home is here, per GB.
+    """
 
     pools: tuple[PoolOffer, ...] = Field(max_length=POOLS_PER_SITE_MAX)
     links: tuple[LinkOffer, ...] = Field(default=(), max_length=1000)
     listens: bool = False
     draining: bool = False
+    drains_at_ms: UtcMs | None = None
+    region: PlaceName | None = None
+    continent: PlaceName | None = None
+    data_egress_to_region: Rate = 0
+    data_egress_to_continent: Rate = 0
+    data_egress_beyond: Rate = 0
     environment: dict[str, str] = Field(default_factory=dict, max_length=50, description="what the site runs, by name")
 
 
@@ -182,7 +238,9 @@ class AttemptReport(Message):
     gateway: GatewayReport | None = None
     promise: ViewReport | None = None
     checkpoint: NewestCheckpoint | None = Field(default=None, description="stored at the broker already")
-    outputs: dict[str, Digest] = Field(default_factory=dict, max_length=100, description="stored at the broker already")
+    outputs: dict[OutputName, Digest] = Field(
+        default_factory=dict, max_length=100, description="stored at the broker already"
+    )
 
 
 class Usage(Message):

@@ -3,7 +3,12 @@
 site_id: hamburg
 folder: ./hamburg                 # relative to this file; created with mode 700
 pools:
-  - {gpu_type: cpu-slot, gpus: 2, ask: 0.20}          # credits per GPU-hour
+  - {gpu_type: cpu-slot, gpus: 2, ask: 0.20}          # credits per GPU-hour; or a curve, the last GPUs dearer:
+  - {gpu_type: A100, gpus: 16, ask: [{gpus: 8, price: 1.10}, {gpus: 8, price: 1.60}], gpus_max_per_job: 8,
+     reserved: [{from: 2030-01-05T08:00Z, to: 2030-01-05T18:00Z, gpus: 4}]}
+region: eu-north                  # with continent, for data that may not leave them
+data_egress: {region: 0, continent: 0.02, beyond: 0.08}   # credits per GB of data whose home is here
+drain_at: 2030-02-01T00:00Z       # nothing is for sale from then on
 links:
   - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
 listen: {host: 203.0.113.7, ports: 7600-7699}         # leave out to dial out only
@@ -16,18 +21,27 @@ limits: {memory_gb: 48, disk_gb: 100}             # of a whole lease; more below
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pricing.errors import PricingError
 from pricing.money import parse_credits
 from sites.errors import SettingsError
-from sites.protocol import GPUS_PER_POOL_MAX, POOLS_PER_SITE_MAX, GpuId, Micros
+from sites.protocol import (
+    ASK_STEPS_MAX,
+    GPUS_PER_POOL_MAX,
+    POOLS_PER_SITE_MAX,
+    RESERVATIONS_MAX,
+    GpuId,
+    Micros,
+    PlaceName,
+)
 from training.catalogue import GPU_TYPES
 from training.spec import SiteId
 
@@ -69,12 +83,48 @@ class _Section(BaseModel):
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,-]{1,200}$")]
 
 
+Credits = Annotated[Micros, BeforeValidator(_credits)]
+"""Credits as a person writes them, kept as micro-credits."""
+
+
+class AskPart(_Section):
+    """A part of an ask curve: so many GPUs, cheapest first, at this price."""
+
+    gpus: int = Field(ge=1, le=GPUS_PER_POOL_MAX)
+    price: Credits
+
+
+class ReservedSettings(_Section):
+    """GPUs kept from the market for a time."""
+
+    begins: AwareDatetime = Field(alias="from")
+    ends: AwareDatetime = Field(alias="to")
+    gpus: int = Field(ge=1, le=GPUS_PER_POOL_MAX)
+
+    @model_validator(mode="after")
+    def _forwards(self) -> ReservedSettings:
+        if self.ends <= self.begins:
+            message = "a reservation must end after it begins"
+            raise ValueError(message)
+        return self
+
+
+def _curve(value: object) -> object:
+    """Return a flat ask as a curve of one part, whose GPUs are counted later."""
+    return value if isinstance(value, list | tuple) else _credits(value)
+
+
 class PoolSettings(_Section):
     """One GPU type. `gpus` is a number, or the names of the devices as the driver knows them."""
 
     gpu_type: str
     gpus: Annotated[int, Field(ge=1, le=GPUS_PER_POOL_MAX)] | tuple[GpuId, ...]
-    ask: Annotated[Micros, BeforeValidator(_credits)] = Field(description="credits per GPU-hour")
+    ask: Annotated[
+        Annotated[tuple[AskPart, ...], Field(min_length=1, max_length=ASK_STEPS_MAX + 1)] | Micros,
+        BeforeValidator(_curve),
+    ] = Field(description="credits per GPU-hour, or a curve")
+    gpus_max_per_job: int | None = Field(default=None, ge=1, le=GPUS_PER_POOL_MAX)
+    reserved: tuple[ReservedSettings, ...] = Field(default=(), max_length=RESERVATIONS_MAX)
 
     @model_validator(mode="after")
     def _known(self) -> PoolSettings:
@@ -84,7 +134,21 @@ class PoolSettings(_Section):
         if len(set(self.gpu_ids)) != len(self.gpu_ids) or not self.gpu_ids:
             message = "gpus must name each device once, and at least one"
             raise ValueError(message)
+        prices = [part.price for part in self.ask_curve]
+        if any(later <= earlier for earlier, later in itertools.pairwise(prices)):
+            message = "ask: each part of a curve must cost more than the one before; the cheapest GPUs are sold first"
+            raise ValueError(message)
+        if sum(part.gpus for part in self.ask_curve) != len(self.gpu_ids):
+            message = f"ask: the parts of the curve must add up to the pool's {len(self.gpu_ids)} GPUs"
+            raise ValueError(message)
         return self
+
+    @property
+    def ask_curve(self) -> tuple[AskPart, ...]:
+        """The ask as a curve, cheapest first; a flat one has one part."""
+        if isinstance(self.ask, tuple):
+            return self.ask
+        return (AskPart.model_construct(gpus=len(self.gpu_ids), price=self.ask),)
 
     @property
     def gpu_ids(self) -> tuple[str, ...]:
@@ -98,7 +162,15 @@ class LinkSettings(_Section):
     target: SiteId
     bandwidth: Annotated[float, BeforeValidator(_bandwidth), Field(gt=0)]
     delay_ms: float = Field(default=0, ge=0, le=60_000)
-    egress_price: Annotated[Micros, BeforeValidator(_credits)] = Field(default=0, description="credits per GB")
+    egress_price: Credits = Field(default=0, description="credits per GB")
+
+
+class DataEgressSettings(_Section):
+    """What it costs, in credits per GB, when data whose home is this site is read elsewhere."""
+
+    region: Credits = 0
+    continent: Credits = 0
+    beyond: Credits = 0
 
 
 class ListenSettings(_Section):
@@ -172,6 +244,10 @@ class SiteSettings(_Section):
     pools: tuple[PoolSettings, ...] = Field(min_length=1, max_length=POOLS_PER_SITE_MAX)
     links: tuple[LinkSettings, ...] = Field(default=(), max_length=1000)
     listen: ListenSettings | None = None
+    region: PlaceName | None = None
+    continent: PlaceName | None = None
+    data_egress: DataEgressSettings = DataEgressSettings()
+    drain_at: AwareDatetime | None = None
     policy: Policy = Policy()
     limits: LimitSettings = LimitSettings()
     driver: Literal["process", "slurm"] = "process"

@@ -18,14 +18,13 @@ from sites.attempt_folder import AttemptFolder, open_left_by_ranks
 from sites.client import Broker
 from sites.errors import RequestRefusedError
 from sites.journal import AttemptRecord
-from sites.protocol import STREAM_CHUNK_BYTES_MAX
+from sites.protocol import OUTPUT_NAME_LENGTH_MAX, STREAM_CHUNK_BYTES_MAX
 from training.attempt import NewestCheckpoint
 
 STREAMS: Final = {"log": "rank.log", "metrics": "metrics.jsonl"}
 STREAM_CHUNK_BYTES: Final = 256 * 1024
 CHUNKS_PER_STEP_MAX: Final = 8
 OUTPUTS_MAX: Final = 100
-OUTPUT_NAME_LENGTH_MAX: Final = 200
 # A stream that is full at the broker is not read on: its offset is set beyond every file.
 FULL: Final = 1 << 62
 _NEWEST_BYTES_MAX: Final = 10_000

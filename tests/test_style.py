@@ -34,7 +34,6 @@ TEXT_SUFFIXES = {
 LINES_MAX = 500
 LONGER_FILES: dict[str, str] = {
     "broker/database/migrations/versions/0001_tables.py": "a migration states every table once, in one revision",
-    "broker/allocation/oracle.py": "one search, and the bounds that end it early, proved beside the loops that use them",
     "broker/backtest/report.py": "one page, section by section",
     "tests/broker/allocation/array_instances.py": "one drawn market, feature by feature",
 }

@@ -62,6 +62,7 @@ class StateHeader(BaseModel):
     owed: tuple[tuple[int, int], ...] = ()
     block_steps: int = Field(default=0, ge=0)
     complete_round: int = Field(default=0, ge=0)
+    posted_bytes: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, slots=True)

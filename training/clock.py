@@ -2,7 +2,8 @@
 
 Two readings with different uses: `now_ms` is UTC and may be stepped by an administrator, so it
 is for records and for people; `monotonic_s` only rises, so every interval, timeout and liveness
-is measured with it. Tests and the fault simulator use `ManualClock`.
+is measured with it. Three spans that people are told as times of day are the exceptions and follow UTC, so a step moves
+their ends: a proposal's, a term's and a job's deadline. Tests and the fault simulator use `ManualClock`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@
       deadline: 2030-01-31T12:00:00Z
       start: now                        # at the last prices at once, for a few GPUs; left out, the next round places it
       sites_max: 2
+      mixed_types: true                 # two sites may give GPUs of different types
+      data: {home_site: hamburg, residency: region, bytes_per_sample: 4096}
+      bid_steps: [{above_samples_per_s: 500, bid: 0.5}]   # what is faster than that is worth less
       workload: {samples: 19200, batch_per_gpu: 16, parameters: 136960, flops_per_sample: 5.3e7}
       sync: auto                        # or a block: {strategy: streaming, fragments: 4, …}
 
@@ -39,7 +42,10 @@ JOB_FILE_BYTES_MAX: Final = 256 * 1024
 DEPTH_MAX: Final = 12
 MICROS_PER_CREDIT: Final = 1_000_000
 JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "market")
-MARKET_KEYS: Final = ("budget", "bid", "deadline", "sites_max", "sites_allowed", "start", "workload", "sync")
+MARKET_KEYS: Final = (
+    *("budget", "bid", "bid_steps", "deadline", "sites_max", "sites_allowed", "mixed_types", "data", "start"),
+    *("workload", "sync"),
+)
 # How the file's names stand on the wire, so that a fault found there is reported where the person wrote it.
 WRITTEN_AS: Final[dict[str, str]] = {
     "/market/budget_micros": "/market/budget",
@@ -181,10 +187,25 @@ def _market(market: dict[str, Any], problems: Problems) -> dict[str, Any]:
             problems.append((f"/market/{key}", str(error)))
     if isinstance(found.get("sync"), str):  # `sync: streaming` is the whole block with its defaults
         found["sync"] = {"strategy": found["sync"]}
-    for block in ("workload", "sync"):
+    if isinstance(found.get("bid_steps"), list):
+        found["bid_steps"] = [_bid_step(index, step, problems) for index, step in enumerate(found["bid_steps"])]
+    for block in ("workload", "sync", "data"):
         if isinstance(found.get(block), dict):
             found[block] = {key: _number(value) for key, value in found[block].items()}
     return found
+
+
+def _bid_step(index: int, step: object, problems: Problems) -> object:
+    place = f"/market/bid_steps/{index}"
+    table = _table(step, place, ("above_samples_per_s", "bid"), problems)
+    try:
+        return {
+            "above_samples_per_s": _number(table.get("above_samples_per_s")),
+            "bid_micros_per_million_samples": _micros(table.get("bid")),
+        }
+    except ValueError as error:
+        problems.append((f"{place}/bid", str(error)))
+        return step
 
 
 def _micros(value: object) -> int:

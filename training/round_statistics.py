@@ -26,9 +26,10 @@ def measured(received: Sequence[Received]) -> Products:
     """Return the inner products of the sites' parts of one fragment, sites by sites."""
     count = len(received)
     products = np.zeros((SITES_PER_JOB_MAX, SITES_PER_JOB_MAX))
-    for a in range(count):
-        for b in range(a, count):
-            products[a, b] = products[b, a] = float(np.dot(received[a].values, received[b].values))
+    with np.errstate(over="ignore", invalid="ignore"):  # of a diverged run: people shall see inf, not a warning
+        for a in range(count):
+            for b in range(a, count):
+                products[a, b] = products[b, a] = float(np.dot(received[a].values, received[b].values))
     return products
 
 
@@ -71,7 +72,8 @@ def _mean_cosine(products: Products) -> float | None:
     lengths = np.sqrt(np.diag(products))
     if count < 2 or not bool((lengths > 0).all()):  # noqa: PLR2004 - a pair
         return None
-    cosines = products / np.outer(lengths, lengths)
+    with np.errstate(invalid="ignore"):
+        cosines = products / np.outer(lengths, lengths)
     return float((cosines.sum() - count) / (count * (count - 1)))
 
 

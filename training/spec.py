@@ -7,6 +7,7 @@ one key, `market`. Nothing here imports torch, and nothing here touches a file.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import PurePosixPath
@@ -177,6 +178,24 @@ class SyncPlan(_Strict):
         return "diloco" if self.strategy == "auto" else self.strategy
 
 
+class DataTerms(_Strict):
+    """Where the job's data lies and how far from there it may be read.
+
+    Sites outside `residency` are no places for the job; within it, each GB read elsewhere costs what its home asks.
+    """
+
+    home_site: SiteId
+    residency: Literal["site", "region", "continent", "world"] = "world"
+    bytes_per_sample: float = Field(default=0.0, ge=0, le=1e12, description="read once for each sample")
+
+
+class BidStepTerms(_Strict):
+    """Progress above a speed is worth less to the tenant."""
+
+    above_samples_per_s: float = Field(gt=0, le=1e15)
+    bid_micros_per_million_samples: int = Field(ge=0, le=BUDGET_MICROS_MAX)
+
+
 class MarketTerms(_Strict):
     """What the tenant offers and where the job may go.
 
@@ -193,6 +212,11 @@ class MarketTerms(_Strict):
     start: Literal["round", "now"] = Field(
         default="round", description="now: at once at the last prices, for small jobs; refused where that cannot be"
     )
+    bid_steps: tuple[BidStepTerms, ...] = Field(
+        default=(), max_length=16, description="lower and lower bids for speed beyond what the first bid is for"
+    )
+    data: DataTerms | None = None
+    mixed_types: bool = Field(default=False, description="two sites may give GPUs of different types")
     workload: Workload
     sync: SyncPlan = SyncPlan()
 
@@ -238,6 +262,18 @@ class JobSpec(_Strict):
                 message = f"{name} is set by the site; choose a name without HANSA_, LD_ or PYTHON in front"
                 raise ValueError(message)
         return envs
+
+    @model_validator(mode="after")
+    def _bids_fall(self) -> Self:
+        steps = self.market.bid_steps
+        bids = [self.bid_micros_per_million_samples, *(step.bid_micros_per_million_samples for step in steps)]
+        speeds = [step.above_samples_per_s for step in steps]
+        if any(later >= earlier for earlier, later in itertools.pairwise(bids)) or any(
+            later <= earlier for earlier, later in itertools.pairwise(speeds)
+        ):
+            message = "market.bid_steps must fall below the bid, each below the one before, at rising speeds"
+            raise ValueError(message)
+        return self
 
     @property
     def bid_micros_per_million_samples(self) -> int:

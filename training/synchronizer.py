@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import structlog
 import torch
 from pydantic import TypeAdapter
 
@@ -22,6 +23,7 @@ from training.checkpoint import State, StateHeader, pairs_of, ranges_of
 from training.clock import Clock, SystemClock
 from training.codecs import CODECS, Values
 from training.dealing import Ranges
+from training.economy import affordable_codec
 from training.errors import CheckpointError, ExchangeError, ModelError
 from training.exchange import Entry, Exchange, MemberSeat, Position, SealedRound
 from training.outer_share import OuterShare
@@ -29,6 +31,7 @@ from training.ranks import Json, Ranks
 from training.round_statistics import RoundStatistics
 from training.roundlog.errors import ExchangeRefusedError, Reason
 from training.roundlog.view import GENESIS_HASH
+from training.spec import Codec
 
 # A round without content still names one fragment, because a contribution is never empty: an fp32
 # payload of no elements, which nobody reads.
@@ -37,6 +40,8 @@ NO_CONTENT: Final = bytes(CODECS["fp32"].encode(torch.empty(0).numpy(), None)[0]
 # at the checkpoint's cadence, and a joiner replays the rounds since.
 SNAPSHOT_EACH_ROUND_BYTES_MAX: Final = 1 << 29
 _INNER: Final = "inner"
+
+log: Final = structlog.get_logger(__name__)
 _OWN_ONLY: Final = frozenset({"carry", _INNER})
 
 _POSITION: Final = TypeAdapter(Position)
@@ -117,6 +122,8 @@ class Synchronizer:
         self._armed = False
         self._rejoined = False
         self._figures: list[RoundFigures] = []
+        self._codec: Codec = context.sync.codec
+        self.posted_bytes = 0
         if share.strategy.gradients:
             optimizer.register_step_pre_hook(self._before_step)
 
@@ -233,7 +240,7 @@ class Synchronizer:
         flight.has_content = weight > 0 and not self._is_local
         if flight.has_content:
             # Alone there is nothing to save by dropping values: see README, Decisions.
-            codec = "fp32" if len(self.members) == 1 else self.context.sync.codec
+            codec = "fp32" if len(self.members) == 1 else self._affordable()
             payloads = self.share.contribution(codec, flight.number)
             flight.elements = self._elements(flight.number)
         else:
@@ -243,6 +250,22 @@ class Synchronizer:
             self._offer(flight, payloads, weight)
         flight.stall_s = self._clock.monotonic_s() - started_s
         self._pending = flight.samples
+
+    def _affordable(self) -> Codec:
+        """Return the plan's codec, or a smaller one where the job's cap on egress asks for it."""
+        plan, workload = self.context.sync, self.context.workload
+        samples_left = workload.samples - dealing.count(self.share.done)
+        each_round = plan.round_steps * workload.batch_per_gpu * max(1, sum(seat.gpus for seat in self.members))
+        rounds_left = max(1.0, samples_left / each_round) + self.share.strategy.last_rounds
+        groups = plan.period_steps // plan.round_steps
+        elements_left = rounds_left * self.share.parameters.elements / groups
+        codec, reason = affordable_codec(
+            plan.codec, plan.max_egress_gb, posted_bytes=self.posted_bytes, elements_left=elements_left
+        )
+        if reason and reason.split()[0] != self._codec and self._ranks.rank == 0:
+            log.info("codec_changed", site=self.context.site_id, round=self.share.round_number + 1, reason=reason)
+        self._codec = codec
+        return codec
 
     def _catch_up(self, flight: _Flight) -> bool:
         """Apply the rounds that were sealed while this site computed, and offer what it has to the next one.
@@ -283,7 +306,7 @@ class Synchronizer:
                 sites_merged=flight.sites_merged,
                 bytes_posted=flight.bytes_posted,
                 fetched=flight.fetched,
-                elements=flight.elements,
+                elements=flight.elements if flight.bytes_posted else 0,
                 stall_s=flight.stall_s + now_s - started_s,
                 round_s=now_s - flight.started_s,
                 late_rounds=flight.late_rounds,
@@ -386,6 +409,7 @@ class Synchronizer:
             checkpoint.restore_random(state, self._ranks.rank)
             self.inner_steps = state.header.inner_steps
             self._owed = ranges_of(state.header.owed)
+            self.posted_bytes = state.header.posted_bytes
         outer = state.outer if is_own else {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
         inner = outer.get(_INNER, {})
         self._restore(state, {part: each for part, each in outer.items() if part != _INNER}, path, joined=not is_own)
@@ -445,7 +469,9 @@ class Synchronizer:
         # Also the barrier that rank 0 needs before it commits.
         told = np.array([refused, sum(map(len, payloads.values()))], dtype=np.int64)
         by_rank = self._ranks.gather(told)
-        flight.bytes_posted += int(sum(int(each[1]) for each in by_rank))
+        posted = sum(int(each[1]) for each in by_rank)
+        flight.bytes_posted += posted
+        self.posted_bytes += posted
         if not any(bool(each[0]) for each in by_rank):
             fragments = len(self.share.travelling(number)) if flight.has_content else 1
             self._on_rank_0(lambda: self._commit(number, flight.samples, weight, fragments))
@@ -555,7 +581,14 @@ class Synchronizer:
             outer = {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
             parts = tuple(part for part in state.header.parts if part not in _OWN_ONLY)
             bare = state.header.model_copy(
-                update={"python_random": "", "parts": parts, "block": (), "block_steps": 0, "owed": ()}
+                update={
+                    "python_random": "",
+                    "parts": parts,
+                    "block": (),
+                    "block_steps": 0,
+                    "owed": (),
+                    "posted_bytes": 0,
+                }
                 | ({} if self.share.strategy.gradients else {"optimizer_groups": "[]"})
             )
             optimizer = state.optimizer if self.share.strategy.gradients else {}
@@ -591,6 +624,7 @@ class Synchronizer:
             block=pairs_of(self._block) if overlaps else (),
             block_steps=self.block_steps if overlaps else 0,
             owed=pairs_of(self._owed),
+            posted_bytes=self.posted_bytes,
             complete_round=self.share.complete_round,
         )
         buffers = {name: each.detach().to("cpu").clone() for name, each in self.share.parameters.module.named_buffers()}

@@ -26,8 +26,10 @@ from broker.allocation.kernel import (
     single_column,
     span_column,
 )
+from broker.allocation.layout import Layout, scope_of
+from broker.allocation.memory import Memory
 from broker.allocation.nodes import Nodes
-from broker.allocation.oracle import SCOPE, Best, Layout, Near, scope_of, search
+from broker.allocation.oracle import SCOPE, Best, Near, search
 
 # Spans of one job in one window: the best of them; the proof adds others where they are missed.
 SPANS_PER_JOB: Final = 6
@@ -120,6 +122,7 @@ def window(
     found: Best,
     hint: Best | None = None,
     width_spans: Real | None = None,
+    memory: Memory | None = None,
 ) -> Columns:
     """Return the columns within `width` [jobs] of their job's best at y, staying out included.
 
@@ -131,7 +134,7 @@ def window(
         width if width_spans is None else width_spans,
         *(np.zeros(most, dtype) for dtype in (np.int32, np.int8, np.int32, np.int32, np.float64)),  # type: ignore[arg-type]
     )
-    count = search(instance, layout, y, found, hint, near)
+    count = search(instance, layout, y, found, hint, near, memory)
     job, form, item, place, surplus = (part[:count] for part in near[2:])
     close = surplus >= found.surplus[job] - width[job]
     outside = np.flatnonzero(~instance.jobs.must & (found.surplus <= width)).astype(np.int32)

@@ -9,20 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from broker.allocation.configuration import TERM_MARGIN, TERM_S_MIN
-from broker.allocation.errors import AllocationError
+from broker.allocation.groups import PAIR, Array, Bench, Groups, Spread
 from broker.allocation.rules import (
     RATE_MAX,
     SHARES,
     SPAN_SITES_MAX,
     TIER_OF_RESIDENCY,
-    WEIGHTS,
     Row,
     Rules,
     ladder,
@@ -32,41 +29,23 @@ from training import throughput
 from training.catalogue import GPU_TYPES
 from training.spec import GpuRequest
 
-Array = NDArray[Any]
 Prices = Mapping[Row, int]
 # The closed form works on columns element by element, though it is written for one.
 _compute_s = cast("Callable[..., Array]", throughput.compute_s)
 _all_reduce_s = cast("Callable[..., Array]", throughput.all_reduce_s)
 _link_transfer_s = cast("Callable[..., Array]", throughput.link_transfer_s)
-# Sites of a pair: it may mix types, and its hub is the first by name.
-PAIR: Final = 2
 # Nothing that may not be had is ever best.
 NEVER: Final = -(2**62)
-# As the chapter says: how many groups there may be, and of how many of a hub's best neighbours.
-GROUPS_MAX: Final = 200_000
-NEIGHBOURS_MAX: Final = 16
+# Rows looked at first, four times as many each time after.
+CHUNK_ROWS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Bench:
-    """The pools of some GPU types, by column: index of site, speed, supply and price by slot."""
+class _Most:
+    """What a spread could at most leave a job before the price of its GPUs, and the least slots that it holds."""
 
-    pool_ids: tuple[str, ...]
-    site: Array
-    flops_per_s: Array
-    ring_bits_per_s: Array
-    most: Array
-    price: Array
-
-
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    """Groups of sites with one way to divide GPUs: [group, part] pools of a bench, and links."""
-
-    weights: tuple[int, ...]
-    pool: Array
-    up: Array
-    down: Array
+    worth: int
+    held_min: int
 
 
 class Demand:
@@ -89,7 +68,8 @@ class Demand:
         self._loss = np.array([row.loss for row in rows])
         self._egress = np.array([row.egress_price_micros_per_gb for row in rows], dtype=np.int64)
         self._link_price = np.array([prices.get(("link", *pair), 0) for pair in pairs], dtype=np.int64)
-        self._groups: dict[tuple[str, ...], list[_Groups]] = {}
+        self._groups = Groups(rules, self._bench, self._of_type, self._link_number)
+        self._tiers: dict[str, Array] = {}
 
     def best(self, job: JobState) -> int:
         """Return a job's best surplus over its slots; 0 is staying out, unless it is inside its term."""
@@ -99,18 +79,19 @@ class Demand:
             found.append(self.surplus(own.worth, own.rows))
         if self._rules.left(job) > 0:
             found += [int(most) for most in self._on_one_site(job)]
-            found += [int(most) for most in self._across_sites(job)]
+            # NEVER is below everything: a job inside its term may have nothing but its own place.
+            found.append(self._across_sites(job, max(found, default=NEVER)))
         return max(found)
 
     def surplus(self, worth: int, rows: Mapping[tuple[str, ...], int]) -> int:
         """Return what an option leaves its job at the prices."""
         return worth - sum(use * self._prices.get(row, 0) for row, use in rows.items())
 
-    def _laid_out(self) -> _Bench:
+    def _laid_out(self) -> Bench:
         rules = self._rules
         pools = list(rules.pools.values())
         defaults = [GPU_TYPES[pool.gpu_type] for pool in pools]
-        return _Bench(
+        return Bench(
             pool_ids=tuple(rules.pools),
             site=np.array([rules.place[pool.site_id] for pool in pools], dtype=np.int64),
             flops_per_s=np.array(
@@ -144,7 +125,10 @@ class Demand:
             allowed[[rules.place[site] for site in job.sites_allowed if site in rules.place]] = True
         price = np.zeros(len(rules.sites), dtype=np.int64)
         if job.data is not None:
-            tiers = np.array([rules.tier(job, site_id) for site_id in rules.sites])
+            home = job.data.home_site
+            if home not in self._tiers:
+                self._tiers[home] = np.array([rules.tier(job, site_id) for site_id in rules.sites])
+            tiers = self._tiers[home]
             allowed &= tiers <= TIER_OF_RESIDENCY[job.data.residency]
             tariff = rules.sites[job.data.home_site].egress_micros_per_gb
             price = np.array([0, tariff.to_region, tariff.to_continent, tariff.beyond], dtype=np.int64)[tiers]
@@ -222,8 +206,8 @@ class Demand:
             due = due + used.astype(np.int64) * price
         return due - count * self._prices.get(("floor", tenant.tenant_id), 0)
 
-    def _hourly(self, job: JobState, speed: Array, rounded: Array) -> Array:
-        """Return the value per hour at each speed, after hold and restart."""
+    def _hourly(self, job: JobState, speed: Array, rounded: Array, *, moving: bool = True) -> Array:
+        """Return the value per hour at each speed, after hold and, where the job moves, restart."""
         rules = self._rules
         base, slope = 0.0, float(job.bid_micros_per_million_samples) * 3600.0 / 1e6
         worth: Array = base + slope * speed
@@ -237,7 +221,7 @@ class Demand:
         term = np.minimum(rules.snapshot.term_s, np.maximum(TERM_S_MIN, np.ceil(TERM_MARGIN * left / speed)))
         term = term.astype(np.int64)
         worth = np.minimum(worth, np.maximum(0, job.hold_left_micros - rounded) * 3600 // term)
-        if job.incumbent is not None and rules.own(job) is not None:
+        if moving and job.incumbent is not None and rules.own(job) is not None:
             worth = worth + (-job.incumbent.restart_cost_micros * 3600) // term
         return worth
 
@@ -254,205 +238,122 @@ class Demand:
 
     # Across sites.
 
-    def _across_sites(self, job: JobState) -> Iterator[int]:
-        if job.sites_max < PAIR or job.sync.strategy == "local":
-            return
-        requests = {request.gpu_type: request for request in job.accelerators}
-        for gpu_type, request in sorted(requests.items()):
-            for groups in self._groups_of((gpu_type,)):
-                for total in ladder(request):
-                    yield self._best_group(job, groups, total, None)
-        if job.mixed_types:
-            for one, other in itertools.combinations(sorted(requests), 2):
-                yield from self._mixed(job, requests[one], requests[other])
+    def _across_sites(self, job: JobState, best: int) -> int:
+        """Return the best surplus across sites, or `best` where nothing is better.
 
-    def _mixed(self, job: JobState, one: GpuRequest, other: GpuRequest) -> Iterator[int]:
-        low, high = min(one.count_min, other.count_min), max(one.count_max, other.count_max)
-        most = {one.gpu_type: one.count_max, other.gpu_type: other.count_max}
-        span = GpuRequest(gpu_type=one.gpu_type, count_min=low, count_max=high)
-        for types in ((one.gpu_type, other.gpu_type), (other.gpu_type, one.gpu_type)):
-            for groups in self._groups_of(types):
-                for total in ladder(span):
-                    yield self._best_group(job, groups, total, [most[gpu_type] for gpu_type in types])
-
-    def _groups_of(self, types: tuple[str, ...]) -> list[_Groups]:
-        """Return the groups whose pools have these types: one type for all parts, or one for each of two."""
-        if types in self._groups:
-            return self._groups[types]
-        found = []
-        for parts, (sites, hubs) in self._site_groups.items():
-            if len(types) == PAIR and parts != PAIR:
-                continue
-            kinds = types if len(types) == PAIR else types * parts
-            pools = np.stack([self._pool_at(kind)[sites[:, part]] for part, kind in enumerate(kinds)], axis=1)
-            whole = (pools >= 0).all(axis=1)
-            pools, here, hub = pools[whole], sites[whole], hubs[whole]
-            if not len(pools):
-                continue
-            up, down = self._links_of(here, hub)
-            found += [_Groups(weights, pools, up, down) for weights in WEIGHTS[parts]]
-            if len(types) < PAIR:
-                found += self._by_what_they_give(pools, up, down)
-        self._groups[types] = found
-        return found
-
-    def _by_what_they_give(self, pools: Array, up: Array, down: Array) -> list[_Groups]:
-        """Return the groups of unlike pools, divided by the most that each gives one job."""
-        gives = self._bench.most[0][pools]
-        distinct, number = np.unique(gives, axis=0, return_inverse=True)
-        number = number.reshape(-1)
-        return [
-            _Groups(tuple(weights), pools[number == place], up[number == place], down[number == place])
-            for place, weights in enumerate(distinct.tolist())
-            if len(set(weights)) > 1
-        ]
-
-    @cached_property
-    def _site_groups(self) -> dict[int, tuple[Array, Array]]:
-        """Return by number of sites: the groups [group, part] in order of site, and each group's hub.
-
-        Two sites that could both be the hub are one group, whose hub is the first by name. Larger
-        groups are made of a hub and some of its best neighbours: NEIGHBOURS_MAX of them, or as
-        many fewer as keep the whole within GROUPS_MAX. Raises AllocationError where nothing does.
+        What could at most be left is known for each way to spread: the worth of its GPUs as if synchronising took no
+        time, less their price. Whatever that bound keeps at or below the best so far is not looked at.
         """
-        jobs = [j for j in self._rules.jobs.values() if j.sites_max > 1 and j.sync.strategy != "local"]
-        jobs = [job for job in jobs if self._rules.left(job) > 0]
-        wanted = {request.gpu_type for job in jobs for request in job.accelerators}
-        mixes = {
-            pair
-            for job in jobs
-            if job.mixed_types
-            for pair in itertools.permutations(sorted({request.gpu_type for request in job.accelerators}), 2)
-        }
-        at = {gpu_type: self._pool_at(gpu_type) >= 0 for gpu_type in sorted(wanted)}
-        neighbours = self._neighbours(at)
-        room, found = GROUPS_MAX, {}
-        for parts in range(PAIR, min(SPAN_SITES_MAX, max((job.sites_max for job in jobs), default=1)) + 1):
-            nearest = NEIGHBOURS_MAX if parts > PAIR else 2**30
-            while True:
-                sites, hubs = self._grouped(neighbours, parts, nearest)
-                count = sum(int(has[sites].all(axis=1).sum()) for has in at.values())
-                if parts == PAIR:
-                    count += sum(int((at[a][sites[:, 0]] & at[b][sites[:, 1]]).sum()) for a, b in mixes)
-                count *= len(WEIGHTS[parts])
-                count += sum(self._unlike(sites, gpu_type) for gpu_type in at)
-                if count <= room or nearest <= parts - 1 or parts == PAIR:
-                    break
-                nearest -= 1
-            if count > room:
-                message = f"{count} groups of {parts} sites are more than can be verified; fewer links would help"
-                raise AllocationError(message)
-            room -= count
-            found[parts] = (sites, hubs)
-        return found
+        if job.sites_max < PAIR or job.sync.strategy == "local":
+            return best
+        ways = []
+        for spread, limits in self._ways(job):
+            most = self._most(job, spread)
+            ways.append((most.worth - int(spread.cost(most.held_min)[0]), spread, limits, most))
+        for bound, spread, limits, most in sorted(ways, key=lambda way: -way[0]):
+            if bound <= best:
+                break
+            best = self._best_of(job, spread, limits, most, best)
+        return best
 
-    def _unlike(self, sites: Array, gpu_type: str) -> int:
-        """Return how many groups have pools of a type that do not all give the same."""
-        pools = self._pool_at(gpu_type)[sites]
-        gives = self._bench.most[0][pools[(pools >= 0).all(axis=1)]]
-        return int((gives != gives[:, :1]).any(axis=1).sum())
+    def _ways(self, job: JobState) -> Iterator[tuple[Spread, list[int] | None]]:
+        """Yield the ways to spread a job over sites that exist, and the most GPUs of each part where types differ."""
+        requests = {request.gpu_type: request for request in job.accelerators}
+        sites_max = min(job.sites_max, SPAN_SITES_MAX)
+        for gpu_type, request in sorted(requests.items()):
+            for parts in range(PAIR, sites_max + 1):
+                for total in ladder(request):
+                    spread = self._groups.spread((gpu_type,), parts, total)
+                    if spread is not None:
+                        yield spread, None
+        if not job.mixed_types:
+            return
+        for one, other in itertools.combinations(sorted(requests), 2):
+            both = requests[one], requests[other]
+            low, high = min(row.count_min for row in both), max(row.count_max for row in both)
+            span = GpuRequest(gpu_type=one, count_min=low, count_max=high)
+            for types in ((one, other), (other, one)):
+                for total in ladder(span):
+                    spread = self._groups.spread(types, PAIR, total)
+                    if spread is not None:
+                        yield spread, [requests[gpu_type].count_max for gpu_type in types]
 
-    def _neighbours(self, at: Mapping[str, Array]) -> dict[int, list[int]]:
-        """Return each listening site's partners by links both ways, the best links first."""
-        rules = self._rules
-        names = list(rules.sites)
-        useful = np.logical_or.reduce([np.zeros(len(names), dtype=bool), *at.values()])
-        ranked: dict[int, list[tuple[float, float, int]]] = {}
-        for (hub, other), there in rules.links.items():
-            back = rules.links.get((other, hub))
-            a, b = rules.place[hub], rules.place[other]
-            if back is None or hub not in rules.listening or not (useful[a] and useful[b]):
-                continue
-            speed = min(there.bandwidth_bits_per_s, back.bandwidth_bits_per_s)
-            ranked.setdefault(a, []).append((-speed, there.delay_s + back.delay_s, b))
-        return {hub: [site for _, _, site in sorted(found)] for hub, found in sorted(ranked.items())}
+    def _most(self, job: JobState, spread: Spread) -> _Most:
+        """Return what a spread could at most be worth to a job, and how many slots it would hold."""
+        work = job.workload
+        flops, ring = self._speeds(job, spread.pools)
+        alone = _compute_s(float(work.batch_per_gpu), work.flops_per_sample, flops)
+        speed = np.array([work.batch_per_gpu * spread.total / alone.min()])
+        held_min = held_max = 1
+        if self._slots > 1:
+            single = alone + _all_reduce_s(float(work.parameters), 1, ring)
+            ceilings = work.batch_per_gpu * spread.total / np.array([single.min(), single.max()])
+            left = float(self._rules.left(job))
+            held = np.clip(np.ceil(left / ceilings / self._rules.snapshot.slot_s), 1, self._slots).astype(np.int64)
+            held_min, held_max = int(held[0]), int(held[1])
+        hourly = int(self._hourly(job, speed, np.ones(1, dtype=np.int64), moving=False)[0])
+        tenant = job.tenant_id
+        subsidy = 0 if tenant is None else spread.total * self._prices.get(("floor", tenant), 0)
+        return _Most(hourly * held_max + subsidy, held_min)
 
-    def _grouped(self, neighbours: Mapping[int, list[int]], parts: int, nearest: int) -> tuple[Array, Array]:
-        listens = {self._rules.place[site] for site in self._rules.listening if site in self._rules.place}
-        groups, hubs = [], []
-        for hub, others in neighbours.items():
-            for chosen in itertools.combinations(others[:nearest], parts - 1):
-                if parts == PAIR and chosen[0] in listens and chosen[0] < hub:
-                    continue
-                groups.append(sorted((hub, *chosen)))
-                hubs.append(hub)
-        return np.array(groups, dtype=np.int64).reshape(-1, parts), np.array(hubs, dtype=np.int64)
-
-    def _pool_at(self, gpu_type: str) -> Array:
-        """Return by site the number of its pool of a type, -1 without one."""
-        at = np.full(len(self._rules.sites), -1, dtype=np.int64)
-        pools = self._of_type.get(gpu_type, np.zeros(0, dtype=np.int64))
-        pools = pools[self._bench.most[0][pools] > 0]
-        at[self._bench.site[pools]] = pools
-        return at
-
-    def _links_of(self, sites: Array, hub: Array) -> tuple[Array, Array]:
-        names = list(self._rules.sites)
-        up, down = np.full(sites.shape, -1, dtype=np.int64), np.full(sites.shape, -1, dtype=np.int64)
-        for row, (members, center) in enumerate(zip(sites.tolist(), hub.tolist(), strict=True)):
-            for part, site in enumerate(members):
-                if site != center:
-                    up[row, part] = self._link_number[names[site], names[center]]
-                    down[row, part] = self._link_number[names[center], names[site]]
-        return up, down
-
-    def _best_group(  # noqa: C901  one formula, part by part
-        self, job: JobState, groups: _Groups, total: int, most_by_part: list[int] | None
-    ) -> int:
-        """Return the best surplus of `total` GPUs over any of the groups, divided by their weights."""
-        parts = len(groups.weights)
-        counts = divided(total, groups.weights)
-        if parts > job.sites_max or min(counts) < 1:
-            return NEVER
-        if most_by_part is not None and any(n > most for n, most in zip(counts, most_by_part, strict=True)):
-            return NEVER
+    def _best_of(self, job: JobState, spread: Spread, limits: list[int] | None, most: _Most, best: int) -> int:
+        """Return the best surplus of a spread, or `best`: the cheapest rows first, as far as the bound allows."""
+        cost = spread.cost(most.held_min)
         allowed, tariff = self._allowed(job)
-        pool = groups.pool
-        fits = allowed[self._bench.site[pool]].all(axis=1) & (np.array(counts) <= self._bench.most[0][pool]).all(axis=1)
-        if not fits.any():
-            return NEVER
-        pool, up, down = pool[fits], groups.up[fits], groups.down[fits]
+        everywhere = bool(allowed.all())
+        at, size = 0, CHUNK_ROWS
+        while True:
+            end = min(int(np.searchsorted(cost, most.worth - best, side="left")), at + size)
+            if end <= at:
+                return best
+            rows = spread.order(most.held_min)[at:end]
+            if not everywhere:
+                rows = rows[allowed[self._bench.site[spread.pool[rows]]].all(axis=1)]
+            if limits is not None:
+                rows = rows[(spread.counts[rows] <= np.array(limits)).all(axis=1)]
+            if len(rows):
+                best = max(best, self._best_row(job, spread, rows, tariff))
+            at, size = end, size * 4
+
+    def _best_row(self, job: JobState, spread: Spread, rows: Array, tariff: Array) -> int:
+        """Return the best surplus over some rows of a spread."""
+        pool, up, down = spread.pool[rows], spread.up[rows], spread.down[rows]
+        counts, total, parts = spread.counts[rows], spread.total, spread.parts
         work, period = job.workload, job.sync.period_steps
-        slowest, single = np.zeros(len(pool)), np.zeros(len(pool))
-        for part, count in enumerate(counts):
-            flops, ring = self._speeds(job, pool[:, part])
-            one = _compute_s(float(work.batch_per_gpu), work.flops_per_sample, flops)
-            single = np.maximum(single, one + _all_reduce_s(float(work.parameters), 1, ring))
-            step = _compute_s(float(work.batch_per_gpu), work.flops_per_sample, flops)
-            step = step + _all_reduce_s(float(work.parameters), count, ring)
-            slowest = np.maximum(slowest, step)
+        flops, ring = self._speeds(job, pool)
+        alone = _compute_s(float(work.batch_per_gpu), work.flops_per_sample, flops)
+        slowest = (alone + _all_reduce_s(float(work.parameters), counts, ring)).max(axis=1)
         sync_s, size = self._sync(job, parts, up, down, period * slowest)
         step_s = slowest + sync_s / period
         speed = work.batch_per_gpu * total / step_s
         ok = ~self._late(job, speed, 0.0)
-        ceiling = work.batch_per_gpu * total / single
         egress, rounded = np.zeros(len(pool), dtype=np.int64), np.ones(len(pool), dtype=np.int64)
         rent = np.zeros(len(pool), dtype=np.int64)
-        for part, count in enumerate(counts):
-            if job.data is not None:
-                data = np.ceil(job.data.bytes_per_sample * speed * count / total).astype(np.int64)
-                egress += _cost(data, tariff[self._bench.site[pool[:, part]]])
-                rounded += data > 0
-            for link, amount in ((up[:, part], size), (down[:, part], size * (parts - 1))):
-                used = link >= 0
-                number = np.maximum(link, 0)
-                sent = np.where(used, np.ceil(amount / (step_s * period)), 0).astype(np.int64)
-                shares = np.minimum(np.ceil(sent.astype(float) * 8.0 * SHARES / self._bits[number]), 2.0**40)
-                shares = shares.astype(np.int64)
-                ok &= shares <= SHARES
-                egress += np.where(used, _cost(sent, self._egress[number]), 0)
-                rent += np.where(used & (shares <= SHARES), shares * self._link_price[number], 0)
-                rounded += used
+        if job.data is not None:
+            data = np.ceil(job.data.bytes_per_sample * speed[:, None] * counts / total).astype(np.int64)
+            egress += _cost(data, tariff[self._bench.site[pool]]).sum(axis=1)
+            rounded += (data > 0).sum(axis=1)
+        for link, amount in ((up, size), (down, size * (parts - 1))):
+            used = link >= 0
+            number = np.maximum(link, 0)
+            sent = np.where(used, np.ceil(amount / (step_s * period))[:, None], 0).astype(np.int64)
+            shares = np.minimum(np.ceil(sent.astype(float) * 8.0 * SHARES / self._bits[number]), 2.0**40)
+            shares = shares.astype(np.int64)
+            ok &= (shares <= SHARES).all(axis=1)
+            egress += np.where(used, _cost(sent, self._egress[number]), 0).sum(axis=1)
+            rent += np.where(used & (shares <= SHARES), shares * self._link_price[number], 0).sum(axis=1)
+            rounded += used.sum(axis=1)
         slots = np.ones(len(pool), dtype=np.int64)
         if self._slots > 1:
+            single = (alone + _all_reduce_s(float(work.parameters), 1, ring)).max(axis=1)
+            ceiling = work.batch_per_gpu * total / single
             left = float(self._rules.left(job))
             slots = np.clip(np.ceil(left / ceiling / self._rules.snapshot.slot_s), 1, self._slots).astype(np.int64)
         hourly = self._hourly(job, speed, rounded)
         surplus = (hourly - egress) * slots - rent - self._tenant(job, self._spend(job, hourly), total)
-        for part, count in enumerate(counts):
-            for slot in range(self._slots):
-                held = slots > slot
-                surplus = surplus - np.where(held, count * self._bench.price[slot][pool[:, part]], 0)
+        for slot in range(self._slots):
+            price = (counts * self._bench.price[slot][pool]).sum(axis=1)
+            surplus = surplus - np.where(slots > slot, price, 0)
         ok &= ~self._barred_group(job, pool, counts)
         return int(np.where(ok, surplus, NEVER).max(initial=NEVER))
 
@@ -461,36 +362,26 @@ class Demand:
         codecs = throughput.AUTO_CODECS if job.sync.codec == "auto" else (job.sync.codec,)
         seconds, sizes = np.zeros(len(up)), np.zeros(len(up))
         open_ = np.ones(len(up), dtype=bool)
+        used, a, b = up >= 0, np.maximum(up, 0), np.maximum(down, 0)
         for codec in codecs:
             size = throughput.contribution_size_bytes(float(job.workload.parameters), throughput.CODEC_RATIOS[codec])
-            slowest = np.zeros(len(up))
-            for part in range(parts):
-                used = up[:, part] >= 0
-                a, b = np.maximum(up[:, part], 0), np.maximum(down[:, part], 0)
-                there = _link_transfer_s(size, self._bits[a], self._loss[a])
-                back = _link_transfer_s(size * (parts - 1), self._bits[b], self._loss[b])
-                trip = there + back + throughput.ROUND_TRIPS_PER_SYNC * (self._delay[a] + self._delay[b])
-                slowest = np.where(used, np.maximum(slowest, trip), slowest)
+            there = _link_transfer_s(size, self._bits[a], self._loss[a])
+            back = _link_transfer_s(size * (parts - 1), self._bits[b], self._loss[b])
+            trip = there + back + throughput.ROUND_TRIPS_PER_SYNC * (self._delay[a] + self._delay[b])
+            slowest = np.where(used, trip, 0.0).max(axis=1)
             seconds, sizes = np.where(open_, slowest, seconds), np.where(open_, size, sizes)
             open_ &= ~(slowest / steps_s <= throughput.SYNC_SHARE_MAX)
         return seconds, sizes
 
-    def _barred_group(self, job: JobState, pool: Array, counts: list[int]) -> Array:
+    def _barred_group(self, job: JobState, pool: Array, counts: Array) -> Array:
         if not any("+" in key for key in job.barred):
             return np.zeros(len(pool), dtype=bool)
         names = self._bench.pool_ids
-        keys = ["+".join(f"{names[p]}:{n}" for p, n in zip(row, counts, strict=True)) for row in pool.tolist()]
+        keys = [
+            "+".join(f"{names[p]}:{n}" for p, n in zip(row, gpus, strict=True))
+            for row, gpus in zip(pool.tolist(), counts.tolist(), strict=True)
+        ]
         return np.array([key in job.barred for key in keys])
-
-
-def divided(total: int, weights: tuple[int, ...]) -> list[int]:
-    """Divide GPUs by weight, largest remainders first, ties to the earlier part."""
-    whole = sum(weights)
-    counts = [total * weight // whole for weight in weights]
-    remainders = sorted(range(len(weights)), key=lambda part: (-(total * weights[part] % whole), part))
-    for part in remainders[: total - sum(counts)]:
-        counts[part] += 1
-    return counts
 
 
 def _cost(bytes_per_s: Array, price_micros_per_gb: Array) -> Array:

@@ -157,7 +157,7 @@ class _PulpHighs(pulp.HiGHS):  # type: ignore[misc]  # pulp ships no types
         """Leave a loaded HiGHS in lp.solverModel; columns in the order given."""
         variables = self._variables
         place = {id(variable): index for index, variable in enumerate(variables)}
-        constraints = list(lp.constraints.values())
+        constraints = lp.constraints()
         start, index, value = [0], [], []
         for constraint in constraints:
             for variable, factor in constraint.items():

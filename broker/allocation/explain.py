@@ -9,18 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from broker.allocation import kernel
 from broker.allocation.clearing import Unplaced, UnplacedCode
-from broker.allocation.instance import NONE, Int
+from broker.allocation.configuration import TERM_MARGIN, TERM_S_MIN
+from broker.allocation.instance import NONE, RATE_MICROS_PER_HOUR_MAX, Flag, Int
 from broker.allocation.rents import supplied
 from broker.allocation.singles import next_count
 from broker.allocation.solver import Outcome, best_columns, used_rows
 from broker.allocation.won import Market, Won
 from pricing.money import SECONDS_PER_HOUR, divide_up, format_credits
 from pricing.value import bid_for_value
+from training.throughput import all_reduce_s, compute_s
+
+_NO_POOLS: Final = np.zeros(0, np.int64)
 
 
 def why_placed(market: Market, prices: Int, column: Won) -> str:
@@ -91,6 +96,10 @@ class _Explained:
             ),
             self.prices,
         )
+        asks = instance.rows.step_cost[instance.rows.step_start[: instance.pool_count]]
+        cheapest = np.argsort(asks, kind="stable")
+        kinds = np.array([kind for _, kind in market.names.pool_parts])
+        self._by_ask = {str(kind): cheapest[kinds[cheapest] == kind] for kind in np.unique(kinds)}
         drawn = sum(
             divide_up(column.uplift(market, self.prices) * column.term_s, SECONDS_PER_HOUR)
             for column in now
@@ -206,19 +215,17 @@ class _Explained:
         """Return the job's places at the cheapest pool with room for each count, by GPU type; free GPUs first."""
         market, instance = self.market, self.market.instance
         pools = instance.pools
-        allowed = [
-            pool for pool in range(instance.pool_count) if kernel.site_allowed(instance, job, int(pools.site[pool]))
-        ]
+        allowed = self._allowed_sites(job)[pools.site]
         found = []
         for kind_name, low, high in market.requests(job):
-            mine = [pool for pool in allowed if market.names.pool_parts[pool][1] == kind_name]
-            mine.sort(key=lambda pool: (int(instance.rows.step_cost[instance.rows.step_start[pool]]), pool))
+            mine = self._by_ask.get(kind_name, _NO_POOLS)
+            mine = mine[allowed[mine]]
             count = low
             while True:
-                wide = [pool for pool in mine if pools.job_max[pool] >= count]
-                wide = [pool for pool in wide if self.free[pool] >= count] or wide
-                if wide:
-                    found.append(self._sketch(job, wide[0], count))
+                wide = mine[pools.job_max[mine] >= count]
+                if len(wide):
+                    free = wide[self.free[wide] >= count]
+                    found.append(self._sketch(job, int(free[0] if len(free) else wide[0]), count))
                 if count >= high:
                     break
                 count = min(high, int(next_count(count)))
@@ -226,19 +233,55 @@ class _Explained:
 
     def _sketch(self, job: int, pool: int, count: int) -> _Sketch:
         instance, jobs = self.market.instance, self.market.instance.jobs
-        speed = float(jobs.batch_per_gpu[job]) * count / float(kernel.site_step_s(instance, job, pool, count))
-        term_s = int(kernel.term_seconds(instance, job, speed))
+        speed = float(jobs.batch_per_gpu[job]) * count / self._step_s(job, pool, count)
+        left = math.ceil(TERM_MARGIN * float(jobs.samples_left[job]) / speed)
+        term_s = int(min(instance.term_s, max(float(TERM_S_MIN), left)))
         late_s = float(jobs.samples_left[job]) / speed - float(jobs.deadline_s[job])
         ask = int(instance.rows.step_cost[instance.rows.step_start[pool]])
         return _Sketch(
             name=f"{self.market.names.pools[pool]}:{count}",
             speed=speed,
-            linear=int(kernel.value_rate(jobs, job, speed)),
-            affordable=int(kernel.affordable_rate(jobs, job, term_s, 1)),
+            linear=self._value_rate(job, speed),
+            affordable=max(0, int(jobs.hold_left[job]) - 1) * SECONDS_PER_HOUR // term_s,
             term_s=term_s,
             asks=ask * count,
             late_h=0.0 if math.isinf(late_s) else late_s / SECONDS_PER_HOUR,
         )
+
+    # The compiled rules cost more to call one by one than to compute; a test holds these against them.
+
+    def _allowed_sites(self, job: int) -> Flag:
+        """Return where a job may be [sites]: `kernel.site_allowed` for every site at once."""
+        sites, jobs = self.market.instance.sites, self.market.instance.jobs
+        home, count = int(jobs.home[job]), len(sites.region)
+        tier = np.zeros(count, np.int64)
+        if home >= 0:
+            tier[:] = 3
+            tier[(sites.continent == sites.continent[home]) & (sites.continent[home] >= 0)] = 2
+            tier[(sites.region == sites.region[home]) & (sites.region[home] >= 0)] = 1
+            tier[home] = 0
+        allowed: Flag = jobs.tier_price[job, tier] >= 0
+        if jobs.site_set[job] >= 0:
+            words = self.market.instance.site_sets[jobs.site_set[job]]
+            at = np.arange(count)
+            allowed &= ((words[at >> 6] >> (at & 63).astype(np.uint64)) & np.uint64(1)).astype(np.bool_)
+        return allowed
+
+    def _step_s(self, job: int, pool: int, count: int) -> float:
+        """Return one inner step on a pool's GPUs: `kernel.site_step_s`, by the throughput model itself."""
+        instance, jobs, kinds = self.market.instance, self.market.instance.jobs, self.market.instance.kinds
+        kind = instance.pools.kind[pool]
+        flops, ring = jobs.flops_per_s[job, kinds.gpu_type[kind]], jobs.ring_bits_per_s[job, kinds.gpu_type[kind]]
+        flops = kinds.flops_per_s[kind] if np.isnan(flops) else flops
+        ring = kinds.ring_bits_per_s[kind] if np.isnan(ring) else ring
+        computing_s = compute_s(float(jobs.batch_per_gpu[job]), float(jobs.flops_per_sample[job]), float(flops))
+        return computing_s + all_reduce_s(float(jobs.parameters[job]), count, float(ring))
+
+    def _value_rate(self, job: int, speed: float) -> int:
+        """Return what an hour at a speed is worth: `kernel.value_rate`."""
+        jobs = self.market.instance.jobs
+        least = float((jobs.value_base[job] + jobs.value_slope[job] * speed).min())
+        return int(min(max(0.0, math.floor(least)), float(RATE_MICROS_PER_HOUR_MAX)))
 
     def _no_pool(self, job: int) -> str:
         types = sorted({kind for kind, _, _ in self.market.requests(job)})

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.columns import Columns
-from broker.allocation.instance import BUNDLE, NONE, Choice, Flag, Instance
+from broker.allocation.instance import BUNDLE, NONE, Choice, Flag, Instance, Int
 from broker.allocation.occupancy import Occupancy, Others, choice_of
 from broker.allocation.selection import Problem, select
 
@@ -62,22 +62,16 @@ def finish(  # noqa: PLR0917 - what is searched, and by which limits
     if len(known) < len(held):
         return Finish(None, dual, len(key), 0)
     stays = staying(instance, state, holds)
-    kept = ~stays[columns.job] | start
-    columns, start = columns.take(np.flatnonzero(kept).astype(np.int32)), start[kept]
-    problem = _problem(instance, state, stays, columns)
-    found = select(problem, nodes_max=nodes_max, gap=_SEARCH_GAP, start=start)
-    bound = min(dual, max(found.bound, dual - width))
+    staying_columns = columns.take(np.flatnonzero(stays[columns.job] & start))
+    use = np.zeros(instance.row_count, np.int64)
+    np.add.at(use, staying_columns.row, staying_columns.use)
+    kept = np.flatnonzero(~stays[columns.job])
+    columns, start = columns.take(kept), start[kept]
+    found = select(problem_of(instance, state, columns, use), nodes_max=nodes_max, gap=_SEARCH_GAP, start=start)
+    bound = min(dual, max(found.bound + float(staying_columns.value.sum()), dual - width))
     if found.chosen is None:
         return Finish(None, bound, len(key), found.nodes)
-    choice = Choice(
-        np.full(instance.job_count, NONE, np.int8),
-        np.full(instance.job_count, NONE, np.int32),
-        np.full(instance.job_count, NONE, np.int32),
-    )
-    owner = columns.job[found.chosen]
-    choice.form[owner] = columns.form[found.chosen]
-    choice.item[owner] = columns.item[found.chosen]
-    choice.place[owner] = columns.place[found.chosen]
+    choice = placed_anew(holds, ~stays, columns.take(np.flatnonzero(found.chosen)))
     return Finish(choice, bound, len(key), found.nodes)
 
 
@@ -87,14 +81,18 @@ def _key(
     return list(zip(job.tolist(), form.tolist(), item.tolist(), place.tolist(), strict=True))
 
 
-def _problem(instance: Instance, state: Occupancy, stays: Flag, columns: Columns) -> Problem:
-    rows, jobs = instance.rows, instance.jobs
+def placed_anew(holds: Choice, freed: Flag, columns: Columns) -> Choice:
+    """Return a choice where the freed jobs hold these columns, those without one nothing."""
+    form, item, place = (np.where(freed, NONE, part) for part in holds)
+    form[columns.job], item[columns.job], place[columns.job] = columns.form, columns.item, columns.place
+    return Choice(form.astype(np.int8), item.astype(np.int32), place.astype(np.int32))
+
+
+def problem_of(instance: Instance, state: Occupancy, columns: Columns, use: Int) -> Problem:
+    """Return the choice among columns beside whoever stays and together uses `use` [rows]."""
+    rows = instance.rows
     # Who stays where nothing is supplied at the prices may, but nobody else is let in beside it.
-    held = np.zeros(len(rows.base), np.int64)
-    for bundle in jobs.own[stays]:
-        part = slice(instance.bundles.entry_start[bundle], instance.bundles.entry_start[bundle + 1])
-        np.add.at(held, instance.bundles.entry_row[part], instance.bundles.entry_use[part])
-    supply = np.maximum(state.supply, held)
+    supply = np.maximum(state.supply, use)
     owner = np.repeat(np.arange(len(rows.base)), np.diff(rows.step_start))
     total = np.concatenate([[0], np.cumsum(rows.step_units)])
     before = total[:-1] - total[rows.step_start[owner]]
@@ -104,19 +102,21 @@ def _problem(instance: Instance, state: Occupancy, stays: Flag, columns: Columns
     # A floor that no column helps still costs its penalty.
     used = np.union1d(columns.row, np.flatnonzero(state.soft))
     row = np.searchsorted(used, columns.row)
-    in_use = np.isin(owner, used)
+    in_use = np.zeros(len(rows.base), np.bool_)
+    in_use[used] = True
     counts = np.diff(rows.step_start)[used]
+    jobs, group = np.unique(columns.job, return_inverse=True)
     return Problem(
-        job=columns.job.astype(np.int64),
+        job=group.astype(np.int64),
         value=columns.value.astype(np.float64),
         entry_start=columns.start,
         entry_row=row.astype(np.int64),
         entry_use=columns.use.astype(np.float64),
-        must=jobs.must,
-        base=rows.base[used].astype(np.float64),
+        must=instance.jobs.must[jobs],
+        base=(rows.base - use)[used].astype(np.float64),
         step_start=np.concatenate([[0], np.cumsum(counts)]),
-        step_units=units[in_use].astype(np.float64),
-        step_cost=rows.step_cost[in_use].astype(np.float64),
+        step_units=units[in_use[owner]].astype(np.float64),
+        step_cost=rows.step_cost[in_use[owner]].astype(np.float64),
     )
 
 

@@ -97,6 +97,36 @@ def near(instance: Instance, prices: Real, best: Real, width: Real) -> Columns:
     return found.take(np.lexsort((found.place, found.item, found.form, found.job)))
 
 
+def near_singles(instance: Instance, prices: Real, best: Real, width: float, jobs: Int) -> Columns:
+    """Return the singles of `jobs` whose surplus at `prices` is at most `width` below their job's best."""
+    singles, goods, pools = instance.singles, instance.goods, instance.pool_count
+    count = np.diff(singles.start)[jobs]
+    item = np.repeat(singles.start[jobs] - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
+    least = np.repeat(best[jobs] - width, count)
+    job = np.repeat(jobs, count)
+    summed = np.concatenate(
+        [np.zeros((1, pools)), np.cumsum(prices[: instance.slots * pools].reshape(instance.slots, pools), axis=0)]
+    )
+    good_of = np.repeat(np.arange(len(goods.kind)), np.diff(goods.offer_start))
+    unit = summed[goods.end[good_of], goods.offer_pool] - summed[goods.first[good_of], goods.offer_pool]
+    cheapest = np.full(len(goods.kind), np.inf)
+    np.minimum.at(cheapest, good_of, unit)
+    # Egress is left out of these bounds, and a floor's subsidy counts.
+    floor = instance.jobs.floor_row[job]
+    bonus = np.where(floor >= 0, prices[floor], 0.0)
+    worth = singles.value[item] + singles.gpus[item] * bonus
+    able = np.flatnonzero(worth - singles.gpus[item] * cheapest[singles.good[item]] >= least)
+    owner, offer = _ranges(goods.offer_start, singles.good[item[able]])
+    owner = able[owner]
+    close = (goods.offer_limit[offer] >= singles.gpus[item[owner]]) & (
+        worth[owner] - singles.gpus[item[owner]] * unit[offer] >= least[owner]
+    )
+    owner, offer = owner[close], offer[close]
+    names = _named(job[owner], np.full(len(owner), SINGLE), item[owner], goods.offer_pool[offer])
+    columns = described(instance, names).columns
+    return columns.take(np.flatnonzero(columns.surplus(prices) >= (best - width)[columns.job]))
+
+
 def _count_by_job(instance: Instance) -> Int:
     """Return how many names `_every_name` makes of each job."""
     singles, spans, bundles = instance.singles, instance.spans, instance.bundles

@@ -109,7 +109,9 @@ class Master:
             float((supply - self._skeleton.upper).max(initial=0.0)),
             float(supply[self._skeleton.overdraft].max(initial=0.0)),
         )
-        return LpPoint(y, surplus, objective - float(self._skeleton.cost @ supply), violation, run)
+        # Perturbed supply beyond the base is free of charge in the LP: here it costs as much as the dearest step.
+        unpaid = np.maximum(0.0, activity - self._skeleton.base) @ self._skeleton.dearest
+        return LpPoint(y, surplus, objective - float(self._skeleton.cost @ supply + unpaid), violation, run)
 
     def basis(self) -> Basis:
         """Return the engine's basis."""
@@ -221,7 +223,10 @@ class _Skeleton:
         size = base + np.bincount(step_row[paid], rows.step_units[paid], minlength=row_count)
         generic = 0.25 + 0.75 * _generic(row_count + len(paid))
         # What a row gives for nothing and each of its steps is enlarged: a price may settle at any edge.
-        self.capacity = np.concatenate([base, np.zeros(nodes.total)]).astype(np.float64)
+        self.base = np.concatenate([base, np.zeros(nodes.total)]).astype(np.float64)
+        self.dearest = np.zeros(len(self.base))
+        np.maximum.at(self.dearest, step_row, rows.step_cost)
+        self.capacity = self.base.copy()
         self.row_count = row_count
         self.capacity[:row_count] += PERTURBATION * generic[:row_count] * np.maximum(1, np.abs(size)) / 2
         self.upper[: len(paid)] *= 1.0 + PERTURBATION * generic[row_count:] / 2

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.allocation.instance import NONE, Index, Instance, Int
-from broker.allocation.oracle import Layout, inside_one
+from broker.allocation.layout import Layout, inside_one
 
 
 class Nodes(NamedTuple):

@@ -359,6 +359,13 @@ def take(
 
 
 @compiled_loop
+def vacate(instance: Instance, others: Others, state: Occupancy, chosen: Int, scratch: Scratch) -> None:
+    """Take the chosen jobs' columns away from them."""
+    for job in chosen:
+        release(instance, others, state, job, scratch, 1.0)
+
+
+@compiled_loop
 def seat(
     instance: Instance,
     others: Others,

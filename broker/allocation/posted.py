@@ -18,13 +18,21 @@ from broker.allocation.instance import Instance, Int, Real
 SNAP: Final = 0.0137
 
 
-def post(instance: Instance, y: Real) -> Int:
-    """Return y [rows] in whole micro-credits, a row that sells at a cost no lower than its first step."""
+def first_asks(instance: Instance) -> Int:
+    """Return per row the cost of its first step where it gives nothing without one, else 0.
+
+    Below it a row's price earns nothing and only makes columns look better than they are.
+    """
     rows = instance.rows
-    prices = np.floor(np.maximum(0.0, y) + SNAP).astype(np.int64)
     has_steps = rows.step_start[:-1] < rows.step_start[1:]
     first_cost = np.zeros(instance.row_count, np.int64)
     first_cost[has_steps] = rows.step_cost[rows.step_start[:-1][has_steps]]
     # What a pool gives for nothing has no ask.
     sells = (np.arange(instance.row_count) < instance.links.first_row) & (rows.base <= 0)
-    return np.where(sells, np.maximum(prices, first_cost), prices)
+    return np.where(sells, first_cost, 0)
+
+
+def post(instance: Instance, y: Real) -> Int:
+    """Return y [rows] in whole micro-credits, a row that sells at a cost no lower than its first step."""
+    prices = np.floor(np.maximum(0.0, y) + SNAP).astype(np.int64)
+    return np.maximum(prices, first_asks(instance))

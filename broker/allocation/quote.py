@@ -12,16 +12,19 @@ from itertools import combinations, islice
 from typing import Final
 
 from broker.allocation.configuration import Configuration, configuration_of
-from broker.allocation.demand import divided
+from broker.allocation.groups import divided
 from broker.allocation.rules import SPAN_SITES_MAX, WEIGHTS, Rules, ladder
 from broker.allocation.snapshot import JobState, LinkState, PoolState, SiteState, Snapshot
 from pricing.money import divide_up
+from training.catalogue import GPU_TYPES
 from training.spec import SyncPlan
 from training.throughput import SitePart, predict
 
 # A quote is for a person: the cheapest spans are enough, and looking further has an end.
 SPANS_QUOTED_MAX: Final = 64
 SPANS_TRIED_MAX: Final = 1024
+# Of each GPU type, the sites whose GPUs cost least for what they do; at 200 sites the rest is no news.
+SITES_QUOTED_MAX: Final = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class QuoteRow:
 def quote(snapshot: Snapshot, job: JobState) -> list[QuoteRow]:
     """Return the table of what a job could get, those that could win first, then by total price.
 
-    Every place on one site is listed, and up to SPANS_QUOTED_MAX across sites, cheapest sites first.
+    Every place on one site is listed, on up to SITES_QUOTED_MAX sites of a GPU type, and up to SPANS_QUOTED_MAX across sites, cheapest sites first.
     """
     rules = Rules(snapshot)
     if rules.left(job) == 0:
@@ -59,7 +62,7 @@ def _places(rules: Rules, job: JobState) -> Iterator[Place]:
     """Yield what the job could be given: on one site, then across sites."""
     for request in sorted(job.accelerators, key=lambda request: request.gpu_type):
         pools = _pools(rules, job, request.gpu_type)
-        for pool in pools:
+        for pool in sorted(pools, key=lambda pool: _cost_per_flop(rules, job, pool))[:SITES_QUOTED_MAX]:
             for count in ladder(request):
                 parts = [rules.part(job, pool, count)]
                 plan = rules.resolved(job, parts, None)
@@ -77,6 +80,13 @@ def _pools(rules: Rules, job: JobState, gpu_type: str) -> list[PoolState]:
         if pool.gpu_type == gpu_type and rules.most(pool) > 0 and rules.may_be_at(job, pool.site_id)
     )
     return sorted(allowed, key=lambda p: (max(last.get(p.pool_id, 0), p.ask_micros_per_gpu_hour), p.site_id))
+
+
+def _cost_per_flop(rules: Rules, job: JobState, pool: PoolState) -> float:
+    last = rules.snapshot.last_prices.get(pool.pool_id, 0)
+    flops_per_s = rules.part(job, pool, 1).flops_per_s
+    gpu = GPU_TYPES[pool.gpu_type]
+    return max(last, pool.ask_micros_per_gpu_hour) / (flops_per_s or gpu.peak_flops_per_s * gpu.achieved_share)
 
 
 def _spans(rules: Rules, job: JobState) -> Iterator[Place]:
@@ -161,6 +171,8 @@ def never_possible(
     if not any(pool.gpu_type in types and pool.capacity_gpus > 0 for pool in allowed):
         where = "no site that the job allows" if job.sites_allowed is not None else "no site of this federation"
         return f"no federation could ever hold this job: {where} offers {' or '.join(sorted(types))}"
+    if job.mixed_types:
+        return None  # types may complete one another; what that comes to is a round's to find out
     sentences = []
     for request in job.accelerators:
         most = sorted((pool.capacity_gpus for pool in allowed if pool.gpu_type == request.gpu_type), reverse=True)

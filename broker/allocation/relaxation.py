@@ -17,15 +17,18 @@ from numpy.typing import NDArray
 
 from broker.allocation import oracle
 from broker.allocation.columns import Columns, scale, window
-from broker.allocation.discovery import start_prices
+from broker.allocation.discovery import FIRST, SECOND, Play
 from broker.allocation.engine import Engine, HighsEngine
 from broker.allocation.instance import NONE, Instance, Int, Real
+from broker.allocation.layout import Layout
 from broker.allocation.master import PERTURBATION, LpPoint, Master
-from broker.allocation.nodes import market_nodes
-from broker.allocation.posted import post
+from broker.allocation.memory import Memory
+from broker.allocation.nodes import Nodes, market_nodes
+from broker.allocation.posted import first_asks, post
 
 # The window at discovered prices, and after that, as shares of a job's largest value.
-WIDTH: Final = 0.02
+WIDTH: Final = 0.015
+WIDTH_SPANS: Final = 0.004
 WIDTH_LATER: Final = 0.002
 GAP: Final = 1e-6
 # What the proof may leave: far below the perturbation, which else would not decide between prices.
@@ -70,7 +73,7 @@ def relax(
     last_prices: Real | None = None,
     limits: Limits | None = None,
     engine: Engine | None = None,
-    methods: tuple[str, str] = ("dual", "primal"),
+    methods: tuple[str, str] = ("dual", "dual"),
     tick: Callable[[], float] = lambda: 0.0,
 ) -> Relaxation:
     """Solve the LP relaxation to a proved relative gap of GAP, or as far as `limits` allow."""
@@ -88,10 +91,24 @@ def relax(
     nodes = market_nodes(instance, layout)
     scales = scale(instance)
     lap("prepare")
-    y = start_prices(instance, layout, last_prices)
+    found, memory, asks = _nothing(instance), Memory(instance), first_asks(instance)
+    y = (
+        _start(instance, layout, nodes, scales, found=found, memory=memory)
+        if last_prices is None
+        else np.maximum(last_prices, asks)
+    )
     lap("discovery")
-    found = _nothing(instance)
-    columns = window(instance, layout, nodes, y, WIDTH * scales, found=found, width_spans=WIDTH_LATER * scales)
+    columns = window(
+        instance,
+        layout,
+        nodes,
+        y,
+        WIDTH * scales,
+        found=found,
+        hint=found,
+        memory=memory,
+        width_spans=WIDTH_SPANS * scales,
+    )
     lap("window")
     master = Master(instance, nodes, engine or HighsEngine(), columns)
     lap("build")
@@ -101,8 +118,8 @@ def relax(
         point = master.solve(methods[0] if iteration == 1 else methods[1])
         solver_iterations += point.run.iterations
         lap("lp")
-        y = point.y[: instance.row_count]
-        missing = window(instance, layout, nodes, y, WIDTH_LATER * scales, found=found, hint=found)
+        y = np.maximum(point.y[: instance.row_count], asks)
+        missing = window(instance, layout, nodes, y, WIDTH_LATER * scales, found=found, hint=found, memory=memory)
         bound = oracle.dual(instance, y, found)
         if bound < best_bound:
             best_y, best_bound = y, bound
@@ -121,7 +138,7 @@ def relax(
         master.add(missing.take(wanted))
         lap("build")
     prices = post(instance, best_y)
-    exact = oracle.best(instance, prices, layout=layout, hint=found)
+    exact = oracle.best(instance, prices, layout=layout, hint=found, memory=memory)
     whole_bound = oracle.dual_exact(instance, prices, exact)
     lap("prices")
     return Relaxation(
@@ -136,6 +153,19 @@ def relax(
         best=exact,
         seconds=seconds,
     )
+
+
+def _start(
+    instance: Instance, layout: Layout, nodes: Nodes, scales: Real, *, found: oracle.Best, memory: Memory
+) -> Real:
+    """Return prices near the LP's, and fill `found` with columns that are good there."""
+    play = Play(instance, layout)
+    play.go_on(FIRST)
+    if len(instance.spans.gpus):
+        width = WIDTH_SPANS * scales
+        good = window(instance, layout, nodes, play.prices(), width, found=found, memory=memory)
+        play.go_on(SECOND, play.spread(good))
+    return play.prices()
 
 
 def _feasible(instance: Instance, point: LpPoint) -> float:

@@ -25,6 +25,7 @@ from broker.allocation.finish import PROVED_GAP, finish
 from broker.allocation.instance import BUNDLE, NONE, SINGLE, SPAN, Choice, Flag, Instance, Int, Real
 from broker.allocation.knapsack import cells_of, new_desk, seated_by_cell, suitors_by_cell, sweep
 from broker.allocation.listing import Names, described, near
+from broker.allocation.neighbourhoods import Whole, around, choose_anew
 from broker.allocation.nodes import market_nodes
 from broker.allocation.occupancy import (
     Occupancy,
@@ -37,6 +38,7 @@ from broker.allocation.occupancy import (
     no_others,
     placing,
     seat,
+    vacate,
     welfare_of,
     written_out,
 )
@@ -51,11 +53,16 @@ _SURE: Final = 0.1
 # How much a sweep counts what is left unused, from leaning on others to welfare itself. Each chain of
 # sweeps begins where the responses ended: which of them gets furthest differs from market to market.
 _CHAINS: Final = ((0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.0, 1.0), (0.5, 0.7, 0.9, 1.0, 1.0, 1.0))
+# After neighbourhoods were placed anew.
+_CHAIN_AGAIN = (_CHAINS[1],)
 # Suitors regret at least this share of their best surplus's mean, so that no effort goes into crumbs.
 _CRUMB: Final = 1e-7
-_SPAN_WIDTH: Final = 0.05
+# Neighbourhoods are sought around jobs that regret more than this share of the mean best surplus.
+_REGRETFUL: Final = 1e-3
+# Spans are looked for that regret at most this share of their job's largest value.
+_SPAN_WIDTH: Final = 0.01
 # The finish looks at columns that regret up to these shares of a mean value, then at all it must.
-_FINISH_SHARES: Final = (0.05, np.inf)
+_FINISH_SHARES: Final = (0.002, 0.05, np.inf)
 
 
 class Limits(NamedTuple):
@@ -63,9 +70,13 @@ class Limits(NamedTuple):
 
     sweeps: int = 14
     crossing_nodes: int = 200
+    neighbourhoods: int = 12
+    neighbourhood_nodes: int = 1
     finish_jobs: int = 500
     finish_nodes: int = 4000
-    finish_columns: int = 60_000
+    finish_columns: int = 10_000
+    # A node costs about as much as there are columns.
+    finish_work: int = 50_000
 
 
 class Effort(NamedTuple):
@@ -77,14 +88,27 @@ class Effort(NamedTuple):
     placed: int
     moved: int
     cells_changed: int
+    exchanged: int
+    exchange_columns: int
+    exchange_nodes: int
     finish_columns: int
     finish_nodes: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of all mixed-integer programmes."""
+        return self.crossing_columns + self.exchange_columns + self.finish_columns
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of all mixed-integer programmes."""
+        return self.crossing_nodes + self.exchange_nodes + self.finish_nodes
 
 
 class Rounded(NamedTuple):
     """Whole placements, their welfare in micro-credits per hour, and whether they are proved optimal to 1e-4.
 
-    `seconds`, as the caller's `tick` counts them: keep, cross, respond, sweep, finish.
+    `seconds`, as the caller's `tick` counts them: prepare, keep, cross, respond, sweep, exchange, finish.
     """
 
     choice: Choice
@@ -110,8 +134,9 @@ def whole(
     the caller has them already.
     """
     limits = limits or Limits()
-    search = _Search(instance, prices, best, start)
     marks = [tick()]
+    search = _Search(instance, prices, best, start)
+    marks.append(tick())
     kept = search.keep(start)
     marks.append(tick())
     crossing_columns, crossing_nodes = search.cross(limits.crossing_nodes)
@@ -120,10 +145,27 @@ def whole(
     marks.append(tick())
     moved, cells = search.sweep(limits.sweeps)
     marks.append(tick())
+    exchanged, exchange_columns, exchange_nodes = search.exchange(limits)
+    if exchanged:
+        again, cells_again = search.sweep(limits.sweeps, _CHAIN_AGAIN)
+        moved, cells = moved + again, cells + cells_again
+    marks.append(tick())
     optimal, finish_columns, finish_nodes = search.finish(limits)
     marks.append(tick())
     seconds = tuple(after - before for before, after in itertools.pairwise(marks))
-    effort = Effort(kept, crossing_columns, crossing_nodes, placed, moved, cells, finish_columns, finish_nodes)
+    effort = Effort(
+        kept,
+        crossing_columns,
+        crossing_nodes,
+        placed,
+        moved,
+        cells,
+        exchanged,
+        exchange_columns,
+        exchange_nodes,
+        finish_columns,
+        finish_nodes,
+    )
     return Rounded(choice_of(search.state, search.others), welfare_of(instance, search.state), effort, optimal, seconds)
 
 
@@ -258,7 +300,7 @@ class _Search:
         offers = priced_offers(self.instance, prices)
         return improve(self.parts, self.others, self.state, order, offers, prices, weight, False, self.scratch)
 
-    def sweep(self, sweeps: int) -> tuple[int, int]:
+    def sweep(self, sweeps: int, chains: tuple[tuple[float, ...], ...] = _CHAINS) -> tuple[int, int]:
         instance, state = self.instance, self.state
         cells = cells_of(instance, state.price)
         moved = changed = 0
@@ -270,7 +312,7 @@ class _Search:
         begin = empty_occupancy(instance, self.prices)
         copy_into(begin, state)
         settled = False
-        for number, weight in [row for chain in _CHAINS for row in enumerate(chain)][:sweeps]:
+        for number, weight in [row for chain in chains for row in enumerate(chain)][:sweeps]:
             if number == 0:
                 copy_into(state, begin)
                 settled = False
@@ -307,6 +349,46 @@ class _Search:
         copy_into(state, top)
         return moved, changed
 
+    def exchange(self, limits: Limits) -> tuple[int, int, int]:
+        """Place neighbourhoods anew, where most is regretted first; return how many gained, columns and nodes."""
+        instance, state = self.instance, self.state
+        gained = looked = nodes = 0
+        tried = np.zeros(instance.job_count, np.bool_)
+        least = _REGRETFUL * float(self.best.mean()) if len(self.best) else 0.0
+        for _ in range(limits.neighbourhoods):
+            regret = np.where(tried, 0.0, self.restless())
+            targets = np.flatnonzero(regret > least)
+            if not len(targets):
+                break
+            targets = targets[np.lexsort((targets, -regret[targets]))]
+            holds = choice_of(state, self.others)
+            everyone = Whole(instance, self.others, state, holds, self.crossing, self.best)
+            area = around(everyone, targets)
+            tried[area.targets] = True
+            freed = np.flatnonzero(area.freed)
+            held = _held(instance, holds._replace(form=np.where(area.freed, holds.form, NONE).astype(np.int8)))
+            chosen, used = choose_anew(everyone, held, area, nodes_max=limits.neighbourhood_nodes)
+            looked, nodes = looked + len(area.columns.job), nodes + used
+            if chosen is not None:
+                gained += self._reseat(freed, holds, chosen)
+        return gained, looked, nodes
+
+    def _reseat(self, freed: Int, before: Choice, after: Choice) -> bool:
+        """Give freed jobs their new columns; where one does not fit or welfare does not gain, the old ones again."""
+        instance, state = self.instance, self.state
+        welfare = welfare_of(instance, state)
+        none = np.zeros(instance.job_count, np.bool_)
+        vacate(self.parts, self.others, state, freed, self.scratch)
+        item, pool = held_as(self.others, after)
+        seat(self.parts, self.others, state, item, pool, none, self.scratch)
+        seated = np.array_equal(state.item, item)
+        if seated and welfare_of(instance, state) > welfare:
+            return True
+        vacate(self.parts, self.others, state, freed, self.scratch)
+        item, pool = held_as(self.others, before)
+        seat(self.parts, self.others, state, item, pool, ~none, self.scratch)
+        return False
+
     def finish(self, limits: Limits) -> tuple[bool, int, int]:
         """Solve to the optimum where the round is small; return whether it is proved, columns and nodes."""
         instance = self.instance
@@ -324,7 +406,8 @@ class _Search:
             columns = near(instance, self.state.price, self.best, np.maximum(width, self.regret() + 1.0))
             if len(columns.job) > limits.finish_columns:
                 break
-            found = finish(instance, self.others, self.state, columns, self.dual, width, nodes_max=limits.finish_nodes)
+            most = max(1, min(limits.finish_nodes, limits.finish_work // max(1, len(columns.job))))
+            found = finish(instance, self.others, self.state, columns, self.dual, width, nodes_max=most)
             looked, nodes = looked + found.columns, nodes + found.nodes
             if found.choice is not None:
                 self._adopt(found.choice)
@@ -353,12 +436,23 @@ def _bundle_surplus(instance: Instance, price: Real) -> Real:
 
 def _near_spans(instance: Instance, state: Occupancy, layout: oracle.Layout, wish: oracle.Best) -> Columns:
     """Return spans near their job's best, written out."""
-    found = oracle.Best(wish.form.copy(), wish.item.copy(), wish.place.copy(), wish.surplus.astype(np.float64))
-    nodes = market_nodes(instance, layout)
-    # Only who is best off across sites competes for links; the others have a place to go.
+    # Only who is best off across sites competes for links; the others have a place to go, and are not searched.
     crossing = (wish.form == SPAN) | (wish.form == BUNDLE)
+    owner = np.repeat(np.arange(instance.job_count), np.diff(instance.spans.start))
+    kept = np.flatnonzero(crossing[owner])
+    start = np.concatenate([[0], np.cumsum(np.bincount(owner[kept], minlength=instance.job_count))])
+    spans = instance.spans._replace(
+        **{name: getattr(instance.spans, name)[kept] for name in instance.spans._fields[1:]}, start=start
+    )
+    part = instance._replace(
+        spans=spans, singles=instance.singles._replace(start=np.zeros_like(instance.singles.start))
+    )
+    form = np.where(crossing, wish.form, NONE).astype(np.int8)
+    item = wish.item.copy()
+    item[form == SPAN] = np.searchsorted(kept, item[form == SPAN])
+    found = oracle.Best(form, item, wish.place.copy(), np.where(crossing, wish.surplus, 0.0))
     width = np.where(crossing, _SPAN_WIDTH * scale(instance), 0.0)
-    columns = window(instance, layout, nodes, state.price, width, found=found, hint=found)
-    spans = np.flatnonzero(columns.form == SPAN)
-    names = (columns.job, columns.form, columns.item, columns.place)
-    return described(instance, Names(*(part[spans].astype(np.int32) for part in names))).columns
+    columns = window(part, layout, market_nodes(instance, layout), state.price, width, found=found, hint=found)
+    chosen = np.flatnonzero(columns.form == SPAN)
+    names = (columns.job[chosen], columns.form[chosen], kept[columns.item[chosen]], columns.place[chosen])
+    return described(instance, Names(*(part.astype(np.int32) for part in names))).columns

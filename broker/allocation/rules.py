@@ -76,6 +76,7 @@ class Rules:
         self.listening = frozenset(site.site_id for site in snapshot.sites if site.listens)
         self.jobs = {job.job_id: job for job in snapshot.jobs}
         self.tenants = {row.tenant_id: row for row in snapshot.tenants}
+        self._owns: dict[str, Option | None] = {}
         self.kept = self._kept()
         self.place = {site_id: number for number, site_id in enumerate(self.sites)}
 
@@ -320,6 +321,12 @@ class Rules:
         """Return the place that a job has: as sold inside its term, predicted anew after it."""
         if job.incumbent is None:
             return None
+        if job.job_id not in self._owns:
+            self._owns[job.job_id] = self._own(job)
+        return self._owns[job.job_id]
+
+    def _own(self, job: JobState) -> Option | None:
+        assert job.incumbent is not None
         sold = job.incumbent.configuration
         gpus = {part.pool_id: part.gpus for part in sold.parts}
         if job.job_id in self.kept:

@@ -93,8 +93,8 @@ def solve(
         status=status,
         columns=relaxed.columns,
         lp_rounds=relaxed.iterations,
-        repair_columns=funded.effort.crossing_columns + funded.effort.finish_columns,
-        repair_nodes=funded.effort.crossing_nodes + funded.effort.finish_nodes,
+        repair_columns=funded.effort.columns,
+        repair_nodes=funded.effort.nodes,
         prices_settled=relaxed.optimal,
         seconds=seconds,
     )

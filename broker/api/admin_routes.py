@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Annotated, Final
 
@@ -17,7 +18,7 @@ from broker import ledger
 from broker.api.answers import answers
 from broker.api.context import the_actor, the_market
 from broker.api.documents import EventPage, event_document
-from broker.api.idempotency import IdempotencyHeader, once
+from broker.api.idempotency import IdempotencyHeader, Once, once
 from broker.api.market_routes import RoundPath
 from broker.api.pages import PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
@@ -31,13 +32,14 @@ from broker.identity.join import invite_site
 from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, change_password, create_user, disable_user
 from broker.identity.tokens import LIFE_S_MAX, Scope, TokenKind, create_token, revoke_token, tokens_of
 from broker.invoices import statement
+from broker.market import Market
 from broker.payment_rules import payment_rule, set_payment_rule
 from broker.queries.accounts import list_accounts
 from broker.queries.market import find_certificate, find_round
 from broker.queries.money import list_tenants
 from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
-from broker.tenants import create_tenant, deposit
+from broker.tenants import add_equity, create_tenant, deposit
 from pricing.payments import PaymentRule
 from training.spec import BUDGET_MICROS_MAX, SiteId
 
@@ -162,17 +164,37 @@ def post_deposit(path: TenantPath, header: IdempotencyHeader, body: Deposit) -> 
     key = once(market, "admin")
     actor = the_actor()
 
-    def effect() -> Response:
-        def work(session: Session) -> str:
-            transfer_id = market.ids.new("deposit")
-            balance = deposit(session, market, path.tenant_id, body.amount_micros, transfer_id, actor=actor)
-            text = json.dumps({"tenant_id": path.tenant_id, "balance_micros": balance})
-            key.record(session, HTTPStatus.OK, text)
-            return text
+    def work(session: Session) -> dict[str, object]:
+        transfer_id = market.ids.new("deposit")
+        balance = deposit(session, market, path.tenant_id, body.amount_micros, transfer_id, actor=actor)
+        return {"tenant_id": path.tenant_id, "balance_micros": balance}
 
-        return Response(market.database.write("deposit", work), content_type="application/json")
+    return key.run(lambda: _given(market, key, work))
 
-    return key.run(effect)
+
+@api.post("/equity", responses=answers())
+def post_equity(header: IdempotencyHeader, body: Deposit) -> Response:  # noqa: ARG001  the header is for the documentation
+    """Give the market money of its own for uplift, once for each idempotency key."""
+    market = the_market()
+    key = once(market, "admin")
+    actor = the_actor()
+
+    def work(session: Session) -> dict[str, object]:
+        transfer_id = market.ids.new("equity")
+        return {"balance_micros": add_equity(session, market, body.amount_micros, transfer_id, actor=actor)}
+
+    return key.run(lambda: _given(market, key, work))
+
+
+def _given(market: Market, key: Once, work: Callable[[Session], dict[str, object]]) -> Response:
+    """Move money and keep the answer under the key, in one transaction."""
+
+    def effect(session: Session) -> str:
+        text = json.dumps(work(session))
+        key.record(session, HTTPStatus.OK, text)
+        return text
+
+    return Response(market.database.write("deposit", effect), content_type="application/json")
 
 
 @api.post("/tenants/<string:tenant_id>/tokens", responses=answers(None, 201))
@@ -207,7 +229,7 @@ def post_revoke(path: TokenPath) -> Response:
 @api.post("/users", responses=answers(None, 201))
 def post_user(body: NewUser) -> Response:
     """Give a person an account for the portal."""
-    user = create_user(the_market(), body.login, body.password, body.role, body.tenant_id)
+    user = create_user(the_market(), body.login, body.password, body.role, body.tenant_id, actor=the_actor())
     return json_answer(
         {"user_id": user.user_id, "login": user.login, "role": user.role, "tenant_id": user.tenant_id},
         HTTPStatus.CREATED,
@@ -238,14 +260,14 @@ def get_users(query: PageQuery) -> Response:
 @api.post("/users/<string:login>/password", responses=answers())
 def post_password(path: UserPath, body: NewPassword) -> Response:
     """Set a person's password; all of their sessions end."""
-    change_password(the_market(), path.login, body.password)
+    change_password(the_market(), path.login, body.password, actor=the_actor())
     return json_answer({"login": path.login, "changed": True})
 
 
 @api.post("/users/<string:login>/close", responses=answers())
 def post_close(path: UserPath) -> Response:
     """Close a person's account for good."""
-    disable_user(the_market(), path.login)
+    disable_user(the_market(), path.login, actor=the_actor())
     return json_answer({"login": path.login, "closed": True})
 
 
@@ -253,7 +275,7 @@ def post_close(path: UserPath) -> Response:
 def post_invitation(body: Invitation) -> Response:
     """Invite a site; the join string in this answer works once."""
     market = the_market()
-    join_string = invite_site(market, body.site_id)
+    join_string = invite_site(market, body.site_id, actor=the_actor())
     expires_ms = market.clock.now_ms() + JOIN_LIFE_S * 1000
     return json_answer(
         {"site_id": body.site_id, "join_string": join_string, "expires_ms": expires_ms}, HTTPStatus.CREATED
@@ -287,7 +309,7 @@ def get_statement(path: SitePath, query: PageQuery) -> Response:
 @api.post("/sites/<string:site_id>/remove", responses=answers())
 def post_remove(path: SitePath) -> Response:
     """Take a site out of the market for good."""
-    remove_site(the_market(), path.site_id)
+    remove_site(the_market(), path.site_id, actor=the_actor())
     return json_answer({"site_id": path.site_id, "state": "removed"})
 
 

@@ -84,6 +84,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("POST", "/v1/admin/tenants"): _ADMIN,
     ("GET", "/v1/admin/tenants"): _ADMIN_READ,
     ("POST", "/v1/admin/tenants/<string:tenant_id>/deposit"): _ADMIN,
+    ("POST", "/v1/admin/equity"): _ADMIN,
     ("POST", "/v1/admin/tenants/<string:tenant_id>/tokens"): _ADMIN,
     ("GET", "/v1/admin/tenants/<string:tenant_id>/tokens"): _ADMIN_READ,
     ("POST", "/v1/admin/tokens/<string:token_id>/revoke"): _ADMIN,

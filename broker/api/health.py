@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from http import HTTPStatus
+from typing import Final
 
 import structlog
 from flask import Blueprint, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from broker.allocation.clearing import Certificate
 from broker.api.context import the_market
 from broker.api.problems import json_answer
-from broker.database.tables import Job, Lease, MarketState, Round, Site
+from broker.database.tables import Account, Job, Lease, MarketState, Round, Site
+from broker.market import Market
+from pricing.money import MICROS_PER_CREDIT
+
+# prometheus_client's own name for the folder that worker processes share.
+MULTIPROCESS_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 blueprint = Blueprint("health", __name__)
-registry = CollectorRegistry()
-REQUESTS = Counter("hansa_requests", "Requests answered", ["route", "method", "status"], registry=registry)
-LATENCY = Histogram(
+# With several worker processes prometheus_client keeps these in files that all of them read (`PROMETHEUS_MULTIPROC_DIR`,
+# which `hansa broker serve` sets): the figures are then of the whole API, whichever worker is asked.
+_OWN: Final = CollectorRegistry()
+REQUESTS: Final = Counter("hansa_requests", "Requests answered", ["route", "method", "status"], registry=_OWN)
+LATENCY: Final = Histogram(
     "hansa_request_seconds",
     "Time to answer a request",
     ["route"],
     buckets=(0.005, 0.02, 0.1, 0.5, 2, 10),
-    registry=registry,
+    registry=_OWN,
 )
-JOBS = Gauge("hansa_jobs", "Jobs by state", ["state"], registry=registry)
-SITES = Gauge("hansa_sites", "Sites by state", ["state"], registry=registry)
-LEASES = Gauge("hansa_leases", "Leases by state", ["state"], registry=registry)
-ROUND_AGE = Gauge("hansa_round_age_seconds", "Age of the last committed round", registry=registry)
-BACKLOG = Gauge("hansa_changes_uncleared", "Changes that no round has seen yet", registry=registry)
 _log = structlog.get_logger(__name__)
 
 
@@ -58,18 +67,65 @@ def get_health() -> Response:
 def get_figures() -> Response:
     """Send the figures in Prometheus' text format."""
     market = the_market()
+    state = _MarketFigures(market.database.read(lambda session: _market_figures(session, market)))
+    registry = CollectorRegistry()
+    registry.register(state)
+    requests = _OWN
+    if MULTIPROCESS_FOLDER in os.environ:
+        requests = CollectorRegistry()
+        MultiProcessCollector(requests)  # type: ignore[no-untyped-call]  # prometheus_client leaves it out
+    text = generate_latest(requests) + generate_latest(registry)
+    return Response(text, content_type=CONTENT_TYPE_LATEST)
 
-    def work(session: Session) -> None:
-        for gauge, table in ((JOBS, Job), (SITES, Site), (LEASES, Lease)):
-            gauge.clear()
-            for state, count in session.execute(select(table.state, func.count()).group_by(table.state)):
-                gauge.labels(state=state).set(count)
-        newest, waiting = _round_and_backlog(session)
-        ROUND_AGE.set(-1 if newest is None else max(0, market.clock.now_ms() - newest.committed_ms) / 1000)
-        BACKLOG.set(waiting)
 
-    market.database.read(work)
-    return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
+class _MarketFigures(Collector):
+    """What the database says at this scrape: the same from every worker, so kept by none."""
+
+    def __init__(self, families: list[GaugeMetricFamily]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        return self._families
+
+
+def _market_figures(session: Session, market: Market) -> list[GaugeMetricFamily]:
+    families = []
+    tables: tuple[tuple[str, type[Job | Site | Lease]], ...] = (("jobs", Job), ("sites", Site), ("leases", Lease))
+    for name, table in tables:
+        family = GaugeMetricFamily(f"hansa_{name}", f"{name.capitalize()} by state", labels=["state"])
+        for state, count in session.execute(select(table.state, func.count()).group_by(table.state)):
+            family.add_metric([state], count)
+        families.append(family)
+    newest, waiting = _round_and_backlog(session)
+    age_s = -1 if newest is None else max(0, market.clock.now_ms() - newest.committed_ms) / 1000
+    families.append(GaugeMetricFamily("hansa_round_age_seconds", "Age of the last committed round", value=age_s))
+    families.append(GaugeMetricFamily("hansa_changes_uncleared", "Changes that no round has seen yet", value=waiting))
+    kept = session.get(MarketState, 1)
+    frozen = kept is not None and kept.frozen_ms is not None
+    families.append(GaugeMetricFamily("hansa_frozen", "1 while an admin holds all rounds", value=int(frozen)))
+    return families + _round_figures(newest) + _money_figures(session)
+
+
+def _round_figures(newest: Round | None) -> list[GaugeMetricFamily]:
+    if newest is None:
+        return []
+    proved = Certificate.model_validate_json(newest.certificate)
+    rows = (
+        ("number", "Number of the last round", newest.round_number),
+        ("solve_seconds", "Time to clear the last round", newest.solve_s),
+        ("placements", "Placements of the last round", newest.placements_made),
+        ("welfare_credits_per_hour", "Worth of the last round", proved.welfare_micros_per_hour / MICROS_PER_CREDIT),
+        ("gap_credits_per_hour", "Bound less worth of the last round", proved.gap_micros_per_hour / MICROS_PER_CREDIT),
+        ("uplift_credits_per_hour", "Uplift of the last round", proved.uplift_micros_per_hour / MICROS_PER_CREDIT),
+    )
+    return [GaugeMetricFamily(f"hansa_round_{name}", text, value=value) for name, text, value in rows]
+
+
+def _money_figures(session: Session) -> list[GaugeMetricFamily]:
+    family = GaugeMetricFamily("hansa_ledger_credits", "Balances by kind of account; together nought", labels=["kind"])
+    for kind, micros in session.execute(select(Account.kind, func.sum(Account.balance_micros)).group_by(Account.kind)):
+        family.add_metric([kind], int(micros) / MICROS_PER_CREDIT)
+    return [family]
 
 
 def _round_and_backlog(session: Session) -> tuple[Round | None, int]:

@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field, StringConstraints
 from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
-from broker.allocation.quote import QuoteRow
 from broker.api.answers import answers
+from broker.api.chunks import OFFSET_MAX, ChunkQuery, artifact_state
 from broker.api.context import the_market, the_tenant_id
 from broker.api.documents import (
     ArtifactDocument,
@@ -31,14 +31,12 @@ from broker.api.downloads import send_artifact
 from broker.api.idempotency import IdempotencyHeader, once
 from broker.api.pages import CURSOR_LENGTH_MAX, PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
-from broker.api.site_routes import OFFSET_MAX, artifact_state
 from broker.cancel import request_cancel
 from broker.database.tables import Event, Job, Lease
-from broker.freeze import require_open
 from broker.invoices import invoice
 from broker.market import Market
 from broker.queries.jobs import ArtifactRow, artifact_digest, job_row, list_artifacts
-from broker.quote import quote_job
+from broker.quote import QuotedRow, quote_job
 from broker.streams import streams_of
 from broker.submit import submit_job
 from broker.transitions import JobState
@@ -85,13 +83,6 @@ class WorkdirQuery(BaseModel):
     """The size of the whole, as far as it is known."""
 
     size: int = Field(default=0, ge=0, le=OFFSET_MAX)
-
-
-class ChunkQuery(BaseModel):
-    """Where the chunk in the body begins, and how large the whole is."""
-
-    offset: int = Field(ge=0, le=OFFSET_MAX)
-    size: int = Field(ge=0, le=OFFSET_MAX)
 
 
 class JobsQuery(PageQuery):
@@ -168,7 +159,7 @@ def put_workdir(path: WorkdirPath, query: ChunkQuery) -> Response:
 @api.post("/quote", responses=answers())
 def post_quote(body: JobSpec) -> Response:
     """Say what the job could get at the last prices, without any effect."""
-    rows = quote_job(the_market(), body)
+    rows = quote_job(the_market(), body, the_tenant_id())
     return json_answer({"items": [_quote_row(row) for row in rows]})
 
 
@@ -177,7 +168,6 @@ def post_job(header: IdempotencyHeader, body: JobSpec) -> Response:  # noqa: ARG
     """Submit a job: its budget is held and it waits for the next round."""
     market, tenant_id = the_market(), the_tenant_id()
     key = once(market, f"tenant/{tenant_id}")
-    market.database.read(require_open)
 
     def effect() -> Response:
         kept: list[str] = []
@@ -361,7 +351,7 @@ def _read_metrics(market: Market, lease: Lease, offset: int, items: list[dict[st
     return offset
 
 
-def _quote_row(row: QuoteRow) -> dict[str, object]:
+def _quote_row(row: QuotedRow) -> dict[str, object]:
     return {
         **asdict(row),
         "configuration": row.configuration.model_dump(mode="json"),

@@ -13,10 +13,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.api.answers import answers
+from broker.api.chunks import OFFSET_MAX
 from broker.api.context import the_market, the_principal, the_tenant_id
 from broker.api.pages import CURSOR_LENGTH_MAX, PAGE_ROWS_MAX, PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
-from broker.api.site_routes import OFFSET_MAX
 from broker.database.tables import Job, MarketState, Placement, Pool, Round, Site
 from broker.identity.tokens import TokenKind
 from broker.queries.market import RoundRow, find_certificate, find_round, list_rounds, round_row

@@ -14,11 +14,12 @@ from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from broker.api.chunks import OFFSET_MAX, ChunkQuery, artifact_state
 from broker.api.context import the_market, the_site_request
 from broker.api.downloads import send_artifact
 from broker.api.errors import MalformedRequestError, MediaTypeError, RouteError
 from broker.api.problems import invalid, json_answer
-from broker.artifacts import ArtifactMissingError, Progress
+from broker.artifacts import ArtifactMissingError
 from broker.database.tables import JobArtifact, Lease, LeasedGpu
 from broker.enrol import enrol
 from broker.errors import NotFoundError, StaleEpochError
@@ -27,23 +28,13 @@ from broker.identity.site_requests import spend_sequence
 from broker.market import Market
 from broker.streams import STREAM_NAMES, streams_of
 from broker.transitions import LeaseState
-from broker.uploads import Upload, take_chunk
-from sites.protocol import ROUTE_PREFIX, ArtifactState, Enrolment, Heartbeat
+from broker.uploads import site_upload, take_chunk
+from sites.protocol import ROUTE_PREFIX, Enrolment, Heartbeat
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-OFFSET_MAX: Final = 2**62
-
-__all__ = ["OFFSET_MAX", "artifact_state", "blueprint", "streams_of"]
 
 blueprint = Blueprint("site", __name__, url_prefix=ROUTE_PREFIX)
 M = TypeVar("M", bound=BaseModel)
-
-
-class ChunkQuery(BaseModel):
-    """Where a chunk of an artifact begins, and how large the whole is."""
-
-    offset: int = Field(ge=0, le=OFFSET_MAX)
-    size: int = Field(ge=0, le=OFFSET_MAX)
 
 
 class StreamQuery(BaseModel):
@@ -95,7 +86,7 @@ def put_artifact(digest: str) -> Response:
     site_id = the_site_request().site_id
     if not market.database.read(lambda session: _holds_any_lease(session, site_id)):
         raise NotFoundError("this site holds no lease, so there is no job that the artifact could be of")
-    upload = Upload(digest, f"site-{site_id}", query.offset, query.size, market.settings.artifact_bytes_max)
+    upload = site_upload(market, site_id, digest, offset=query.offset, size_bytes=query.size)
     progress = take_chunk(market, upload, request.get_data())
     return json_answer(artifact_state(digest, query.size, progress))
 
@@ -118,13 +109,6 @@ def post_stream(lease_id: str, epoch: int, name: str) -> Response:
 
     market.database.write("stream", work)
     return json_answer(streams_of(market).append(lease_id, name, query.offset, request.get_data()))
-
-
-def artifact_state(digest: str, size_bytes: int, progress: Progress) -> ArtifactState:
-    """Return what an uploader is told."""
-    return ArtifactState(
-        digest=digest, size_bytes=size_bytes, held_bytes=progress.held_bytes, complete=progress.complete
-    )
 
 
 def _spend(market: Market) -> None:

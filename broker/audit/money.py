@@ -31,6 +31,8 @@ _ROUTES: Final = frozenset(
         (TransferKind.POST, AccountKind.HELD, AccountKind.SITE),
         (TransferKind.POST, AccountKind.HELD, AccountKind.FEES),
         (TransferKind.UPLIFT, AccountKind.EQUITY, AccountKind.SITE),
+        (TransferKind.REFUND, AccountKind.SITE, AccountKind.TENANT),
+        (TransferKind.COMPENSATE, AccountKind.EQUITY, AccountKind.TENANT),
     }
 )
 
@@ -128,12 +130,13 @@ def check_terms_trace(session: Session) -> Iterator[Finding]:
     published: dict[int, dict[str, int]] = {}
     terms = select(Term, Placement.lane).join(Placement, Placement.placement_id == Term.placement_id)
     for term, lane in session.execute(terms.where(Term.round_number.is_not(None))):
-        if term.round_number not in published:
-            published[term.round_number] = json.loads(session.get_one(Round, term.round_number).prices)
+        number = term.round_number or 0
+        if number not in published:
+            published[number] = json.loads(session.get_one(Round, number).prices)
         for row in Award.model_validate_json(term.award).pools:
-            price = published[term.round_number].get(row.pool_id)
+            price = published[number].get(row.pool_id)
             sold = row.price_micros_per_gpu_hour
-            if price is None or (sold != price and (lane != "instant" or sold < price)):
+            if price is None or (sold != price and (lane != "instant" or term.number > 1 or sold < price)):
                 name = f"{term.placement_id} term {term.number}"
                 yield Finding(11, name, f"{row.pool_id} is sold at {sold}, round {term.round_number} says {price}")
 
@@ -163,9 +166,18 @@ def check_usage_money(session: Session) -> Iterator[Finding]:
     stray = select(Transfer.transfer_id, Transfer.credit_account, Lease.site_id).join(
         Lease, Lease.lease_id == Transfer.lease_id
     )
-    for transfer_id, credited, site_id in session.execute(stray.where(Transfer.credit_account != FEES)):
+    paid = stray.where(Transfer.credit_account != FEES, Transfer.kind != TransferKind.REFUND)
+    for transfer_id, credited, site_id in session.execute(paid):
         if credited != site_account(site_id):
             yield Finding(14, transfer_id, f"usage at {site_id} was paid to {credited}")
+    refunds = select(Transfer, Lease.site_id).join(Lease, Lease.lease_id == Transfer.lease_id)
+    for transfer, site_id in session.execute(refunds.where(Transfer.kind == TransferKind.REFUND)):
+        charge, _, fee = charged.get(transfer.lease_id or "", [0, 0, 0])
+        if transfer.debit_account != site_account(site_id) or transfer.amount_micros > charge - fee:
+            detail = (
+                f"{transfer.debit_account} gave back {transfer.amount_micros} of {charge - fee} earned at {site_id}"
+            )
+            yield Finding(14, transfer.transfer_id, detail)
 
 
 def check_reservations(session: Session) -> Iterator[Finding]:

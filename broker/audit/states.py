@@ -11,8 +11,7 @@ from sqlalchemy.orm import Session
 
 from broker.audit.finding import Finding
 from broker.database.tables import Event, Job, JobArtifact, Lease, LeasedGpu, Placement, Site, UsageReport, ViewChange
-from broker.metering import EXPIRED_CAUSE
-from broker.transitions import LEGAL, LeaseState, PlacementState
+from broker.transitions import LEGAL, EndCause, LeaseState, PlacementState
 
 Step = tuple[str, str]
 
@@ -91,7 +90,7 @@ def _check_usage_of(lease: Lease, reports: Sequence[UsageReport]) -> Iterator[Fi
             yield Finding(6, name, f"it was taken for epoch {report.epoch}, the lease has {lease.epoch}")
         if lease.active_ms is None:
             yield Finding(6, name, "it was taken for a lease that never was active")
-        elif lease.end_cause == EXPIRED_CAUSE and report.received_ms > (lease.ended_ms or 0):
+        elif lease.end_cause == EndCause.EXPIRED and report.received_ms > (lease.ended_ms or 0):
             yield Finding(6, name, f"it was taken at {report.received_ms}, the lease expired at {lease.ended_ms}")
 
 

@@ -1,7 +1,7 @@
 """`hansa admin …`: what the market's admins do, over the public API with an admin's token.
 
-Only `init` works on the broker's own home: it makes the market's keys and tables and the first admin token, before
-there is a token to call the API with.
+Only `init`, `backup` and `restore` work on the broker's own home: the first makes the market's keys and tables and
+the first admin token, before there is a token to call the API with; the others need every key and file of it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from broker.cli import admin_rounds, config
+from broker.cli import admin_rounds, backup_commands, config
 from broker.cli.errors import CliError, UsageError
-from broker.cli.output import MICROS_PER_CREDIT, JsonOption, credits_text, print_json, print_table, time_text
+from broker.cli.output import JsonOption, credits_text, print_json, print_table, time_text
+from pricing.money import MILLISECONDS_PER_HOUR
 
 if TYPE_CHECKING:
     from broker.cli.client import BrokerClient
@@ -29,11 +30,10 @@ site_app = typer.Typer(help="Sites of the federation.", no_args_is_help=True, ri
 for name, sub in (("tenant", tenant_app), ("user", user_app), ("site", site_app)):
     app.add_typer(sub, name=name)
 admin_rounds.register(app)
+backup_commands.register(app)
 
 FIRST_TOKEN_LIFE_S: Final = 30 * 86_400
 SECONDS_PER_DAY: Final = 86_400
-MILLISECONDS_PER_HOUR: Final = 3_600_000
-CREDITS_MAX: Final = 1_000_000_000
 
 TenantId = Annotated[str, typer.Argument(metavar="TENANT")]
 SiteId = Annotated[str, typer.Argument(metavar="SITE")]
@@ -47,9 +47,8 @@ CursorOption = Annotated[str | None, typer.Option(help="where the page before en
 @app.command()
 def init(
     label: Annotated[str, typer.Option(help="what the token is for")] = "first admin",
-    equity: Annotated[
-        float, typer.Option(help="credits that the market may spend on uplift", min=0, max=CREDITS_MAX)
-    ] = 0,
+    equity: Annotated[str, typer.Option(help="credits that the market may spend on uplift")] = "0",
+    another: Annotated[bool, typer.Option("--another", help="make one more admin token though there is one")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make the market's keys and tables (HANSA_HOME) and print an admin token; on the broker's host only."""
@@ -57,11 +56,18 @@ def init(
     from broker.identity.tokens import TokenKind, create_token
     from broker.settings import Settings
 
+    equity_micros = 0 if equity == "0" else _micros(equity)
     settings = Settings()
     market = open_market(settings)
+    if not another and _has_admin_token(market):
+        market.database.close()
+        raise UsageError(
+            f"the market in {settings.home.resolve()} has an admin token already",
+            next_step="use that one; where it is lost, add --another. Equity: hansa admin equity CREDITS",
+        )
     token = create_token(market, TokenKind.ADMIN, life_s=FIRST_TOKEN_LIFE_S, label=label)
-    if equity:
-        _fund_equity(market, round(equity * MICROS_PER_CREDIT))
+    if equity_micros:
+        _fund_equity(market, equity_micros)
     ca = settings.home.resolve() / "ca.pem"
     ca.write_text(market.authority.ca_pem)
     market.database.close()
@@ -71,6 +77,21 @@ def init(
     typer.echo(f"token    {token.text}   (shown once; until {time_text(token.expires_ms)})")
     typer.echo(f"ca       {ca}")
     typer.echo(f"next     hansa config set --url {settings.public_url} --ca {ca} --token …")
+
+
+@app.command("equity")
+def add_equity(
+    amount: Annotated[str, typer.Argument(metavar="CREDITS", help="with up to six decimals")],
+    key: Annotated[str | None, typer.Option(help="idempotency key: the same key never gives twice")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the market credits of its own, from which uplift is paid."""
+    with _client() as client:
+        document = client.admin_post("/equity", {"amount_micros": _micros(amount)}, key)
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(f"the market has {credits_text(document['balance_micros'])} credits of its own")
 
 
 @app.command()
@@ -203,15 +224,8 @@ def deposit(
     as_json: JsonOption = False,
 ) -> None:
     """Give a tenant credits."""
-    from pricing.errors import PricingError
-    from pricing.money import parse_credits
-
-    try:
-        amount_micros = parse_credits(amount)
-    except PricingError as error:
-        raise UsageError(str(error)) from None
     with _client() as client:
-        document = client.admin_post(f"/tenants/{tenant_id}/deposit", {"amount_micros": amount_micros}, key)
+        document = client.admin_post(f"/tenants/{tenant_id}/deposit", {"amount_micros": _micros(amount)}, key)
     if as_json:
         print_json(document)
     else:
@@ -241,7 +255,7 @@ def token(
 @user_app.command("create")
 def create_user(
     login: Login,
-    role: Annotated[str, typer.Option(help="tenant, operator or admin")] = "tenant",
+    role: Annotated[str, typer.Option(help="tenant or admin")] = "tenant",
     tenant: Annotated[str | None, typer.Option(help="whose jobs they see")] = None,
     password_file: PasswordFile = None,
     as_json: JsonOption = False,
@@ -397,12 +411,31 @@ def _act(path: str, body: dict[str, Any], done: str, *, as_json: bool) -> None:
         typer.echo(done)
 
 
-def _fund_equity(market: Market, amount_micros: int) -> None:
-    from broker import ledger as books
+def _micros(amount: str) -> int:
+    from pricing.errors import PricingError
+    from pricing.money import parse_credits
 
-    now_ms = market.clock.now_ms()
-    transfer_id = market.ids.new("equity")
+    try:
+        return parse_credits(amount)
+    except PricingError as error:
+        raise UsageError(str(error)) from None
+
+
+def _has_admin_token(market: Market) -> bool:
+    from sqlalchemy import select
+
+    from broker.database.tables import Token
+    from broker.identity.tokens import TokenKind
+
+    living = select(Token.token_id).where(
+        Token.kind == TokenKind.ADMIN, Token.revoked_ms.is_(None), Token.expires_ms > market.clock.now_ms()
+    )
+    return market.database.read(lambda session: session.scalar(living.limit(1))) is not None
+
+
+def _fund_equity(market: Market, amount_micros: int) -> None:
+    from broker.tenants import add_equity as give
+
     market.database.write(
-        "fund equity",
-        lambda session: books.fund_equity(session, amount_micros, transfer_id, now_ms, memo="by its admin"),
+        "fund equity", lambda session: give(session, market, amount_micros, market.ids.new("equity"), actor="init")
     )

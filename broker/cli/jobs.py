@@ -21,6 +21,7 @@ from broker.cli.output import (
     print_table,
     time_text,
 )
+from pricing.money import MILLISECONDS_PER_HOUR
 
 if TYPE_CHECKING:
     from broker.cli.client import BrokerClient
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 JOBS_SHOWN: Final = 50
 EVENTS_SHOWN: Final = 200
 SHARE: Final = 100
-MILLISECONDS_PER_HOUR: Final = 3_600_000
 
 JobFile = Annotated[Path, typer.Argument(help="the job as YAML", metavar="JOB.yaml")]
 JobId = Annotated[str, typer.Argument(help="the job's id, as `hansa status` shows it", metavar="JOB")]
@@ -64,9 +64,12 @@ def submit(
 
 
 def quote(job_file: JobFile, as_json: JsonOption = False) -> None:
-    """Show what a job could get at the last prices, without any effect."""
+    """Show what a job could get at the last prices, without any effect: its workdir stays here."""
+    from broker.cli.job_document import read_job
+
+    spec = read_job(job_file).spec
     with _client() as client:
-        document = client.quote(_spec(client, job_file))
+        document = client.quote(spec)
     if as_json:
         print_json(document)
     else:
@@ -186,15 +189,29 @@ def _spec(client: BrokerClient, path: Path) -> dict[str, Any]:
 def _print_quote(document: dict[str, Any]) -> None:
     rows = document["items"]
     print_table(
-        ("where", ">GPUs", ">samples/s", ">done in", ">credits/h", ">credits in all", "could win"),
+        (
+            "where",
+            ">GPUs",
+            ">samples/s",
+            ">90 % of runs",
+            ">done in",
+            ">credits/h",
+            ">credits in all",
+            ">in time",
+            ">bid/million",
+            "could win",
+        ),
         [
             (
                 where_text(row["configuration"]),
                 sum(part["gpus"] for part in row["configuration"]["parts"]),
                 f"{row['samples_per_s']:.0f}",
+                f"{row['samples_per_s_low']:.0f} to {row['samples_per_s_high']:.0f}",
                 duration_text(row["hours_to_finish"] * 3600),
                 credits_text(row["price_micros_per_hour"], 4),
                 credits_text(row["total_micros"], 4),
+                "-" if row["deadline_probability"] is None else f"{row['deadline_probability']:.0%}",
+                credits_text(row["recommended_bid_micros_per_million_samples"], 4),
                 "yes" if row["reason"] is None else f"no: {row['reason']}",
             )
             for row in rows
@@ -245,11 +262,12 @@ def _print_job(job: dict[str, Any]) -> None:
 def print_invoice(document: dict[str, Any]) -> None:
     """Print an invoice as a table."""
     print_table(
-        ("site", "GPUs", ">credits/GPU-h", ">GPU-hours", ">GPUs", ">links", ">discount", ">charge"),
+        ("site", "GPUs", ">round", ">credits/GPU-h", ">GPU-hours", ">GPUs", ">links", ">discount", ">charge"),
         [
             (
                 row["site_id"],
                 f"{row['gpus']}x{row['gpu_type']}",
+                "-" if row["round_number"] is None else row["round_number"],
                 credits_text(row["price_micros_per_gpu_hour"]),
                 f"{row['gpu_milliseconds'] / MILLISECONDS_PER_HOUR:.4f}",
                 credits_text(row["gpu_micros"]),
@@ -266,6 +284,9 @@ def print_invoice(document: dict[str, Any]) -> None:
         f"held {credits_text(document['hold_micros'])}, charged {credits_text(document['posted_micros'])}, "
         f"returned {credits_text(document['voided_micros'])} credits"
     )
+    for row in document["amends"]:
+        kind = "refunded" if row["kind"] == "refund" else "compensated"
+        typer.echo(f"{kind} {credits_text(row['amount_micros'])} credits: {row['reason']}")
 
 
 def where_text(placement: dict[str, Any]) -> str:

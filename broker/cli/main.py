@@ -26,7 +26,9 @@ class _Root(LazyGroup):
         "admin": ("broker.cli.admin", "For the market's admins: tenants, sites, rounds, audit."),
         "site": ("sites.site_cli", "For operators of a datacenter: join, run and look after a site."),
         "broker": ("broker.cli.processes", "The processes of a broker, each in the foreground."),
+        "throughput": ("broker.cli.throughput", "Step times: fit a model to measurements, ask it, score it."),
         "backtest": ("broker.cli.backtest", "Replay a trace of jobs: what a federation would have been worth."),
+        "lab": ("broker.cli.lab", "Compare synchronisation strategies on this machine, without a market."),
         "demo": ("broker.demo.command", "Run a whole market on this machine and train real jobs in it."),
     }
 

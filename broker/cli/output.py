@@ -13,9 +13,10 @@ from typing import Annotated, Final
 
 import typer
 
+from pricing.money import MICROS_PER_CREDIT
+
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 
-MICROS_PER_CREDIT: Final = 1_000_000
 WIDTH_PIPED: Final = 200
 _KIB: Final = 1024
 # unit, its length, and from where on the next one reads better

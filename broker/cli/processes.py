@@ -14,7 +14,9 @@ from __future__ import annotations
 import enum
 import ipaddress
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -37,6 +39,8 @@ BACKLOG: Final = 512
 # One request may carry a chunk of an artifact; gunicorn bounds only what it parses itself.
 REQUEST_LINE_BYTES_MAX: Final = 4094
 KEEPALIVE_S: Final = 5
+# prometheus_client's own name, as in `broker.api.health`, which is imported by the workers alone.
+FIGURES_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Queue(enum.StrEnum):
@@ -85,7 +89,7 @@ def serve(
         certificate = market.authority.server_certificate(names)
         options |= {"certfile": str(certificate.certificate_path), "keyfile": str(certificate.key_path)}
     market.database.close()
-    _serve_with_gunicorn(options)
+    _serve_with_gunicorn(options | _shared_figures())
 
 
 @app.command()
@@ -175,6 +179,18 @@ def _die_with_master(_arbiter: object, worker: Any) -> None:  # noqa: ANN401  gu
 
     if not die_with_parent(worker.ppid, signal.SIGKILL):
         os._exit(0)
+
+
+def _shared_figures() -> dict[str, Any]:
+    """Give the workers a folder for the figures that they count together, and return gunicorn's option to remove it.
+
+    Set before a worker imports prometheus_client, which looks for it then.
+    """
+    if FIGURES_FOLDER in os.environ:
+        return {}
+    folder = tempfile.mkdtemp(prefix="hansa-figures-")
+    os.environ[FIGURES_FOLDER] = folder
+    return {"on_exit": lambda _arbiter: shutil.rmtree(folder, ignore_errors=True)}
 
 
 def _serve_with_gunicorn(options: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ SQLITE_BUSY_TIMEOUT_S: Final = 20.0
 SERIALIZATION_RETRIES_MAX: Final = 160
 # PostgreSQL's codes for a transaction that must be run again: serialization failure, deadlock.
 _RETRY_SQLSTATES: Final = frozenset({"40001", "40P01"})
+_VALUE_SQLSTATE_CLASSES: Final = frozenset({"22", "23"})
 
 # The first wait is about as long as a write takes; all together are twenty seconds on average.
 BACKOFF_S: Final = 0.004
@@ -103,6 +104,17 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def refuses_the_values(error: DBAPIError) -> bool:
+    """Say whether a statement failed for what it was to write: the same would fail again, another would not."""
+    if error.connection_invalidated:
+        return False
+    # pg8000 gives the server's answer as a mapping; SQLSTATE classes 22 and 23 are data and constraints.
+    answer = error.orig.args[0] if error.orig is not None and error.orig.args else None
+    if isinstance(answer, dict):
+        return str(answer.get("C", ""))[:2] in _VALUE_SQLSTATE_CLASSES
+    return isinstance(error.orig, sqlite3.IntegrityError | sqlite3.DataError)
 
 
 def _sqlite_engine(url: str) -> Engine:

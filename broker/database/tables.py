@@ -37,7 +37,7 @@ class Tenant(Table):
 
 
 class User(Table):
-    """A person who signs in to the portal. `role` is tenant, operator or admin."""
+    """A person who signs in to the portal. `role` is tenant or admin."""
 
     __tablename__ = "users"
     user_id: Mapped[str] = mapped_column(primary_key=True)
@@ -304,6 +304,8 @@ class Lease(Table):
     phase: Mapped[str] = mapped_column(default="")
     attempt: Mapped[str] = mapped_column(Text, default="")
     active_ms: Mapped[int | None]
+    active_monotonic_ms: Mapped[int | None]
+    active_era: Mapped[str | None]
     usage_sequence: Mapped[int] = mapped_column(default=0)
     usage_until_ms: Mapped[int | None]
     delivered_gpu_milliseconds: Mapped[int] = mapped_column(default=0)
@@ -311,6 +313,8 @@ class Lease(Table):
     egress_bytes: Mapped[int] = mapped_column(default=0)
     egress: Mapped[str | None] = mapped_column(Text)
     ended_ms: Mapped[int | None]
+    ended_monotonic_ms: Mapped[int | None]
+    ended_era: Mapped[str | None]
     end_cause: Mapped[str] = mapped_column(default="")
     __table_args__ = (Index("one_lease_per_site_and_placement", "placement_id", "site_id", unique=True),)
 
@@ -422,7 +426,7 @@ class Round(Table):
 
 
 class MarketState(Table):
-    """One row: what the market as a whole remembers. `changes` rises with whatever a round should see."""
+    """One row: what the market remembers. `changes` rises with whatever a round should see, `…_swept_to` with sweeps."""
 
     __tablename__ = "market_state"
     one: Mapped[int] = mapped_column(primary_key=True)
@@ -431,6 +435,8 @@ class MarketState(Table):
     frozen_ms: Mapped[int | None]
     seed: Mapped[int] = mapped_column(default=0)
     payment_rule: Mapped[str] = mapped_column(default="uniform", server_default="uniform")
+    documents_swept_to: Mapped[int] = mapped_column(default=0, server_default="0")
+    streams_swept_to: Mapped[int] = mapped_column(default=0, server_default="0")
 
 
 class Event(Table):
@@ -460,15 +466,6 @@ class Artifact(Table):
     complete: Mapped[bool] = mapped_column(Boolean)
     created_ms: Mapped[int]
     expires_ms: Mapped[int | None]
-
-
-class WorkdirUpload(Table):
-    """A workdir that a tenant has brought itself: only by that may its jobs name the digest."""
-
-    __tablename__ = "workdir_uploads"
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), primary_key=True)
-    digest: Mapped[str] = mapped_column(ForeignKey("artifacts.digest"), primary_key=True)
-    created_ms: Mapped[int]
 
 
 class JobArtifact(Table):

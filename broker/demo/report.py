@@ -17,9 +17,9 @@ from broker.cli.client import BrokerClient
 from broker.cli.output import bytes_text, credits_text
 from broker.demo import world
 from broker.demo.observation import HELD_OUT, Observation, SeenJob, where
+from pricing.money import MILLISECONDS_PER_HOUR
 
 BYTES_PER_FP32: Final = 4
-MILLISECONDS_PER_HOUR: Final = 3_600_000
 SITE_ACCOUNT: Final = "site/"
 
 

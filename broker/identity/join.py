@@ -34,7 +34,7 @@ class SiteNameError(RefusedError):
     code = "site.name"
 
 
-def invite_site(market: Market, site_id: str) -> str:
+def invite_site(market: Market, site_id: str, *, actor: str | None = None) -> str:
     """Return a join string for `site_id`, new or joining again. Raises ConflictError for a removed one."""
     if not _SITE_ID.fullmatch(site_id):
         raise SiteNameError("a site's name has up to 31 lower-case letters, digits and dashes, a letter first")
@@ -50,7 +50,7 @@ def invite_site(market: Market, site_id: str) -> str:
             JoinToken(token_digest=digest, site_id=site_id, created_ms=now_ms, expires_ms=now_ms + LIFE_S * 1000)
         )
         # Not of kind "site": the site has no state until it joins.
-        record_event(session, "invitation", now_ms=now_ms, after="made", site_id=site_id)
+        record_event(session, "invitation", now_ms=now_ms, after="made", site_id=site_id, actor=actor)
 
     market.database.write("invite", work)
     url = market.settings.public_url

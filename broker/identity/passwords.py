@@ -44,7 +44,6 @@ class Role(enum.StrEnum):
     """What a person is to the market."""
 
     TENANT = "tenant"
-    OPERATOR = "operator"
     ADMIN = "admin"
 
 
@@ -55,11 +54,11 @@ class UserTermsError(RefusedError):
 
 
 def create_user(
-    market: Market, login: str, password: str, role: Role, tenant_id: str | None = None, *, by: str = ""
+    market: Market, login: str, password: str, role: Role, tenant_id: str | None = None, *, actor: str | None = None
 ) -> User:
-    """Make an account; `by` goes on record. Raises PasswordError, ConflictError where the name is taken, UserTermsError."""
+    """Make an account; `actor` goes on record. Raises PasswordError, ConflictError where the name is taken, UserTermsError."""
     if (role is Role.TENANT) != (tenant_id is not None):
-        raise UserTermsError("a person with the role tenant belongs to a tenant; operators and admins to none")
+        raise UserTermsError("a person with the role tenant belongs to a tenant; admins to none")
     row = User(
         user_id=market.ids.new("user"),
         login=login,
@@ -76,7 +75,7 @@ def create_user(
             raise NotFoundError(f"there is no tenant {tenant_id!r}; create it first")
         user = session.merge(row)
         record_event(
-            session, "user", now_ms=row.created_ms, after="created", tenant_id=tenant_id, detail=_on_record(login, by)
+            session, "user", now_ms=row.created_ms, after="created", tenant_id=tenant_id, detail=login, actor=actor
         )
         return user
 
@@ -92,7 +91,7 @@ def verify_login(market: Market, login: str, password: str) -> User:
     return user
 
 
-def change_password(market: Market, login: str, password: str, *, by: str = "") -> None:
+def change_password(market: Market, login: str, password: str, *, actor: str | None = None) -> None:
     """Set a new password and end all of the person's sessions. Raises NotFoundError, PasswordError."""
     hashed = _hashed(password)
 
@@ -100,24 +99,20 @@ def change_password(market: Market, login: str, password: str, *, by: str = "") 
         user = _account(session, login)
         user.password_hash = hashed
         session.execute(delete(BrowserSession).where(BrowserSession.user_id == user.user_id))
-        record_event(session, "user", now_ms=market.clock.now_ms(), after="password", detail=_on_record(user.login, by))
+        record_event(session, "user", now_ms=market.clock.now_ms(), after="password", detail=user.login, actor=actor)
 
     market.database.write("change password", work)
 
 
-def disable_user(market: Market, login: str, *, by: str = "") -> None:
+def disable_user(market: Market, login: str, *, actor: str | None = None) -> None:
     """Close an account for good; its sessions end with the next request. Raises NotFoundError."""
 
     def work(session: Session) -> None:
         user = _account(session, login)
         user.disabled_ms = user.disabled_ms or market.clock.now_ms()
-        record_event(session, "user", now_ms=market.clock.now_ms(), after="disabled", detail=_on_record(user.login, by))
+        record_event(session, "user", now_ms=market.clock.now_ms(), after="disabled", detail=user.login, actor=actor)
 
     market.database.write("disable user", work)
-
-
-def _on_record(login: str, by: str) -> str:
-    return f"{login}, by {by}" if by else login
 
 
 def _account(session: Session, login: str) -> User:

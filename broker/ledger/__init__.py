@@ -22,6 +22,7 @@ from broker.ledger.accounts import (
     sum_micros,
     tenant_account,
 )
+from broker.ledger.amends import compensate, refund
 from broker.ledger.holds import close_hold, draw_equity, place_hold, post
 from broker.ledger.transfers import TransferKind, deposit, fund_equity
 
@@ -34,6 +35,7 @@ __all__ = [
     "balance_micros",
     "balances",
     "close_hold",
+    "compensate",
     "deposit",
     "draw_equity",
     "fund_equity",
@@ -43,6 +45,7 @@ __all__ = [
     "open_tenant",
     "place_hold",
     "post",
+    "refund",
     "site_account",
     "sum_micros",
     "tenant_account",

@@ -42,6 +42,8 @@ class TransferKind(enum.StrEnum):
     POST = "post"  # held -> site or fees
     UPLIFT = "uplift"  # equity -> site
     VOID = "void"  # held -> tenant
+    REFUND = "refund"  # site -> tenant
+    COMPENSATE = "compensate"  # equity -> tenant
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ SESSION_COOKIE: Final = "hansa_session"
 # Of a visitor who is not signed in: ties the sign-in form to the browser that fetched it.
 VISIT_COOKIE: Final = "hansa_visit"
 FORM_TOKEN_FIELD: Final = "form_token"  # noqa: S105  a field's name
+ACTOR_LENGTH_MAX: Final = 120  # as an event holds it
 SMALL_FORM_BYTES_MAX: Final = 300_000
 _log = structlog.get_logger(__name__)
 _STATIC: Final = Path(__file__).parent / "static"
@@ -84,6 +85,11 @@ def the_person() -> User:
     person = g.person
     assert person is not None, "a page for nobody in particular has no person"
     return cast("User", person)
+
+
+def the_actor() -> str:
+    """Return who is signed in, as the record names people."""
+    return f"person {the_person().login}"[:ACTOR_LENGTH_MAX]
 
 
 def own_tenant_id() -> str | None:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from broker.allocation.clearing import Certificate, Clearing
+from broker.allocation.clearing import Certificate, Clearing, Placement
 from broker.errors import RefusedError
 from broker.identity.authority import ROUNDS_URI, Authority
 from pricing.money import divide_up
@@ -151,7 +151,8 @@ def balance_of(clearing: Clearing) -> Balance:
 def above_value(clearing: Clearing) -> int:
     """Count the buyers that pay more than their value, egress included: none, in a sound clearing."""
     return sum(
-        row.charge_micros_per_hour + _egress(row) > max(row.value_micros_per_hour, _egress(row))
+        row.charge_micros_per_hour + egress_micros_per_hour(row)
+        > max(row.value_micros_per_hour, egress_micros_per_hour(row))
         for row in clearing.placements
         if row.action != "keep"
     )
@@ -213,7 +214,8 @@ def differences(statement: Statement, clearing: Clearing) -> list[str]:
     return found
 
 
-def _egress(row: Any) -> int:  # noqa: ANN401  a placement; its rows of links and of data alike have a rate and a price
+def egress_micros_per_hour(row: Placement) -> int:
+    """Return what a placement's traffic between sites and from its data costs an hour, each row rounded up."""
     rates = [(link.egress_bytes_per_s, link.egress_price_micros_per_gb) for link in row.links]
     rates += [(data.bytes_per_s, data.price_micros_per_gb) for data in row.data]
     return sum(divide_up(size * 3600 * price, 10**9) for size, price in rates)

@@ -6,17 +6,19 @@ one, and of two workers that solve the same round one commits and the other's wo
 
 from __future__ import annotations
 
+import structlog
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Clearing
 from broker.allocation.snapshot import Snapshot
 from broker.allocation.solve import clear
 from broker.database.tables import Round
-from broker.errors import ConflictError
 from broker.market import Market
-from broker.rounds.commit import Committed, commit
+from broker.rounds.commit import Committed, RoundOvertakenError, commit
 from broker.rounds.snapshot import TakenSnapshot, take
 from broker.transitions import is_round_due
+
+_log = structlog.get_logger(__name__)
 
 
 def hold_round(market: Market) -> Round | None:
@@ -38,7 +40,8 @@ def hold_round(market: Market) -> Round | None:
 
     try:
         committed = market.database.write("round", work)
-    except ConflictError:
+    except RoundOvertakenError as error:
+        _log.warning("round.overtaken", round_number=clearing.round_number, reason=str(error))
         return None
     for site_id in sorted(committed.wake):
         market.doorbell.wake_site(site_id)

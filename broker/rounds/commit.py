@@ -14,6 +14,7 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from broker import ledger
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
 from broker.database.papers import RoundCertificate
@@ -23,14 +24,22 @@ from broker.leases import end_placement, live_placement, propose, requeue
 from broker.market import Market
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
-from broker.rounds.snapshot import TakenSnapshot
+from broker.rounds.snapshot import TakenSnapshot, free_equity
 from broker.terms import append_term
-from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
+from broker.transitions import EndCause, JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
 
 # Such as those of a lease that is up for renewal and was outbid: it keeps them until its term ends.
 # That end is a change of its own; to try again before would be to hold the same round over and over.
 GPUS_TAKEN: Final = "its GPUs are no longer free"
+# Only where several moves of one round together cost more than equity has; the next snapshot says so.
+NOT_COMPENSATED: Final = "market equity does not cover what the move would destroy"
+
+
+class RoundOvertakenError(ConflictError):
+    """A round that may no longer be committed: another one was, or the market is frozen."""
+
+    code = "round.overtaken"
 
 
 @dataclass(slots=True)
@@ -54,18 +63,18 @@ def commit(
 ) -> Committed:
     """Write the round, its signed certificate and the placements that still hold; `phases` are seconds of the solver.
 
-    Raises ConflictError where another worker has committed a round meanwhile, or an admin has
+    Raises RoundOvertakenError where another worker has committed a round meanwhile, or an admin has
     frozen the market: nothing is written.
     """
     state = session.get_one(MarketState, 1)
     if state.frozen_ms is not None:
         message = "the market was frozen while the round was being solved"
-        raise ConflictError(message)
+        raise RoundOvertakenError(message)
     number = clearing.round_number
     newest = session.scalar(select(func.max(Round.round_number))) or 0
     if newest != number - 1:
         message = f"round {newest} was committed while round {number} was being solved; its snapshot is out of date"
-        raise ConflictError(message)
+        raise RoundOvertakenError(message)
     row = Round(
         round_number=number,
         taken_ms=taken.snapshot.taken_at_ms,
@@ -86,7 +95,8 @@ def commit(
     committed = Committed(row)
     dropped: list[dict[str, str]] = []
     step = _Step(session, market, taken, committed)
-    for award in clearing.placements:
+    # Moves last: what compensates them is what the new placements' uplift leaves.
+    for award in sorted(clearing.placements, key=lambda award: award.action == "move"):
         try:
             step.apply(award)
         except _DroppedError as drop:
@@ -102,7 +112,7 @@ def commit(
     row.dropped = json.dumps(dropped)
     session.add(_certificate(market, taken, clearing, row, dropped=len(dropped), phases=phases))
     state.changes_cleared = taken.changes
-    if any(drop["reason"] != GPUS_TAKEN for drop in dropped):
+    if any(drop["reason"] not in {GPUS_TAKEN, NOT_COMPENSATED} for drop in dropped):
         note_change(session)  # what was dropped may fit in the next round
     session.flush()
     return committed
@@ -200,6 +210,12 @@ class _Step:
 
     def _renew(self, job: Job, placement: Placement, award: Award) -> None:
         """Append a term at this round's price: it begins where the running one ends."""
+        leases = self.session.scalars(
+            select(Lease).where(Lease.placement_id == placement.placement_id, Lease.state == LeaseState.ACTIVE)
+        ).all()
+        # A gang that lost a lease changes neither its job's version nor, always, its sites'.
+        if {lease.site_id for lease in leases} != {part.site_id for part in award.configuration.parts}:
+            raise _DroppedError("the gang has changed since the snapshot")
         outstanding = placement.reserved_micros - placement.charged_micros
         if award.reservation_micros + outstanding > self._unposted(job):
             raise _DroppedError("the hold does not cover another term")
@@ -213,9 +229,7 @@ class _Step:
         placement.term_s = award.term_s
         append_term(self.session, placement, award, self.committed.round.round_number)
         prices = {charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools}
-        for lease in self.session.scalars(
-            select(Lease).where(Lease.placement_id == placement.placement_id, Lease.state == LeaseState.ACTIVE)
-        ):
+        for lease in leases:
             lease.price_micros_per_gpu_hour = prices[lease.pool_id]
         record_event(
             self.session,
@@ -228,9 +242,35 @@ class _Step:
         )
 
     def _release(self, job: Job, placement: Placement, award: Award) -> None:
-        """End a running placement that another configuration beats; a later round starts it there."""
-        self.committed.wake.update(end_placement(self.session, self.market, placement, "moved"))
+        """End a running placement that another configuration beats; a later round starts it there.
+
+        Inside its term its tenant is paid what the move destroys, as this round's snapshot counted it.
+        """
+        self._compensate(job, placement)
+        self.committed.wake.update(end_placement(self.session, self.market, placement, EndCause.MOVED))
         requeue(self.session, self.market, job, "moving", f"{award.why}; its GPUs are being released first")
+
+    def _compensate(self, job: Job, placement: Placement) -> None:
+        snapshot = self.taken.snapshot
+        incumbent = next(row.incumbent for row in snapshot.jobs if row.job_id == job.job_id)
+        if incumbent is None or incumbent.term_ends_ms <= snapshot.taken_at_ms or not incumbent.restart_cost_micros:
+            return
+        now_ms, amount = self.market.clock.now_ms(), incumbent.restart_cost_micros
+        if amount > free_equity(self.session, now_ms):
+            raise _DroppedError(NOT_COMPENSATED)
+        number = self.committed.round.round_number
+        memo = f"moved inside its term by round {number}"
+        key = f"{placement.placement_id}/{number}"
+        ledger.compensate(self.session, job.job_id, job.tenant_id, amount, key=key, now_ms=now_ms, memo=memo)
+        record_event(
+            self.session,
+            "compensated",
+            now_ms=now_ms,
+            job_id=job.job_id,
+            tenant_id=job.tenant_id,
+            round_number=number,
+            detail=f"{format_credits(amount)} credits for being moved inside its term",
+        )
 
     def _unposted(self, job: Job) -> int:
         """Return what the hold has left beside what the job's ended placements may still be charged."""

@@ -32,6 +32,7 @@ from broker.rounds.certificate import (
     EconomicsState,
     SignedCertificate,
     ThresholdAudit,
+    egress_micros_per_hour,
     read_statement,
     sign_statement,
 )
@@ -154,11 +155,9 @@ def _due(session: Session) -> tuple[int, str, str] | None:
 
 def _trade(row: Placement, asks: dict[str, int]) -> Trade:
     gross = row.charge_micros_per_hour + row.uplift_micros_per_hour - row.premium_micros_per_hour
-    egress = sum(-(-link.egress_bytes_per_s * 3600 * link.egress_price_micros_per_gb // 10**9) for link in row.links)
-    egress += sum(-(-data.bytes_per_s * 3600 * data.price_micros_per_gb // 10**9) for data in row.data)
     return Trade(
         job_id=row.job_id,
-        value=row.value_micros_per_hour - egress,
+        value=row.value_micros_per_hour - egress_micros_per_hour(row),
         gross=gross,
         asks=sum(asks[pool.pool_id] * pool.gpus for pool in row.pools),
     )

@@ -7,15 +7,29 @@ from: the commit checks them again and drops what has changed meanwhile.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration
-from broker.allocation.snapshot import DataState, Incumbent, JobState, LinkState, PoolState, SiteState, Snapshot
+from broker.allocation.snapshot import (
+    AskStep,
+    BidStep,
+    DataEgress,
+    DataState,
+    Incumbent,
+    JobSpeed,
+    JobState,
+    LinkState,
+    PoolState,
+    Reservation,
+    SiteState,
+    Snapshot,
+)
 from broker.database.tables import (
     Account,
     BarredConfiguration,
@@ -32,20 +46,22 @@ from broker.database.tables import (
     Site,
     Tenant,
 )
+from broker.ledger import EQUITY
 from broker.market import Market
 from broker.payment_rules import payment_rule
 from broker.reservations import due_of_ended
+from broker.speeds import read_speeds
 from broker.transitions import JobState as State
 from broker.transitions import LeaseState, PlacementState
 from broker.transitions import SiteState as Hearing
 from pricing.money import SECONDS_PER_HOUR
-from sites.protocol import Offer
-from training.spec import JobSpec
+from sites.protocol import Offer, PoolOffer
+from training.spec import BUDGET_MICROS_MAX, DataTerms, JobSpec
 
 # A term is offered again this long before its end, so that the job need not stop in between.
 RENEWAL_SHARE: Final = 1 / 3
 RENEWAL_S_MAX: Final = 30.0
-EQUITY_ACCOUNT: Final = "equity"
+RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +88,11 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         taken_at_ms=now_ms,
         seed=0 if state is None else state.seed,
         term_s=market.settings.term_s,
-        market_equity_micros=_free_equity(session, now_ms),
+        market_equity_micros=free_equity(session, now_ms),
         fee_basis_points=market.settings.fee_basis_points,
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
-        sites=tuple(SiteState(site_id=site.site_id, listens=_listens(site)) for site in sites),
+        sites=tuple(_site_state(site) for site in sites),
         links=tuple(standing_links(session, {site.site_id for site in sites})),
         jobs=tuple(_jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})),
         last_prices=_last_prices(session),
@@ -93,8 +109,19 @@ def renewal_starts_ms(placement: Placement) -> int:
     return placement.term_ends_ms - round(lead_s * 1000)
 
 
-def _listens(site: Site) -> bool:
-    return site.state == Hearing.LIVE and Offer.model_validate_json(site.offer).listens
+def _site_state(site: Site) -> SiteState:
+    offer = Offer.model_validate_json(site.offer)
+    return SiteState(
+        site_id=site.site_id,
+        listens=site.state == Hearing.LIVE and offer.listens,
+        region=offer.region,
+        continent=offer.continent,
+        egress_micros_per_gb=DataEgress(
+            to_region=offer.data_egress_to_region,
+            to_continent=offer.data_egress_to_continent,
+            beyond=offer.data_egress_beyond,
+        ),
+    )
 
 
 def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolState]:
@@ -105,9 +132,12 @@ def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolSt
         site = sites.get(pool.site_id)
         if site is None:
             continue
-        selling = site.state == Hearing.LIVE and not _drains(site)
+        offer = Offer.model_validate_json(site.offer)
+        offered = next((each for each in offer.pools if each.gpu_type == pool.gpu_type), None)
+        selling = site.state == Hearing.LIVE and not offer.draining
         rows.append(
             PoolState(
+                **_terms_of_offer(offer, offered),
                 pool_id=pool.pool_id,
                 site_id=pool.site_id,
                 gpu_type=pool.gpu_type,
@@ -117,6 +147,18 @@ def _pools(session: Session, sites: dict[str, Site], now_ms: int) -> list[PoolSt
             )
         )
     return rows
+
+
+def _terms_of_offer(offer: Offer, offered: PoolOffer | None) -> dict[str, Any]:
+    """Return what a pool's owner asks beyond its flat price: the curve, a quota, reservations, an announced drain."""
+    if offered is None:
+        return {}  # its running leases keep their prices; nothing else of it is sold
+    return {
+        "ask_steps": tuple(AskStep(**step.model_dump()) for step in offered.ask_steps),
+        "job_gpus_max": offered.job_gpus_max,
+        "reserved": tuple(Reservation(**kept.model_dump()) for kept in offered.reserved),
+        "drains_at_ms": offer.drains_at_ms,
+    }
 
 
 def _held_by_pool(session: Session, sites: dict[str, Site], now_ms: int) -> dict[str, int]:
@@ -180,17 +222,20 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
     )
     due = due_of_ended(session, market)
     homes = _homes(session, sites)
+    equity = free_equity(session, now_ms)
+    speeds = read_speeds(session)
     states = []
     for job, hold in rows:
+        spec = JobSpec.model_validate_json(job.spec)
         placement = placements.get(job.job_id)
-        incumbent = None if placement is None else _incumbent(session, market, placement, now_ms)
+        incumbent = None if placement is None else _incumbent(session, market, placement, now_ms, equity)
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
         left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
         states.append(
             job_state(
                 job.job_id,
-                JobSpec.model_validate_json(job.spec),
+                spec,
                 version=job.version,
                 submitted_ms=job.submitted_ms,
                 samples_done=job.samples_done,
@@ -199,6 +244,8 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
                 barred=tuple(sorted(barred.get(job.job_id, ()))),
                 incumbent=incumbent,
                 home_site=homes.get(job.tenant_id),
+                sites=sites,
+                speeds=speeds.valued(job.tenant_id, spec),
             )
         )
     return states
@@ -219,17 +266,26 @@ def job_state(
     hold_left_micros: int,
     samples_done: int = 0,
     barred: tuple[str, ...] = (),
+    sites: Collection[str],
     incumbent: Incumbent | None = None,
     home_site: str | None = None,
+    speeds: tuple[JobSpeed, ...] = (),
 ) -> JobState:
-    """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere."""
+    """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere.
+
+    `sites` are those of the round: a job whose data may not leave a site that is gone can be nowhere.
+    """
+    data, allowed = spec.market.data, spec.market.sites_allowed
+    if data is not None and data.home_site not in sites:
+        allowed = allowed if data.residency == "world" else (data.home_site,)
+        data = None
     return JobState(
         job_id=job_id,
         version=version,
         submitted_ms=submitted_ms,
         accelerators=spec.resources.accelerators,
         sites_max=spec.market.sites_max,
-        sites_allowed=spec.market.sites_allowed,
+        sites_allowed=allowed,
         workload=spec.market.workload,
         sync=spec.market.sync,
         samples_done=samples_done,
@@ -238,11 +294,23 @@ def job_state(
         deadline_ms=spec.market.deadline_ms,
         barred=barred,
         incumbent=incumbent,
-        data=None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0),
+        data=_data(data, home_site),
+        bid_steps=tuple(BidStep(**step.model_dump()) for step in spec.market.bid_steps),
+        mixed_types=spec.market.mixed_types,
+        speeds=speeds,
     )
 
 
-def _incumbent(session: Session, market: Market, placement: Placement, now_ms: int) -> Incumbent | None:
+def _data(data: DataTerms | None, home_site: str | None) -> DataState | None:
+    """Return where the job's data lies as its tenant says, else that its tenant is `home_site`'s customer."""
+    if data is not None:
+        return DataState(**data.model_dump())
+    return None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0)
+
+
+def _incumbent(
+    session: Session, market: Market, placement: Placement, now_ms: int, equity_micros: int
+) -> Incumbent | None:
     award = Award.model_validate_json(placement.award)
     if placement.state == PlacementState.PROPOSED or placement.term_ends_ms is None:
         ends_ms = now_ms + placement.term_s * 1000
@@ -258,13 +326,16 @@ def _incumbent(session: Session, market: Market, placement: Placement, now_ms: i
     configuration = _standing_part(award.configuration, standing)
     if configuration is None:
         return None
-    restart_s = market.settings.restart_s
+    restart_micros = round(placement.value_micros_per_hour * market.settings.restart_s / SECONDS_PER_HOUR)
+    if ends_ms > now_ms and restart_micros > equity_micros:
+        # A move inside a term is compensated: what the market cannot pay for is not worth any move.
+        restart_micros = RESTART_MICROS_UNAFFORDABLE
     return Incumbent(
         configuration=configuration,
         epoch=placement.epoch,
         locked_prices={charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools},
         term_ends_ms=ends_ms,
-        restart_cost_micros=round(placement.value_micros_per_hour * restart_s / SECONDS_PER_HOUR),
+        restart_cost_micros=restart_micros,
     )
 
 
@@ -287,8 +358,9 @@ def _standing_part(configuration: Configuration, standing: set[str]) -> Configur
     )
 
 
-def _free_equity(session: Session, now_ms: int) -> int:
-    equity = session.get(Account, EQUITY_ACCOUNT)
+def free_equity(session: Session, now_ms: int) -> int:
+    """Return what the market may still promise beyond the uplift of running terms, in micro-credits."""
+    equity = session.get(Account, EQUITY)
     balance = 0 if equity is None else equity.balance_micros
     promised = 0
     for placement in session.scalars(

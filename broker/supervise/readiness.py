@@ -18,19 +18,6 @@ PROBE_TIMEOUT_S: Final = 1.0  # one question; the supervisor asks again
 HTTP_OK: Final = range(200, 300)
 
 
-def port_accepts(host: str, port: int) -> Probe:
-    """Return a probe that is satisfied once a TCP connection to `host`:`port` is accepted."""
-
-    def probe() -> bool:
-        try:
-            with socket.create_connection((host, port), timeout=PROBE_TIMEOUT_S):
-                return True
-        except OSError:
-            return False
-
-    return probe
-
-
 def http_answers(host: str, port: int, path: str = "/", *, ca: Path | None = None) -> Probe:
     """Return a probe that is satisfied once GET `path` answers with a status of 200 to 299.
 

@@ -19,6 +19,7 @@ from broker.audit import audit
 from broker.database.engine import Database
 from broker.database.tables import Artifact, Event, Hold, Job, Lease, LeasedGpu, MarketState, Placement, Round
 from broker.database.tables import ViewChange as ViewRow
+from broker.database.uploads import SiteUpload
 from broker.heartbeat import receive
 from broker.identity.authority import Authority
 from broker.ids import SequentialIds
@@ -306,14 +307,17 @@ class Scene:
             site.run()
         return members
 
-    def store(self, digest: str) -> None:
-        """Write down that a file is in the artifact store."""
-        self.market.database.write(
-            "store",
-            lambda session: session.add(
-                Artifact(digest=digest, size_bytes=1, complete=True, created_ms=self.clock.now_ms())
-            ),
-        )
+    def store(self, digest: str, *site_ids: str) -> None:
+        """Write down that a file is in the artifact store, and that these sites (else all) have brought it."""
+        now_ms = self.clock.now_ms()
+
+        def work(session: Session) -> None:
+            session.add(Artifact(digest=digest, size_bytes=1, complete=True, created_ms=now_ms))
+            session.flush()
+            for site_id in site_ids or self.site_ids:
+                session.add(SiteUpload(site_id=site_id, digest=digest, created_ms=now_ms))
+
+        self.market.database.write("store", work)
 
     # --- What is seen -----------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ import pytest
 from sqlalchemy import select
 
 from broker.database.tables import JobArtifact
+from broker.database.uploads import SiteUpload
+from broker.transitions import EndCause
 from sites.protocol import ExitCause, LeasePhase
 from tests.broker.speaking import LIVENESS_S, MARGIN_S, Scene, SpeakingSite, checkpoint
 
@@ -147,6 +149,19 @@ def test_files_are_registered_only_once_they_are_stored(scene: Scene) -> None:
     assert _files(scene, job_id) == {("checkpoint", "ada"): FIRST, ("output", "model.safetensors"): SECOND}
 
 
+def test_a_site_makes_nobodys_file_its_jobs_by_naming_the_digest(scene: Scene) -> None:
+    job_id = scene.submit(2, sites_allowed=["ada"])
+    (ada,) = scene.start(job_id)
+    scene.store(FIRST, "bob")
+    report = ada.reports[ada.order().lease_id]
+    named = {"checkpoint": checkpoint(FIRST, sealed=3, chain_hash=OTHER), "outputs": {"stolen": FIRST}}
+    ada.say(attempts=(report.model_copy(update=named),))
+    assert _files(scene, job_id) == {}
+    scene.write(lambda session: session.add(SiteUpload(site_id="ada", digest=FIRST, created_ms=1)))
+    ada.say(attempts=(report.model_copy(update=named),))
+    assert set(_files(scene, job_id)) == {("checkpoint", "ada"), ("output", "stolen")}
+
+
 def test_an_older_checkpoint_never_takes_the_place_of_a_newer(scene: Scene) -> None:
     job_id = scene.submit(2, sites_allowed=["ada"])
     (ada,) = scene.start(job_id)
@@ -193,3 +208,7 @@ def _resumes_from(site: SpeakingSite) -> str | None:
 def _files(scene: Scene, job_id: str) -> dict[tuple[str, str], str]:
     rows = scene.read(select(JobArtifact).where(JobArtifact.job_id == job_id, JobArtifact.kind != "workdir"))
     return {(row.kind, row.name): row.digest for row in rows}
+
+
+def test_every_cause_that_a_site_reports_is_a_cause_of_an_end() -> None:
+    assert {cause.value for cause in ExitCause} <= {cause.value for cause in EndCause}

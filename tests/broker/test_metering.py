@@ -23,13 +23,16 @@ from broker.metering import (
     EgressImpossibleError,
     UsageConflictError,
     UsageRefusedError,
+    UsageTooEarlyError,
     accept_usage,
     charges_of,
 )
-from broker.transitions import LeaseState
+from broker.transitions import EndCause, LeaseState
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Terms
+from sites.agent import FINAL_REFUSALS
 from sites.protocol import Usage
 from tests.broker.sold import BANDWIDTH, BUDGET, CREDIT, EQUITY, HOUR_MS, sold_market
+from tests.broker.speaking import Scene
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ def test_an_old_epoch_cannot_post_usage(market: Market) -> None:
 def test_expired_lease_cannot_post_usage(market: Market) -> None:
     market.clock.advance_s(60)
     _report(market, "ada", 1, gpu_ms=1000)
-    _end(market, "ada", "expired")
+    _end(market, "ada", EndCause.EXPIRED)
     with pytest.raises(UsageRefusedError, match="expired before this report came"):
         _report(market, "ada", 2, gpu_ms=1000)
     assert _report(market, "ada", 1, gpu_ms=1000) == 1  # what was taken stays acknowledged
@@ -124,7 +127,7 @@ def test_a_report_taken_before_expiry_counts_as_such_though_utc_was_stepped_back
     market.clock.advance_s(60)
     _report(market, "ada", 1, gpu_ms=1000)
     market.clock.step_utc_s(-300)
-    _end(market, "ada", "expired")
+    _end(market, "ada", EndCause.EXPIRED)
     assert [finding for finding in market.database.read(audit) if finding.invariant == 6] == []
     with pytest.raises(UsageRefusedError, match="expired before this report came"):
         _report(market, "ada", 2, gpu_ms=1000)
@@ -132,7 +135,7 @@ def test_a_report_taken_before_expiry_counts_as_such_though_utc_was_stepped_back
 
 def test_the_final_report_of_an_ended_lease_is_taken_for_a_while(market: Market) -> None:
     market.clock.advance_s(60)
-    _end(market, "ada", "cancelled")
+    _end(market, "ada", EndCause.CANCELLED)
     market.clock.advance_s(market.settings.settle_s)
     assert _report(market, "ada", 1, gpu_ms=4 * 60_000) == 1
     market.clock.advance_s(0.001)
@@ -142,7 +145,7 @@ def test_the_final_report_of_an_ended_lease_is_taken_for_a_while(market: Market)
 
 def test_a_closed_hold_takes_no_more_usage(market: Market) -> None:
     market.clock.advance_s(60)
-    _end(market, "ada", "done")
+    _end(market, "ada", EndCause.DONE)
     market.database.write("probe", lambda session: ledger.close_hold(session, "job", 1))
     with pytest.raises(UsageRefusedError, match="invoice final"):
         _report(market, "ada", 1, gpu_ms=1)
@@ -151,13 +154,41 @@ def test_a_closed_hold_takes_no_more_usage(market: Market) -> None:
 def test_no_more_gpu_time_is_taken_than_the_lease_can_have_run(market: Market) -> None:
     market.clock.advance_s(60)
     most = 4 * round((60 + market.settings.liveness_s) * 1000)
-    with pytest.raises(UsageRefusedError, match="more than lease lease_ada can have run"):
+    with pytest.raises(UsageTooEarlyError, match="more than lease lease_ada can have run"):
         _report(market, "ada", 1, gpu_ms=most + 1)
     assert _report(market, "ada", 1, gpu_ms=most) == 1
-    _end(market, "ada", "done")
+    _end(market, "ada", EndCause.DONE)
     market.clock.advance_s(30)  # time after the end grants nothing
-    with pytest.raises(UsageRefusedError, match="can have run"):
+    with pytest.raises(UsageTooEarlyError, match="can have run"):
         _report(market, "ada", 2, gpu_ms=1)
+
+
+def test_usage_of_an_honest_site_is_taken_though_utc_was_stepped_back(scene: Scene) -> None:
+    job_id = scene.submit(2)
+    (site,) = scene.start(job_id)
+    order = site.order()
+    scene.pass_s(60, site.site_id)
+    scene.clock.step_utc_s(-300)
+    site.meter(order, 2 * 60_000)
+    assert site.beat().refusals == ()
+    assert scene.lease(job_id, site.site_id).delivered_gpu_milliseconds == 2 * 60_000
+
+
+def test_usage_that_comes_too_early_is_not_refused_for_good(scene: Scene) -> None:
+    job_id = scene.submit(2)
+    (site,) = scene.start(job_id)
+    order = site.order()
+    scene.pass_s(20, site.site_id)
+    # After a reboot readings of before it say nothing: what is left is UTC, which was stepped back.
+    scene.clock.reboot()
+    scene.clock.step_utc_s(-300)
+    site.meter(order, 2 * 20_000)
+    (refusal,) = site.beat().refusals
+    assert refusal.code == "usage.too_early"
+    assert refusal.code not in FINAL_REFUSALS
+    scene.clock.step_utc_s(300)
+    assert site.beat().refusals == ()
+    assert scene.lease(job_id, site.site_id).delivered_gpu_milliseconds == 2 * 20_000
 
 
 def test_egress_to_a_stranger_is_not_charged(market: Market) -> None:
@@ -227,7 +258,7 @@ def test_a_late_report_leaves_the_next_placement_its_reservation(sqlite_url: str
         session.add(Placement(**{**columns, "placement_id": "next", "epoch": 2, "reserved_micros": BUDGET - 1000}))
 
     market.database.write("probe", move_on)
-    _end(market, "ada", "moved")
+    _end(market, "ada", EndCause.MOVED)
     assert _report(market, "ada", 1, gpu_ms=4 * HOUR_MS // 2) == 1
     assert market.database.read(lambda session: session.get_one(Hold, "job").posted_micros) == 1000
     market.database.close()
@@ -291,7 +322,7 @@ def _report(
     )
 
 
-def _end(market: Market, site: str, cause: str) -> None:
+def _end(market: Market, site: str, cause: EndCause) -> None:
     def work(session: Session) -> None:
         end_lease(session, market, session.get_one(Lease, f"lease_{site}"), cause)
 

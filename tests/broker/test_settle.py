@@ -81,3 +81,17 @@ def test_usage_that_comes_after_the_report_of_the_end_is_charged_while_the_job_g
     site.meter(order, 2 * 30_000)
     site.beat()
     assert scene.placement(job_id).charged_micros == 2 * 30_000 * ASK // HOUR_MS
+
+
+def test_utc_stepped_forward_closes_no_hold_before_the_last_honest_report(scene: Scene) -> None:
+    job_id = scene.submit(2)
+    (site,) = scene.start(job_id)
+    order = site.order()
+    scene.pass_s(10, site.site_id)
+    request_cancel(scene.market, TENANT_ID, job_id)
+    scene.clock.step_utc_s(10 * SETTLE_S)
+    assert settle(scene.market) == 0
+    site.meter(order, 2 * 10_000)
+    assert site.exit_of(order, ExitCause.ORDERED).refusals == ()
+    assert settle(scene.market) == 1
+    assert scene.hold(job_id).posted_micros == 2 * 10_000 * ASK // HOUR_MS

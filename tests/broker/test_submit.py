@@ -12,6 +12,7 @@ from broker import ledger
 from broker.cancel import request_cancel
 from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact
 from broker.errors import BrokerError, ConflictError, NotFoundError
+from broker.freeze import FrozenError, set_frozen
 from broker.quote import quote_job
 from broker.submit import submit_job
 from tests.broker.speaking import CREDIT, Scene, spec
@@ -129,3 +130,12 @@ def test_a_waiting_job_is_cancelled_at_once_and_only_by_its_own_tenant(scene: Sc
 def _assert_nothing_left(scene: Scene) -> None:
     assert scene.read(select(Job)) == scene.read(select(Hold)) == scene.read(select(JobArtifact)) == []
     assert scene.events("job") == []
+
+
+def test_the_transaction_that_writes_a_job_finds_the_market_open(scene: Scene) -> None:
+    set_frozen(scene.market, frozen=True)
+    with pytest.raises(FrozenError):
+        scene.submit(1)
+    assert scene.read(select(Job)) == []
+    set_frozen(scene.market, frozen=False)
+    assert scene.job(scene.submit(1)).state == "queued"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
@@ -14,7 +14,7 @@ from aiohttp import web
 
 from broker.celery_doorbell import CeleryDoorbell
 from broker.tickets import ticket
-from broker.wake import WakeServer
+from broker.wake import STREAMS_PER_TOPIC_MAX, WakeServer
 from sites.wake import WakeListener
 
 KEY = b"key"
@@ -78,6 +78,17 @@ def test_a_stream_opens_only_with_its_own_ticket(wake_url: str) -> None:
     for wrong in ("", ticket(KEY, "site", "visby"), ticket(KEY, "job", "lubeck"), ticket(b"other", "site", "lubeck")):
         answer = httpx.get(f"{wake_url}/wake/site/lubeck", params={"ticket": wrong})
         assert answer.status_code == 403
+
+
+def test_one_ticket_opens_a_bounded_number_of_streams_and_leaves_the_others_to_others(wake_url: str) -> None:
+    where = f"{wake_url}/wake/job/mine?ticket={ticket(KEY, 'job', 'mine')}"
+    with ExitStack() as open_streams, httpx.Client(timeout=WAIT_S) as client:
+        for _ in range(STREAMS_PER_TOPIC_MAX):
+            assert open_streams.enter_context(client.stream("GET", where)).status_code == 200
+        refused = client.get(where)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "30")
+        other = f"{wake_url}/wake/job/other?ticket={ticket(KEY, 'job', 'other')}"
+        assert open_streams.enter_context(client.stream("GET", other)).status_code == 200
 
 
 def test_hostile_messages_in_redis_wake_nobody_and_stop_nothing(wake_url: str, valkey_url: str) -> None:

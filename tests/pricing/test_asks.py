@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pricing.asks import Ask
 from pricing.errors import QuantityError
 
 CURVE = Ask("ada/A100", 100, flat_gpus=4, steps=((2, 150), (2, 300)))
-
-
-def test_the_cheapest_gpus_are_sold_first() -> None:
-    assert [CURVE.cost_micros_per_hour(gpus) for gpus in (0, 4, 5, 6, 7, 8)] == [0, 400, 550, 700, 1000, 1300]
 
 
 def test_the_dearest_gpu_sold_sets_what_the_site_gets_at_least() -> None:
@@ -29,9 +23,3 @@ def test_a_curve_that_falls_or_has_no_end_of_its_flat_part_is_refused() -> None:
         Ask("ada/A100", 100, flat_gpus=4, steps=((2, 90),))
     with pytest.raises(QuantityError, match="must rise"):
         Ask("ada/A100", 100, steps=((2, 150),))
-
-
-@given(gpus=st.integers(0, 12))
-def test_cost_is_the_sum_of_the_marginal_asks(gpus: int) -> None:
-    marginal = [CURVE.marginal_micros_per_gpu_hour(count) for count in range(1, gpus + 1)]
-    assert CURVE.cost_micros_per_hour(gpus) == sum(marginal)

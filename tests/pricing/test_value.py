@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pricing.asks import Ask
 from pricing.errors import QuantityError
-from pricing.value import affordable_micros_per_hour, bid_for_value, value_micros_per_hour
+from pricing.value import bid_for_value, value_micros_per_hour
 
 SPEEDS = st.floats(1e-6, 1e9, allow_nan=False)
 
@@ -33,27 +33,16 @@ def test_the_bid_for_a_value_is_the_least_that_reaches_it(value: int, samples_pe
     assert bid == 1 or value_micros_per_hour(bid - 1, samples_per_s) < value
 
 
-@given(st.integers(0, 10**15), st.integers(1, 10**7), st.integers(0, 9))
-def test_what_is_affordable_can_be_reserved_rounding_included(hold: int, term_s: int, rows: int) -> None:
-    rate = affordable_micros_per_hour(hold, term_s, rows)
-    assert rate >= 0
-    if rate:
-        assert -(-rate * term_s // 3600) + rows <= hold + 1
-
-
-def test_a_speed_or_a_term_that_is_none_is_refused() -> None:
+def test_a_speed_that_is_none_is_refused() -> None:
     for speed in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(QuantityError, match="no speed"):
             value_micros_per_hour(1, speed)
-    with pytest.raises(QuantityError, match="at least one second"):
-        affordable_micros_per_hour(1, 0, 0)
 
 
 def test_a_payout_is_the_price_less_the_fee_and_never_below_the_ask() -> None:
     ask = Ask("ada/A100", 1_000_000)
     assert ask.payout_micros_per_gpu_hour(2_000_000, 500) == 1_900_000
     assert ask.payout_micros_per_gpu_hour(1_010_000, 500) == 1_000_000
-    assert ask.cost_micros_per_hour(3) == 3_000_000
     with pytest.raises(QuantityError, match="below its ask"):
         ask.payout_micros_per_gpu_hour(999_999, 0)
     with pytest.raises(QuantityError, match="negative"):

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from broker import ledger
 from broker.database.engine import Database
 from broker.database.schema import upgrade
-from broker.database.tables import Artifact, Site, Tenant, WorkdirUpload
+from broker.database.tables import Artifact, Site, Tenant
+from broker.database.uploads import WorkdirUpload
 from broker.identity.authority import Authority
 from broker.transitions import SiteState, change_state
 from sites.protocol import Offer

@@ -22,6 +22,7 @@ from broker.artifacts import ArtifactStore
 from broker.cancel import request_cancel
 from broker.database.engine import CommitHook, Database
 from broker.database.tables import Artifact, Job, Placement
+from broker.database.uploads import SiteUpload
 from broker.errors import ConflictError
 from broker.heartbeat import receive
 from broker.identity.authority import Authority
@@ -434,18 +435,20 @@ class World:
         sealed = attempt.gateway.sealed_round
         attempt.samples_done = sealed * SAMPLES_PER_ROUND
         if sealed and sealed % 3 == 0 and (attempt.checkpoint is None or attempt.checkpoint.round_number < sealed):
-            attempt.checkpoint = self._store_checkpoint(attempt, sealed)
+            attempt.checkpoint = self._store_checkpoint(site, attempt, sealed)
         if self.rng.random() < self.faults.break_script:
             site.stop(attempt, ExitCause.SCRIPT)
         elif attempt.samples_done >= self._samples(attempt):
             site.stop(attempt, ExitCause.DONE)
 
-    def _store_checkpoint(self, attempt: Attempt, sealed: int) -> NewestCheckpoint:
+    def _store_checkpoint(self, site: SimulatedSite, attempt: Attempt, sealed: int) -> NewestCheckpoint:
         digest = attempt.gateway.chain_hash
 
         def work(session: Session) -> None:
             if session.get(Artifact, digest) is None:
                 session.add(Artifact(digest=digest, size_bytes=1000, complete=True, created_ms=self.clock.now_ms()))
+                session.flush()
+            session.merge(SiteUpload(site_id=site.site_id, digest=digest, created_ms=self.clock.now_ms()))
 
         self._crashing = False
         self.market.database.write("checkpoint", work)

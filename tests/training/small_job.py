@@ -76,6 +76,10 @@ def _nothing(session: Session) -> None:
     return None
 
 
+def _adamw(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=0.02)
+
+
 @dataclass
 class Site:
     """One rank of one site, and what came out of it."""
@@ -88,6 +92,8 @@ class Site:
     losses: list[float] | None = None
     error: BaseException | None = None
     step_hook: Callable[[Session], None] = _nothing
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = _adamw
+    fragment_elements: int = 32
 
     def run(self) -> None:
         try:
@@ -96,7 +102,7 @@ class Site:
             self.error = error
 
     def _train(self) -> None:
-        optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.02)
+        optimizer = self.optimizer(self.module)
         self.session = Session(
             self.module,
             optimizer,
@@ -104,7 +110,7 @@ class Site:
             ranks=self.ranks,
             context=self.attempt,
             exchange=self.exchange,
-            fragment_elements=32,
+            fragment_elements=self.fragment_elements,
         )
         self.losses = []
         with self.session as session:

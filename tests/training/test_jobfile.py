@@ -141,3 +141,37 @@ def test_fragments_must_take_turns_evenly_and_not_overlap() -> None:
     assert spec_of(JOB + block.format(4, 2)).market.sync.round_steps == 3
     assert faults(JOB + block.format(5, 1)) == {"/market": 7}
     assert faults(JOB + block.format(4, 3)) == {"/market": 7}
+
+
+def test_value_data_and_types_are_read_as_people_write_them() -> None:
+    text = JOB.replace(
+        "  workload:",
+        "  bid: 2\n  bid_steps: [{above_samples_per_s: 5e2, bid: 0.5}]\n  mixed_types: true\n"
+        "  data: {home_site: hamburg, residency: region, bytes_per_sample: 4e3}\n  workload:",
+    )
+    market = spec_of(text).market
+    assert [(step.above_samples_per_s, step.bid_micros_per_million_samples) for step in market.bid_steps] == [
+        (500.0, 500_000)
+    ]
+    assert market.mixed_types
+    assert market.data is not None
+    assert (market.data.home_site, market.data.residency, market.data.bytes_per_sample) == ("hamburg", "region", 4000.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        ("bid_steps: [{above_samples_per_s: 500, bid: 0.5, more: 1}]", "/market/bid_steps/0/more"),
+        ("bid_steps: [{above_samples_per_s: 500, bid: cheap}]", "/market/bid_steps/0/bid"),
+        ("data: {home_site: hamburg, residency: county}", "/market/data/residency"),
+        ("data: {residency: region}", "/market/data/home_site"),
+    ],
+)
+def test_faults_in_value_and_data_name_their_place(line: str, where: str) -> None:
+    assert where in faults(JOB.replace("  workload:", f"  {line}\n  workload:"))
+
+
+def test_bids_for_further_speed_must_fall() -> None:
+    rising = "bid: 1\n  bid_steps: [{above_samples_per_s: 10, bid: 0.5}, {above_samples_per_s: 20, bid: 0.7}]"
+    with pytest.raises(SpecError, match="must fall below the bid"):
+        spec_of(JOB.replace("  workload:", f"  {rising}\n  workload:"))

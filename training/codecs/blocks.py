@@ -7,6 +7,7 @@ float32, so that the eight or so passes over it never leave the cache: a pass ov
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import numpy as np
@@ -117,8 +118,25 @@ def encode(
     return b"".join((header(codec.magic, elements), all_scales.data, all_codes[:used].data)), left
 
 
-def decode(codec: BlockCodec, payload: bytes, elements: int, out: Values | None) -> Values:
-    """Return the values. Raises CodecError on anything but a payload of `elements` values."""
+def encode_in_one_pass(
+    codec: BlockCodec, values: Values, carry: Values | None, out: Values | None, loop: Callable[..., int]
+) -> tuple[bytes, Values]:
+    """Do what `encode` does by one compiled `loop` over values, carry, left, scales and codes."""
+    assert values.ndim == 1, "codecs take flat arrays"
+    assert values.dtype == np.float32, f"codecs take float32, not {values.dtype}"
+    assert carry is None or carry.shape == values.shape, "a carry belongs to one fragment"
+    blocks = -(-values.size // codec.block)
+    scales, codes = np.empty(blocks, dtype="<f4"), np.empty(code_bytes(codec, values.size), dtype=np.uint8)
+    left = output(out, values.size)
+    largest = loop(np.ascontiguousarray(values), np.zeros_like(values) if carry is None else carry, left, scales, codes)
+    # The bits of NaN and infinity are larger than those of any number.
+    if largest > int(MAGNITUDE_MAX.view(np.int32)):
+        raise unsound("the contribution with its carry")
+    return b"".join((header(codec.magic, values.size), scales.data, codes.data)), left
+
+
+def opened(codec: BlockCodec, payload: bytes, elements: int) -> tuple[Values, Codes]:
+    """Return the scales and codes of a payload. Raises CodecError on anything but a payload of `elements` values."""
     view = body(payload, codec.magic, elements)
     blocks = -(-elements // codec.block)
     used = code_bytes(codec, elements)
@@ -127,7 +145,12 @@ def decode(codec: BlockCodec, payload: bytes, elements: int, out: Values | None)
     if not bool(np.all((all_scales >= 0) & (all_scales <= _SCALE_MAX))):
         message = "a block's scale is NaN, negative or huge; the payload is damaged or forged"
         raise CodecError(message)
-    codes = np.frombuffer(view[4 * blocks :], dtype=np.uint8)
+    return all_scales, np.frombuffer(view[4 * blocks :], dtype=np.uint8)
+
+
+def decode(codec: BlockCodec, payload: bytes, elements: int, out: Values | None) -> Values:
+    """Return the values. Raises CodecError on anything but a payload of `elements` values."""
+    all_scales, codes = opened(codec, payload, elements)
     values = output(out, elements)
     per_tile = TILE * codec.bits // 8
     tile = Tile(elements, codec.block)

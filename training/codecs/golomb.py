@@ -38,7 +38,7 @@ def encode_gaps(gaps: Gaps) -> tuple[bytes, bytes]:
 def decode_gaps(remainders: memoryview, unary: memoryview, count: int) -> Gaps:
     """Return the `count` gaps. Raises CodecError unless the streams hold exactly that many."""
     bits = np.unpackbits(np.frombuffer(unary, dtype=np.uint8))
-    ends = np.flatnonzero(bits)
+    ends = np.flatnonzero(bits.view(np.bool_))
     if ends.size != count:
         message = f"the unary stream ends {ends.size} gaps where {count} are due; the payload is damaged or forged"
         raise CodecError(message)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from training.codecs import blocks
 from training.codecs.blocks import SCALE_MIN, Codes
-from training.codecs.framing import NO_HINT, Hint, Values
+from training.codecs.compiled import ELEMENTS_MIN, kernels
+from training.codecs.framing import NO_HINT, Hint, Values, output
 
 BLOCK: Final = 256
 _HALF: Final = BLOCK // 2
@@ -38,10 +39,20 @@ class Int4:
         self, values: Values, carry: Values | None, hint: Hint = NO_HINT, out: Values | None = None
     ) -> tuple[bytes, Values]:
         """Return the payload of `values + carry` and what rounding left of it; the hint's key seeds the rounding."""
+        if values.size >= ELEMENTS_MIN and (loops := kernels()):
+            low, high = mixed_key(hint.key)
+            return blocks.encode_in_one_pass(
+                self, values, carry, out, lambda *arrays: loops["encode_int4"](*arrays, BLOCK, low, high)
+            )
         return blocks.encode(self, values, carry, key=hint.key, out=out)
 
     def decode(self, payload: bytes, elements: int, out: Values | None = None) -> Values:
         """Return the values. Raises CodecError on anything but a payload of `elements` values."""
+        if elements >= ELEMENTS_MIN and (loops := kernels()):
+            scales, codes = blocks.opened(self, payload, elements)
+            values = output(out, elements)
+            loops["decode_int4"](codes, scales, values, BLOCK)
+            return values
         return blocks.decode(self, payload, elements, out)
 
     def size_bytes_max(self, elements: int) -> int:
@@ -89,11 +100,16 @@ def random_bytes(count: int, key: int, first: int) -> npt.NDArray[np.uint8]:
     so that neighbouring keys share nothing.
     """
     words = np.arange(first // 4, (first + count) // 4, dtype=np.uint64).astype(np.uint32)
-    keyed = np.array([key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF], dtype=np.uint32)
-    low, high = (int(each) for each in _mixed(keyed))
+    low, high = mixed_key(key)
     words += np.uint32(low)
     words ^= np.uint32(high)
     return _mixed(words).astype("<u4", copy=False).view(np.uint8)
+
+
+def mixed_key(key: int) -> tuple[int, int]:
+    """Return the two halves of a key, mixed, so that neighbouring keys share nothing."""
+    halves = _mixed(np.array([key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF], dtype=np.uint32))
+    return int(halves[0]), int(halves[1])
 
 
 def _mixed(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:

@@ -12,12 +12,14 @@ remainders (5 bits) · unary quotients. All lengths but the last follow from the
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from training.codecs.compiled import ELEMENTS_MIN, kernels
 from training.codecs.framing import HEADER, MAGNITUDE_MAX, NO_HINT, Hint, Values, body, header, output, unsound
 from training.codecs.golomb import PARAMETER, decode_gaps, encode_gaps, pack, packed_bytes, unary_bits_max, unpack
 from training.errors import CodecError
@@ -47,8 +49,11 @@ class Topk2:
         self, values: Values, carry: Values | None, hint: Hint = NO_HINT, out: Values | None = None
     ) -> tuple[bytes, Values]:
         """Return the payload of the largest of `values + beta * carry`, and all the rest of it."""
-        left = _with_decayed(values, carry, output(out, values.size))
-        exponent, picks = _picked(left)
+        left = output(out, values.size)
+        if values.size >= ELEMENTS_MIN and (loops := kernels()):
+            exponent, picks = _picked_in_one_pass(values, carry, left, loops["select"])
+        else:
+            exponent, picks = _picked(_with_decayed(values, carry, left))
         places = _joined([pick.places.reshape(-1) for pick in picks])
         levels, codes = [], []
         for pick in picks:
@@ -162,6 +167,30 @@ def _picked(total: Values) -> tuple[int, list[_Pick]]:
         picks.append(_Pick(places, total[places]))
     exponent = int(np.clip(np.frexp(largest)[1], _EXPONENT_MIN, _EXPONENT_MAX)) if largest else 0
     return exponent, picks
+
+
+def _picked_in_one_pass(
+    values: Values, carry: Values | None, total: Values, loop: Callable[..., int]
+) -> tuple[int, list[_Pick]]:
+    """Do what `_with_decayed` and `_picked` do, by one compiled `loop` over all whole chunks."""
+    assert values.ndim == 1, "codecs take flat arrays"
+    assert values.dtype == np.float32, f"codecs take float32, not {values.dtype}"
+    assert carry is None or carry.shape == values.shape, "a carry belongs to one fragment"
+    whole = values.size - values.size % CHUNK
+    places = np.empty((whole // CHUNK, KEPT_PER_CHUNK), dtype=np.int64)
+    old = np.zeros_like(values) if carry is None else carry
+    bits = loop(np.ascontiguousarray(values[:whole]), old[:whole], BETA, total[:whole], places, CHUNK)
+    # The bits of NaN and infinity are larger than those of any number.
+    if bits > int(MAGNITUDE_MAX.view(np.int32)):
+        raise unsound("the contribution with its carry")
+    largest = np.array([bits], dtype=np.int32).view(np.float32)[0]
+    rest = _with_decayed(values[whole:], None if carry is None else carry[whole:], total[whole:])
+    exponent, picks = _picked(rest)
+    picks = [_Pick(pick.places + whole, pick.values) for pick in picks]
+    if largest:
+        own = int(np.clip(np.frexp(largest)[1], _EXPONENT_MIN, _EXPONENT_MAX))
+        exponent = max(own, exponent) if picks and bool(rest.any()) else own
+    return exponent, [_Pick(places, total[places]), *picks]
 
 
 def _largest(magnitudes: _Grid, count: int) -> tuple[_Indices, np.float32]:

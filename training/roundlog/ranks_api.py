@@ -74,9 +74,9 @@ class RanksApi:
         if fragment >= FRAGMENTS_MAX:
             raise Refusal(Reason.TOO_LARGE, f"a contribution has at most {FRAGMENTS_MAX} fragments")
         replica.check_open(round_number)
-        part = replica.store.incoming_path()
-        await _receive(request, part, replica.config.contribution_bytes_max)
-        replica.take_fragment(round_number, fragment, part)
+        with replica.store.incoming() as part:
+            await _receive(request, part, replica.config.contribution_bytes_max)
+            replica.take_fragment(round_number, fragment, part)
         return web.Response(status=204)
 
     async def _commit(self, request: web.Request) -> web.Response:
@@ -135,10 +135,10 @@ class RanksApi:
         outer_hash = replica.log.outer_hash if round_number == replica.log.applied_round else None
         if self._receiving.locked():
             raise Refusal(Reason.BUSY, "a snapshot is being received already; one at a time")
-        async with self._receiving:
-            part = replica.store.incoming_path()
-            digest, size = await _receive(request, part, replica.config.snapshot_bytes_max)
-        replica.blobs.take(part, digest)
+        with replica.store.incoming() as part:
+            async with self._receiving:
+                digest, size = await _receive(request, part, replica.config.snapshot_bytes_max)
+            replica.blobs.take(part, digest)
         replica.offer_snapshot(
             SnapshotNote(
                 round_number=round_number,

@@ -181,18 +181,16 @@ class Replica:
         self._moved()
 
     def take_fragment(self, round_number: int, fragment: int, path: Path) -> None:
-        """Move a posted fragment into its place. Raises Refusal where the site's fragments grow too large.
+        """Move a posted fragment from `path` into its place. Raises Refusal where the site's fragments grow too large.
 
         One for a round that is sealed already is forgotten: the ranks learn from the manifest that
         the round went without them, and put their work into the carry.
         """
         if not self.check_open(round_number):
-            path.unlink()
             return
         place = self.store.posted_path(round_number, fragment)
         posted = sum(other.stat().st_size for other in place.parent.iterdir() if other != place)
         if posted + path.stat().st_size > self.config.contribution_bytes_max:
-            path.unlink()
             message = (
                 f"the fragments of round {round_number} exceed the job's {self.config.contribution_bytes_max} bytes"
             )
@@ -206,9 +204,18 @@ class Replica:
         """
         if not self.check_open(round_number):
             return
+        with self.store.incoming() as joined:
+            await self._commit_joined(round_number, request, joined)
+
+    async def _commit_joined(self, round_number: int, request: CommitRequest, joined: Path) -> None:
         paths = [self.store.posted_path(round_number, fragment) for fragment in range(request.fragments)]
-        joined = self.store.incoming_path()
-        parts, digest = await asyncio.to_thread(_join, paths, joined, self.config.contribution_bytes_max)
+        try:
+            parts, digest = await asyncio.to_thread(_join, paths, joined, self.config.contribution_bytes_max)
+        except (FileNotFoundError, Refusal):
+            # Where a quorum seals without this site, what it posted may be dropped in the middle of the reading.
+            if self.check_open(round_number):
+                raise
+            return
         own = OwnContribution(
             round_number=round_number,
             weight=request.weight,
@@ -219,7 +226,6 @@ class Replica:
             fragments=parts,
         )
         if not self.check_open(round_number) or (self.own is not None and self.own.round_number == round_number):
-            joined.unlink()
             if self.own is not None and self.own.round_number == round_number and self.own != own:
                 message = f"round {round_number} was committed with other content; a contribution never changes"
                 raise Refusal(Reason.CHANGED, message)
@@ -364,7 +370,8 @@ def _join(paths: list[Path], joined: Path, bytes_max: int) -> tuple[tuple[Fragme
     total = hashlib.sha256()
     parts: list[FragmentPart] = []
     size = 0
-    with joined.open("wb") as file:
+    # Not "wb", which would make it anew where a commit that was given up has removed it.
+    with joined.open("r+b") as file:
         for number, path in enumerate(paths):
             if not path.exists():
                 message = f"fragment {number} of {len(paths)} was not posted; post all before the commit"

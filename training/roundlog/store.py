@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -119,11 +120,16 @@ class LogStore:
         folder.mkdir(exist_ok=True)
         return folder / str(fragment)
 
-    def incoming_path(self) -> Path:
-        """Return a fresh place for a file on its way into the blobs."""
+    @contextmanager
+    def incoming(self) -> Iterator[Path]:
+        """Open a fresh file on its way into the blobs; what is not moved there by the end is removed."""
         descriptor, name = tempfile.mkstemp(dir=self._incoming)
         os.close(descriptor)
-        return Path(name)
+        path = Path(name)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def drop_posted(self, through_round: int) -> None:
         """Remove the posted fragments of rounds up to `through_round`."""

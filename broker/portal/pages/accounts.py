@@ -10,7 +10,7 @@ from werkzeug.wrappers import Response
 from broker.api.context import the_market
 from broker.errors import BrokerError, RefusedError
 from broker.identity.passwords import PASSWORD_LENGTH_MAX, Role, change_password, create_user, disable_user
-from broker.portal.blueprint import Access, page, show, the_person
+from broker.portal.blueprint import Access, page, show, the_actor, the_person
 from broker.queries.accounts import ACCOUNTS_PER_PAGE, list_accounts
 
 LOGIN_LENGTH_MAX = 100
@@ -37,7 +37,7 @@ def new_account() -> Response:
     try:
         if not login or not login.isprintable() or role not in set(Role):
             raise RefusedError("give the account a name and one of the roles")
-        create_user(the_market(), login, _password(), Role(role), tenant_id or None, by=the_person().login)
+        create_user(the_market(), login, _password(), Role(role), tenant_id or None, actor=the_actor())
     except BrokerError as error:
         return show("accounts.html", error.status, refused=str(error), values=values, **_listed())
     return _back(login)
@@ -48,7 +48,7 @@ def set_password() -> Response:
     """Set a person's password; all of their sessions end."""
     login = request.form.get("login", "")[:LOGIN_LENGTH_MAX]
     try:
-        change_password(the_market(), login, _password(), by=the_person().login)
+        change_password(the_market(), login, _password(), actor=the_actor())
     except BrokerError as error:
         return show("accounts.html", error.status, refused=str(error), **_listed())
     return _back(login)
@@ -61,7 +61,7 @@ def close_account() -> Response:
     try:
         if login == the_person().login:
             raise OwnAccountError("this is your own account; let another admin close it")
-        disable_user(the_market(), login, by=the_person().login)
+        disable_user(the_market(), login, actor=the_actor())
     except BrokerError as error:
         return show("accounts.html", error.status, refused=str(error), **_listed())
     return _back(login)

@@ -15,7 +15,6 @@ from werkzeug.wrappers import Response
 from broker.api.context import the_market
 from broker.api.downloads import send_artifact
 from broker.api.pages import decode_cursor, encode_cursor
-from broker.api.site_routes import streams_of
 from broker.cancel import request_cancel
 from broker.database.tables import Lease
 from broker.errors import NotFoundError
@@ -32,8 +31,8 @@ from broker.queries.jobs import (
     read_job,
 )
 from broker.queries.money import tenant_balance
-from broker.streams import READ_BYTES_MAX
-from broker.tickets import ticket
+from broker.streams import READ_BYTES_MAX, streams_of
+from broker.tickets import stream_url
 from broker.transitions import JobState
 
 LOGS_SHOWN: Final = 8
@@ -80,10 +79,7 @@ def job(job_id: str) -> Response:
     """Show one job."""
     market = the_market()
     view = _read(job_id)
-    stream = ""
-    if market.settings.wake_url and not view.is_final:
-        key = ticket(market.authority.derive_key("wake"), "job", job_id)
-        stream = f"{market.settings.wake_url.rstrip('/')}/wake/job/{job_id}?ticket={key}"
+    stream = "" if view.is_final else stream_url(market, "job", job_id) or ""
     return show("job.html", stream=stream, **_live_values(view))
 
 

@@ -12,7 +12,7 @@ from werkzeug.wrappers import Response
 from broker.api.context import the_market
 from broker.audit import audit
 from broker.errors import BrokerError
-from broker.portal.blueprint import Access, page, show
+from broker.portal.blueprint import Access, page, show, the_actor
 from broker.queries.money import TENANTS_PER_PAGE, list_tenants, read_ledger
 from broker.tenants import create_tenant
 from broker.tenants import deposit as give
@@ -36,7 +36,8 @@ def deposit() -> Response:
 
     try:
         micros = parse_credits(amount)
-        market.database.write("deposit", lambda session: give(session, market, tenant_id, micros, key))
+        actor = the_actor()
+        market.database.write("deposit", lambda session: give(session, market, tenant_id, micros, key, actor=actor))
     except (BrokerError, AmountError) as error:
         status = error.status if isinstance(error, BrokerError) else HTTPStatus.UNPROCESSABLE_ENTITY
         return show("tenants.html", status, refused=str(error), amount=amount, tenant_id=tenant_id, **_listed())
@@ -49,7 +50,7 @@ def new_tenant() -> Response:
     tenant_id = request.form.get("new_tenant_id", "").strip()[:64]
     name = request.form.get("name", "").strip()[:200]
     try:
-        create_tenant(the_market(), tenant_id, name)
+        create_tenant(the_market(), tenant_id, name, actor=the_actor())
     except BrokerError as error:
         return show("tenants.html", error.status, refused=str(error), new_tenant_id=tenant_id, name=name, **_listed())
     return redirect(url_for("portal.tenants"), HTTPStatus.SEE_OTHER)

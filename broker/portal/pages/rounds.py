@@ -18,7 +18,7 @@ from broker.database.papers import RoundCertificate
 from broker.database.tables import Round
 from broker.errors import NotFoundError
 from broker.freeze import frozen_since, set_frozen
-from broker.portal.blueprint import Access, page, show, the_person
+from broker.portal.blueprint import Access, page, show, the_actor, the_person
 from broker.queries.market import ROUNDS_PER_PAGE, find_round, list_rounds
 from broker.rounds.certificate import SignedCertificate, Statement, read_statement
 from broker.rounds.replay import replay
@@ -83,7 +83,7 @@ def _set_frozen(*, frozen: bool) -> Response:
         the_market(),
         frozen=frozen,
         reason=f"{reason} (by {login})" if reason else f"by {login}",
-        actor=f"person {login}",
+        actor=the_actor(),
     )
     return redirect(url_for("portal.rounds"), HTTPStatus.SEE_OTHER)
 

@@ -13,7 +13,7 @@ from broker.api.context import the_market
 from broker.enrol import remove_site
 from broker.errors import BrokerError
 from broker.identity.join import LIFE_S, invite_site
-from broker.portal.blueprint import Access, page, show
+from broker.portal.blueprint import Access, page, show, the_actor
 from broker.queries.market import last_round
 from broker.queries.sites import SITES_PER_PAGE, SiteView, list_sites, read_site
 
@@ -29,7 +29,7 @@ def invite() -> Response:
     """Invite a site and show its join string, this once."""
     site_id = request.form.get("site_id", "").strip()[:64]
     try:
-        join_string = invite_site(the_market(), site_id)
+        join_string = invite_site(the_market(), site_id, actor=the_actor())
     except BrokerError as error:
         return show("sites.html", error.status, refused=str(error), site_id=site_id, **_listed())
     return show("sites.html", site_id=site_id, join_string=join_string, join_life_s=LIFE_S, **_listed())
@@ -51,7 +51,7 @@ def remove(site_id: str) -> Response:
     """Remove a site for good; its name must be typed, since nothing brings it back."""
     if request.form.get("confirmed") != site_id:
         return redirect(url_for("portal.site", site_id=site_id), HTTPStatus.SEE_OTHER)
-    remove_site(the_market(), site_id)
+    remove_site(the_market(), site_id, actor=the_actor())
     return redirect(url_for("portal.sites"), HTTPStatus.SEE_OTHER)
 
 

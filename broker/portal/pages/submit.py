@@ -16,11 +16,9 @@ from flask import redirect, request, url_for
 from sqlalchemy.orm import Session
 from werkzeug.wrappers import Response
 
-from broker.allocation.quote import QuoteRow
 from broker.api.context import the_market
 from broker.database.tables import IdempotencyKey, Job
 from broker.errors import BrokerError
-from broker.freeze import require_open
 from broker.portal.blueprint import Access, page, show, the_person
 from broker.portal.forms import (
     GPU_ROWS,
@@ -33,7 +31,7 @@ from broker.portal.forms import (
 )
 from broker.portal.job_text import spec_of_text
 from broker.portal.workdirs import Workdir, keep_example, keep_upload
-from broker.quote import quote_job, reason_never_possible
+from broker.quote import QuotedRow, quote_job, reason_never_possible
 from broker.submit import submit_job
 from sites.bundle import PACKED_BYTES_MAX
 from training.catalogue import GPU_TYPES
@@ -50,7 +48,7 @@ _KEY: Final = re.compile(r"[0-9a-f]{32}")
 class Quoted:
     """What a job would get now; `never` says why it never could, where that is so."""
 
-    rows: list[QuoteRow]
+    rows: list[QuotedRow]
     never: str | None
 
 
@@ -82,7 +80,7 @@ def quote() -> Response:
     filled = _filled(draft, NO_WORKDIR)
     draft.faults = filled.faults
     if filled.spec is not None:
-        draft.quoted = _quoted(filled.spec)
+        draft.quoted = _quoted(filled.spec, the_person().tenant_id or "")
     return show("quote.html", draft=draft, alone=True)
 
 
@@ -100,7 +98,7 @@ def take_job() -> Response:
         if filled.spec is None:
             return _show(draft, HTTPStatus.UNPROCESSABLE_ENTITY)
         if request.form.get("step") != "submit":
-            draft.quoted = _quoted(filled.spec)
+            draft.quoted = _quoted(filled.spec, tenant_id)
             return _show(draft)
         if draft.workdir is None:
             draft.faults["workdir"] = "choose a .tar.gz of the job's folder, or the example"
@@ -149,9 +147,9 @@ def _kept_workdir() -> Workdir | None:
     return Workdir(digest, request.form.get("workdir_name", "")[:100])
 
 
-def _quoted(spec: JobSpec) -> Quoted:
+def _quoted(spec: JobSpec, tenant_id: str) -> Quoted:
     market = the_market()
-    rows = quote_job(market, spec)[:QUOTE_ROWS_MAX]
+    rows = quote_job(market, spec, tenant_id)[:QUOTE_ROWS_MAX]
     never = None if rows else market.database.read(lambda session: reason_never_possible(session, spec))
     return Quoted(rows, never)
 
@@ -179,7 +177,6 @@ def _submit(tenant_id: str, submission: str, spec: JobSpec) -> str:
     former = market.database.read(submitted)
     if former is not None:
         return former
-    market.database.read(require_open)
     return submit_job(market, tenant_id, spec, before_commit).job_id
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,3 +70,30 @@ def check(snapshot: Snapshot, seed: int) -> None:
         price = named[name]
         assert rent[row] == base * price + sum(max(0, price - cost) * units for units, cost in steps), name
     assert dual_exact(market.instance, prices) == sum(theirs.values()) + int(rent.sum())
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_what_the_bound_leaves_out_is_never_the_best(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshots = [feature_market(seed, jobs=10, sites=6, slots=slots) for seed in range(4)]
+    snapshots.append(random_market(5, jobs=20, sites=7, types=3))
+    looked: list[int] = []
+    for seed, snapshot in enumerate(snapshots):
+        tables = from_snapshot(snapshot)
+        _, named = priced(Market(tables, compile_market(tables)), seed)
+        counted = Demand(Rules(snapshot), named)
+        rows = counted._best_row
+        monkeypatch.setattr(
+            counted, "_best_row", lambda *given, rows=rows: looked.append(len(given[2])) or rows(*given)
+        )
+        bounded = [counted.best(job) for job in snapshot.jobs]
+        few, looked[:] = sum(looked), []
+        endless = Demand(Rules(snapshot), named)
+        most = endless._most
+        monkeypatch.setattr(endless, "_most", lambda *given, most=most: replace(most(*given), worth=2**61))
+        rows = endless._best_row
+        monkeypatch.setattr(
+            endless, "_best_row", lambda *given, rows=rows: looked.append(len(given[2])) or rows(*given)
+        )
+        assert [endless.best(job) for job in snapshot.jobs] == bounded
+        assert few < sum(looked)
+        looked.clear()

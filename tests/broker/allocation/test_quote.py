@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.allocation.quote import never_possible, quote
+from broker.allocation.quote import SITES_QUOTED_MAX, never_possible, quote
 from broker.allocation.snapshot import JobState, Snapshot
 from broker.allocation.solve import clear
 from tests.broker.allocation.instances import CREDIT, NOW_MS, job, market, pool
@@ -71,3 +71,16 @@ def test_sites_that_cannot_reach_each_other_never_hold_a_spanning_job() -> None:
     assert "listens" in (impossible(apart, job("q", 5, 8, sites_max=2)) or "")
     joined = market([pool("ada", 4), pool("bob", 4)], [])
     assert impossible(joined, job("q", 5, 8, sites_max=2)) is None
+
+
+def test_many_sites_are_quoted_by_what_their_gpus_do_for_their_price() -> None:
+    sites = SITES_QUOTED_MAX + 20
+    pools = [pool(f"s{number:03d}", 4, 1 + number / 1000) for number in range(sites)]
+    # The dearest site computes three times as fast as the others: it must be in the table.
+    pools[-1] = pools[-1].model_copy(update={"flops_per_s": 3e12})
+    rows = quote(market(pools, [], links=False), job("q", 5, (1, 1), hours=8))
+    assert len(rows) == SITES_QUOTED_MAX
+    named = {site for row in rows for site in row.configuration.site_ids}
+    assert f"s{sites - 1:03d}" in named
+    assert "s000" in named
+    assert f"s{sites - 2:03d}" not in named

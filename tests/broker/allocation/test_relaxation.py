@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from broker.allocation import oracle
+from broker.allocation.compile import compile_market
+from broker.allocation.generate import generate
 from broker.allocation.instance import Instance
 from broker.allocation.relaxation import GAP, Limits, relax
+from broker.allocation.solver import solve
 from tests.broker.allocation import array_instances
 from tests.broker.allocation.test_oracle import every_column
 
@@ -63,6 +66,19 @@ def test_prices_are_the_same_whole_numbers_whatever_path_the_solver_takes(seed: 
     warm = relax(instance, last_prices=cold.prices * 1.05, methods=("primal", "ipm"))
     assert np.array_equal(cold.prices, other.prices)
     assert np.array_equal(cold.prices, warm.prices)
+
+
+@pytest.mark.parametrize("family", ["A", "B"])
+@pytest.mark.parametrize("feature", ["", "ask_curves", "mixed_types", "slots", "budgets", "floors", "incumbents"])
+def test_the_bound_of_a_generated_market_is_above_what_the_lp_reaches(family: str, feature: str) -> None:
+    # As many as the name has letters: another market for each feature.
+    tables = generate(family, 12, 6, len(feature), features=(feature,) if feature else ())
+    instance = compile_market(tables).instance
+    found = relax(instance)
+    assert found.optimal
+    assert 0 <= found.gap <= GAP
+    # Welfare that is placed is never above the bound, whatever prices the bound is taken at.
+    assert solve(instance).welfare <= min(found.bound, oracle.dual_exact(instance, found.prices * 9 // 10))
 
 
 def test_a_stopped_relaxation_still_states_a_valid_bound_and_says_that_it_stopped() -> None:

@@ -21,6 +21,7 @@ from broker.allocation.instance import (
     Int,
     capacity,
 )
+from broker.allocation.listing import near, near_singles
 from broker.allocation.relaxation import relax
 from broker.allocation.rounding import Limits, Rounded, drop_uplift, whole
 from broker.allocation.uplift import uplift_micros
@@ -291,12 +292,45 @@ def test_repair_of_five_hundred_jobs_is_close_to_the_bound_and_the_same_each_tim
     assert (relaxed.bound - first.welfare) / relaxed.bound < 0.02
 
 
-def test_more_effort_never_costs_welfare() -> None:
+def test_more_sweeps_never_cost_welfare() -> None:
     instance = array_instances.large(500, 20, "B", 1)
     prices = relax(instance).prices
-    welfare = [whole(instance, prices, limits=Limits(sweeps=n, finish_jobs=0)).welfare for n in (0, 2, 6)]
+    limits = Limits(neighbourhoods=0, finish_jobs=0)
+    welfare = [whole(instance, prices, limits=limits._replace(sweeps=n)).welfare for n in (0, 2, 6)]
     assert welfare == sorted(welfare)
     assert welfare[0] < welfare[-1]
+
+
+def test_neighbourhoods_placed_anew_gain_welfare_and_cost_none() -> None:
+    gained = 0
+    for seed, family in enumerate("ABAB"):
+        instance = array_instances.large(120, 6, family, seed)
+        prices = relax(instance).prices
+        without = whole(instance, prices, limits=Limits(neighbourhoods=0, finish_jobs=0))
+        rounded = whole(instance, prices, limits=_SEARCH_ONLY)
+        check(instance, prices, rounded)
+        assert rounded.welfare >= without.welfare
+        assert (rounded.effort.exchanged > 0) == (rounded.welfare > without.welfare)
+        gained += rounded.welfare > without.welfare
+    assert gained >= 2
+
+
+def test_singles_near_the_best_are_those_that_writing_every_column_out_finds() -> None:
+    seen = 0
+    for seed in range(60):
+        instance = array_instances.small(seed)
+        prices = rough_prices(instance, seed).astype(np.float64)
+        best = oracle.best(instance, prices).surplus.astype(np.float64)
+        jobs = np.arange(seed % 2, instance.job_count, 2)
+        for width in (1.0, 2e5, 5e6):
+            everything = near(instance, prices, best, np.full(instance.job_count, width))
+            wanted = everything.take(np.flatnonzero((everything.form == SINGLE) & np.isin(everything.job, jobs)))
+            found = near_singles(instance, prices, best, width, jobs)
+            order = np.lexsort((found.place, found.item, found.job))
+            for mine, theirs in zip(found.take(order), wanted, strict=True):
+                assert np.array_equal(mine, theirs)
+            seen += len(found.job)
+    assert seen > 500
 
 
 def incumbent(instance: Instance, held: Choice, restart: int) -> Instance:

@@ -283,6 +283,15 @@ def test_a_frozen_market_takes_no_job_until_it_is_thawed(trading: World) -> None
     assert trading.post("/v1/jobs", "acme", spec()).status_code == 201
 
 
+def test_a_retry_of_a_submit_is_answered_though_the_market_was_frozen_since(trading: World) -> None:
+    first = trading.post("/v1/jobs", "acme", spec(), key="once")
+    assert first.status_code == 201
+    trading.post("/v1/admin/freeze", "admin", {"reason": "drill"})
+    again = trading.post("/v1/jobs", "acme", spec(), key="once")
+    assert (again.status_code, again.get_json()["job_id"]) == (201, first.get_json()["job_id"])
+    assert code_of(trading.post("/v1/jobs", "acme", spec(), key="twice")) == "market.frozen"
+
+
 def test_the_invoice_is_open_while_the_job_is(trading: World) -> None:
     job_id = _submit(trading)
     answer = trading.call("GET", f"/v1/jobs/{job_id}/invoice", "acme")

@@ -83,6 +83,25 @@ def test_who_froze_the_market_or_gave_credits_is_on_record_for_admins_alone(trad
     assert created["actor"] == f"token {token}"
 
 
+def test_who_invited_or_removed_a_site_or_changed_an_account_is_on_record(trading: World) -> None:
+    person = {"login": "eva", "password": "a long enough password", "role": "admin"}
+    assert trading.post("/v1/admin/sites/invite", "admin", {"site_id": "oslo"}).status_code == 201
+    assert trading.post("/v1/admin/sites/lyon/remove", "admin", {}).status_code == 200
+    assert trading.post("/v1/admin/users", "admin", person).status_code == 201
+    changed = trading.post("/v1/admin/users/eva/password", "admin", {"password": "another long password"})
+    assert changed.status_code == 200
+    assert trading.post("/v1/admin/users/eva/close", "admin", {}).status_code == 200
+    actors = {(row["kind"], row["after"]): row["actor"] for row in _events(trading)}
+    wanted = [
+        ("invitation", "made"),
+        ("site", "removed"),
+        ("user", "created"),
+        ("user", "password"),
+        ("user", "disabled"),
+    ]
+    assert {event: str(actors[event]).partition(" ")[0] for event in wanted} == dict.fromkeys(wanted, "token")
+
+
 def _events(world: World) -> list[dict[str, str]]:
     items: list[dict[str, str]] = world.call("GET", "/v1/admin/events?limit=100", "admin").get_json()["items"]
     return items

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from broker.audit import audit
 from broker.database.tables import Event, Lease, LeasedGpu, Site, SiteCertificate, Table
+from broker.database.uploads import SiteUpload
 from broker.identity.join import LIFE_S
 from broker.streams import streams_of
 from sites.identity import certificate_request_pem, decode_join_string, site_uri
@@ -244,6 +245,22 @@ def test_a_site_stores_only_while_it_holds_a_lease(trading: World) -> None:
     half = trading.signed("lyon", "PUT", path, content[:5]).get_json()
     assert (half["held_bytes"], half["complete"]) == (5, False)
     assert trading.signed("lyon", "PUT", path, content).get_json()["complete"]
+
+
+def test_a_site_learns_nothing_of_what_others_have_brought(trading: World) -> None:
+    """The tenant's workdir is held: a site that only knows the digest brings every byte itself."""
+    _active(trading)
+    digest, size = hashlib.sha256(WORKDIR).hexdigest(), len(WORKDIR)
+    path = f"/site/v1/artifacts/{digest}?offset=0&size={size}"
+    asked = trading.signed("lyon", "PUT", path, b"").get_json()
+    assert asked == {"digest": digest, "size_bytes": size, "held_bytes": 0, "complete": False}
+    brought = lambda: trading.market.database.read(  # noqa: E731
+        lambda session: session.get(SiteUpload, ("lyon", digest))
+    )
+    assert brought() is None
+    assert trading.signed("lyon", "PUT", path, WORKDIR).get_json()["complete"]
+    assert brought() is not None
+    assert trading.signed("lyon", "PUT", path, b"").get_json()["complete"]
 
 
 def test_streams_take_each_byte_once_and_no_old_epoch(trading: World) -> None:

@@ -119,7 +119,7 @@ def test_a_bad_row_reaches_the_person_with_its_line(folder: Path) -> None:
 
 def test_the_page_reads_well_in_a_browser(page: Path) -> None:
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert path is not None, "No Chromium: run deploy/chromium.sh, or on Debian `apt-get install chromium`."
+    assert path is not None, "No Chromium: run deploy/test_parts.sh, or on Debian `apt-get install chromium`."
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         window = browser.new_page(viewport={"width": 1100, "height": 900})

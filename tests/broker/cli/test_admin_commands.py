@@ -20,6 +20,23 @@ def test_init_makes_a_market_whose_first_token_is_an_admins(hansa: Hansa, tmp_pa
     assert (home / "market.sqlite3").exists()
 
 
+def test_init_makes_no_second_admin_by_itself(hansa: Hansa, tmp_path: Path) -> None:
+    home = {"HANSA_HOME": str(tmp_path / "market")}
+    assert hansa("admin", "init", "--equity", "1.5", **home).code == 0
+    again = hansa("admin", "init", "--equity", "1.5", **home)
+    assert again.code == 2
+    assert "--another" in again.err
+    assert hansa("admin", "init", "--another", **home).code == 0
+    assert hansa("admin", "init", "--equity", "0.0000001", "--another", **home).code == 2
+
+
+def test_the_market_gets_equity_once_for_a_key(hansa: Hansa) -> None:
+    before = json.loads(hansa("admin", "equity", "2", "--json", who="admin").out)["balance_micros"]
+    for _ in range(2):
+        outcome = hansa("admin", "equity", "1.5", "--key", "more", "--json", who="admin")
+        assert json.loads(outcome.out)["balance_micros"] == before + 1_500_000
+
+
 def test_tenant_is_opened_given_credits_and_a_token(hansa: Hansa) -> None:
     assert hansa("admin", "tenant", "create", "hanse", "--name", "Hanse", who="admin").code == 0
     deposited = hansa("admin", "tenant", "deposit", "hanse", "1.5", "--json", who="admin")

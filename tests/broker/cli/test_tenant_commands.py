@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select
 
+from broker.database.uploads import WorkdirUpload
 from tests.broker.cli.calling import Broker, Hansa
 
 
@@ -27,6 +29,15 @@ def test_quote_names_the_place_and_the_price(hansa: Hansa, job_file: Path) -> No
     assert outcome.code == 0, outcome.err
     assert "lubeck 2xcpu-slot" in outcome.out
     assert "yes" in outcome.out
+
+
+def test_a_quote_brings_nothing_to_the_broker(hansa: Hansa, broker: Broker, job_file: Path) -> None:
+    (job_file.parent / "train.py").write_text("print('quoted only')\n")
+    before = _uploads(broker)
+    assert hansa("quote", str(job_file)).code == 0
+    assert _uploads(broker) == before
+    submitted(hansa, job_file)
+    assert _uploads(broker) == before + 1
 
 
 def test_submitted_job_is_listed_shown_and_cancelled(hansa: Hansa, job_file: Path) -> None:
@@ -137,3 +148,8 @@ def test_logs_of_a_waiting_job_are_empty(hansa: Hansa, job_file: Path) -> None:
 def test_prices_name_the_ask(hansa: Hansa) -> None:
     assert "lubeck/cpu-slot" in hansa("prices", who="").out
     assert json.loads(hansa("prices", "--json").out)["items"][0]["ask_micros_per_gpu_hour"] == 500_000
+
+
+def _uploads(broker: Broker) -> int:
+    count = select(func.count()).select_from(WorkdirUpload)
+    return broker.market.database.read(lambda session: session.scalar(count)) or 0

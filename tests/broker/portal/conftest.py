@@ -22,7 +22,7 @@ from broker.portal.blueprint import SESSION_COOKIE
 from sites.bundle import pack
 from tests.broker.portal.scene import PASSWORD, Scene, make_scene
 
-REMEDY = "No Chromium: run deploy/chromium.sh, or on Debian `apt-get install chromium`."
+REMEDY = "No Chromium: run deploy/test_parts.sh, or on Debian `apt-get install chromium`."
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 
 

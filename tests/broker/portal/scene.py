@@ -11,7 +11,6 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker import ledger
-from broker.api.site_routes import streams_of
 from broker.bootstrap import open_market
 from broker.enrol import enrol
 from broker.heartbeat import receive
@@ -22,6 +21,7 @@ from broker.portal.workdirs import keep_example
 from broker.rounds.clear import hold_round
 from broker.rounds.economics import keep_up
 from broker.settings import Settings
+from broker.streams import streams_of
 from broker.submit import submit_job
 from broker.tenants import create_tenant, deposit
 from sites.identity import attempt_uri, certificate_request_pem, decode_join_string, site_uri

@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from structlog.testing import capture_logs
 
 from broker.allocation import solve
 from broker.allocation.clearing import Clearing
 from broker.allocation.snapshot import Snapshot
 from broker.cancel import request_cancel
 from broker.database.tables import Hold, Job, LeasedGpu, Round, Site
-from broker.errors import NotFoundError
+from broker.errors import IllegalTransitionError, NotFoundError
 from broker.freeze import set_frozen
 from broker.leases import end_placement, live_placement, requeue
 from broker.rounds import clear as clear_module
 from broker.rounds.replay import replay
 from broker.rounds.snapshot import TakenSnapshot, renewal_starts_ms, take
-from broker.transitions import change_state, note_change
+from broker.transitions import EndCause, change_state, note_change
 from sites.protocol import ExitCause
 from tests.broker.speaking import ASK, LIVENESS_S, MARGIN_S, TERM_S, Scene
 from tests.simulation.founding import TENANT_ID
@@ -352,6 +353,43 @@ def test_usage_of_a_site_that_was_lost_before_its_gang_was_renewed_is_still_paid
     assert scene.hold(job_id).posted_micros == 2 * 5_000 * ASK // 3_600_000
 
 
+def test_a_renewal_of_a_gang_that_was_reduced_meanwhile_is_dropped(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = scene.submit(4, sites_max=2, sites_allowed=["ada", "bob"])
+    ada, _ = scene.start(job_id)
+    before = scene.placement(job_id)
+    _until_renewal(scene, job_id)
+    scene.reconcile()
+    _during_the_solve(monkeypatch, lambda: ada.exit(ExitCause.SITE))
+    held = scene.round()
+    assert held is not None
+    assert json.loads(held.dropped) == [{"job_id": job_id, "reason": "the gang has changed since the snapshot"}]
+    assert scene.events("renewed") == []
+    assert scene.placement(job_id).reserved_micros == before.reserved_micros
+    assert scene.is_due()
+
+
+def test_a_round_that_was_overtaken_says_so_and_any_other_conflict_is_no_quiet_end(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.submit(1)
+    with monkeypatch.context() as patch:
+        _during_the_solve(patch, lambda: set_frozen(scene.market, frozen=True))
+        with capture_logs() as logs:
+            assert scene.round() is None
+    assert [(entry["event"], entry["log_level"]) for entry in logs] == [("round.overtaken", "warning")]
+    set_frozen(scene.market, frozen=False)
+
+    def break_down(*_: object, **__: object) -> None:
+        raise IllegalTransitionError("a lease cannot go from ended to active")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clear_module, "commit", break_down)
+        with pytest.raises(IllegalTransitionError):
+            scene.round()
+
+
 def test_one_round_after_another_never_sells_a_gpu_twice(scene: Scene) -> None:
     jobs = [scene.submit(1) for _ in range(9)]
     for _ in range(3):
@@ -400,5 +438,5 @@ def _silence(session: Session, site_id: str) -> None:
 def _end(scene: Scene, session: Session, job_id: str) -> None:
     placement = live_placement(session, job_id)
     assert placement is not None
-    end_placement(session, scene.market, placement, "moved")
+    end_placement(session, scene.market, placement, EndCause.MOVED)
     requeue(session, scene.market, session.get_one(Job, job_id), "moving", "moves")

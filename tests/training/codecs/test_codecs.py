@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from training.codecs import CODECS, MAGNITUDE_MAX, NO_HINT, Codec, Hint, Values, decode
 from training.codecs.blocks import TILE
+from training.codecs.compiled import ELEMENTS_MIN, kernels
 from training.codecs.int4 import random_bytes
 from training.codecs.int8 import BLOCK
 from training.codecs.topk2 import BETA, CHUNK, KEPT_PER_CHUNK
@@ -246,3 +247,29 @@ def test_over_rounds_int8_loses_nothing_of_a_constant_gradient() -> None:
     assert np.abs(total / 200 - values).max() < 1e-4
     without = CODECS["int8"].decode(CODECS["int8"].encode(values, None)[0], 2000)
     assert np.abs(without - values).max() > 1e-3, "without the carry they would be lost"
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "topk2"])
+@pytest.mark.parametrize("elements", [ELEMENTS_MIN, ELEMENTS_MIN + 77])
+@pytest.mark.parametrize("ties", [False, True])
+def test_compiled_loops_give_the_bytes_of_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, *, name: str, elements: int, ties: bool
+) -> None:
+    pytest.importorskip("numba")
+    values, carry = normal(elements), normal(elements, 1) * np.float32(1e-3)
+    if ties:
+        values, carry = np.rint(values), np.zeros_like(carry)
+    values[1024:3072], values[5000:5100], carry[1024:3072] = 0, 1e-30, 0
+    found = []
+    for wish in ("1", "0"):
+        monkeypatch.setenv("HANSA_COMPILE", wish)
+        kernels.cache_clear()
+        assert bool(kernels()) == (wish == "1")
+        payload, left = CODECS[name].encode(values, carry, Hint(key=1234567890123456789))
+        faulty = values.copy()
+        faulty[77] = np.nan
+        with pytest.raises(CodecError, match="NaN, infinite or huge"):
+            CODECS[name].encode(faulty, None)
+        found.append((payload, left.tobytes(), CODECS[name].decode(payload, elements).tobytes()))
+    kernels.cache_clear()
+    assert found[0] == found[1]

@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import hashlib
 import signal
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from training.errors import ExchangeError
 from training.exchange import SampleRange
+from training.roundlog import replica
 from training.roundlog.errors import ExchangeRefusedError
 
-from .conftest import OUTER, Federation, Site, run_round, wait_until
+from .conftest import LIMIT_S, OUTER, Federation, Site, run_round, wait_until
 
 
 def samples(round_number: int, index: int) -> tuple[SampleRange, ...]:
@@ -238,6 +241,35 @@ def test_fragments_beyond_the_jobs_limit_are_refused(federation: Federation) -> 
             one.client.post_fragment(1, fragment, bytes(50_000_000))
 
 
+def test_refused_and_broken_bodies_leave_nothing_on_disk(federation: Federation) -> None:
+    (one,) = federation.start("aachen", listens=False)
+    federation.open(one, hub=one)
+    incoming = Path(one.config.state_dir) / "incoming"
+    with pytest.raises(ExchangeRefusedError, match="was not posted"):
+        one.client.commit(1, weight=1, samples=(), fragments=2, outer_hash=OUTER)
+    too_large = one.config.contribution_bytes_max + 1
+    _post_raw(one, f"Content-Length: {too_large}", bytes(too_large))
+    # The ranks' process dies in the middle of a body.
+    _post_raw(one, "Content-Length: 1000000", bytes(1000))
+    wait_until(lambda: list(incoming.iterdir()) == [], "what was refused to be removed")
+    run_round(1, one)
+    assert list(incoming.iterdir()) == []
+
+
+def _post_raw(site: Site, header: str, body: bytes) -> bytes:
+    """Post a fragment over a bare connection that ends after `body`; return how the answer begins."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(LIMIT_S)
+        connection.connect(site.config.ranks_socket)
+        connection.sendall(f"PUT /rounds/1/fragments/0 HTTP/1.1\r\nHost: gateway\r\n{header}\r\n\r\n".encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(body)
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            return connection.recv(100)
+    return b""
+
+
 def test_new_hub_that_just_joined_gets_chain_and_snapshot_from_a_member(federation: Federation, tmp_path: Path) -> None:
     one, two, three = federation.start("aachen", "bergen", "cadiz", process=True)
     federation.open(one, two, hub=one)
@@ -400,3 +432,26 @@ def test_measurements_become_json_lines(federation: Federation) -> None:
     assert line.count("\n") == 1
     assert '"loss":2.5' in line
     assert '"nan":null' in line
+
+
+def test_a_round_sealed_while_a_commit_is_being_joined_goes_on_without_it(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = federation.start("aachen", "bergen")
+    federation.open(one, two, hub=one, quorum=1)
+    join = replica._join
+    held = threading.Event()
+
+    def join_late(paths: list[Path], joined: Path, bytes_max: int) -> object:
+        if "aachen" in str(joined):
+            held.set()
+            wait_until(lambda: one.control.status().sealed_round == 1, "the round to be sealed by the other site")
+            wait_until(lambda: not any(path.exists() for path in paths), "what was posted to be dropped")
+        return join(paths, joined, bytes_max)
+
+    monkeypatch.setattr(replica, "_join", join_late)
+    late = one.pool.submit(one.contribute, 1)
+    assert held.wait(LIMIT_S)
+    two.contribute(1)
+    late.result(LIMIT_S)
+    assert [entry.site_id for entry in one.apply(1).entries] == ["bergen"]

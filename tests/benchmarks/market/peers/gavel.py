@@ -46,12 +46,16 @@ def max_sum(problem: TimeShares, solver: str) -> Answer:
 
 
 def max_min(problem: TimeShares, solver: str) -> Answer:
-    """Maximise the least of throughput x scale factor over that of an equal split (section 4.1)."""
+    """Maximise the least of throughput x scale factor over that of an equal split (section 4.1).
+
+    A job that runs nowhere has no share of anything: it would only make everyone's least nought.
+    """
     started = time.process_time()
     x = cp.Variable(problem.throughput.shape, nonneg=True)
-    fair = problem.throughput @ (problem.workers / problem.workers.sum())
-    normalised = problem.throughput * (problem.gpus / fair)[:, None]
-    objective = cp.Maximize(cp.min(cp.sum(cp.multiply(normalised, x), axis=1)))
+    runs = np.flatnonzero(problem.throughput.any(axis=1))
+    fair = problem.throughput[runs] @ (problem.workers / problem.workers.sum())
+    normalised = problem.throughput[runs] * (problem.gpus[runs] / fair)[:, None]
+    objective = cp.Maximize(cp.min(cp.sum(cp.multiply(normalised, x[runs]), axis=1)))
     return _solved(cp.Problem(objective, _feasible(x, problem)), x, solver, started)
 
 

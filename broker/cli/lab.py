@@ -1,0 +1,133 @@
+"""`hansa lab`: a researcher's laboratory on this machine. The work is `training.lab`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from broker.cli.errors import UsageError
+from broker.cli.output import print_json, print_table
+
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+
+_ALL: Final = "all"
+
+
+@app.callback()
+def lab() -> None:
+    """Try synchronisation strategies on this machine, without a market."""
+
+
+@app.command()
+def compare(
+    job: Annotated[Path, typer.Argument(help="the job file; its script must report a loss")],
+    *,
+    sites: Annotated[int, typer.Option(min=1, max=8, help="sites, each with a gateway and one rank of its own")] = 2,
+    strategies: Annotated[str, typer.Option(help="strategies, joined by commas")] = _ALL,
+    samples: Annotated[int | None, typer.Option(min=1, help="samples of the job, in place of the file's")] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="emulate a network with such links between the sites, as in 100mbit,50ms,0.1%; needs root"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of parameters and of the samples' order")] = 1,
+    out: Annotated[
+        Path, typer.Option(help="folder for the picture (PNG), the page (HTML) and the figures (JSON)")
+    ] = Path("lab-compare"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")] = False,
+) -> None:
+    """Run one job under several strategies, with equal seeds and samples, and draw loss over samples, bytes and time.
+
+    Sites are processes that speak through real gateways, on this machine's loopback or over the network that --link
+    describes; the job's setup is not run.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from training.jobfile import load_job_file
+    from training.lab import chart
+    from training.lab import compare as comparison
+    from training.lab.link import LinkSpec
+
+    emulated = None if link is None else LinkSpec.parse(link)
+    file = load_job_file(job)
+    spec = comparison.job_of(file, samples)
+    known = {str(each): each for each in comparison.STRATEGIES}
+    names = list(known) if strategies == _ALL else [name.strip() for name in strategies.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(
+            f"no strategy is called {', '.join(unknown) or 'nothing'}", next_step=f"known are {', '.join(known)}"
+        )
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+        tasks = {name: bars.add_task(name, total=spec.market.workload.samples, start=False) for name in names}
+
+        def progress(strategy: str, done: int) -> None:
+            bars.start_task(tasks[strategy])
+            bars.update(tasks[strategy], completed=done)
+
+        outcomes = comparison.compare(
+            spec,
+            job.parent / file.workdir,
+            [known[name] for name in names],
+            sites=sites,
+            seed=seed,
+            progress=progress,
+            link=emulated,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"{spec.name} on {sites} sites, {spec.market.workload.samples} samples, seed {seed}"
+    if outcomes[0].network is not None:
+        title += f", links {outcomes[0].network.link} ({outcomes[0].network.congestion_control})"
+    about = "Each run is a federation of its own on one machine; bytes are payload that site-1 posted and fetched."
+    (out / "compare.png").write_bytes(chart.png(chart.shapes(outcomes, title)))
+    (out / "compare.html").write_text(chart.page(outcomes, title, about))
+    (out / "compare.json").write_text(comparison.as_json(outcomes))
+    rows = [
+        (
+            each.strategy,
+            each.codec,
+            f"{each.last_loss:.4f}",
+            f"{each.payload_bytes:,}",
+            "-" if each.network is None else f"{each.network.wire_bytes:,}",
+            "-" if each.ratio is None else f"{each.ratio:.1f}",
+            each.rounds,
+            f"{each.seconds:.1f}",
+            f"{each.stall_s:.1f}",
+        )
+        for each in outcomes
+    ]
+    if as_json:
+        print_json(
+            [
+                dict(
+                    zip(
+                        ("strategy", "codec", "loss", "bytes", "wire_bytes", "ratio", "rounds", "seconds", "waiting"),
+                        row,
+                        strict=True,
+                    )
+                )
+                for row in rows
+            ]
+        )
+        return
+    kind = "held-out loss" if all(each.held_out for each in outcomes) else "loss"
+    print_table(
+        (
+            "strategy",
+            "codec",
+            f">{kind}",
+            ">bytes of one site",
+            ">sent on the wire",
+            ">x smaller than fp32",
+            ">rounds",
+            ">seconds",
+            ">waiting",
+        ),
+        rows,
+        title=title,
+    )
+    typer.echo(f"{out / 'compare.png'}, {out / 'compare.html'} and {out / 'compare.json'} are written")

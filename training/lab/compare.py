@@ -1,0 +1,182 @@
+"""Several strategies on one job: the same seed, the same samples, the same machine, one after the other.
+
+Each run is a whole federation (`training.lab.federation`). What is compared is site-1's view of it: loss over samples, over the
+bytes that its gateway's ranks posted and fetched, and over wall time. `training.lab.chart` draws it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from training.jobfile import JobFile
+from training.lab.federation import Federation, LabError, progress_of, read_rows, site_names
+from training.lab.link import LinkSpec
+from training.lab.wan import Wan
+from training.spec import JobSpec, Strategy, SyncPlan
+from training.throughput import AUTO_CODECS
+
+STRATEGIES: Final[tuple[Strategy, ...]] = (
+    "every_step",
+    "diloco",
+    "streaming",
+    "sparse",
+    "quorum",
+    "neighbour",
+    "async",
+)
+_NO_DIGEST: Final = "0" * 64
+# A point of the loss on training batches is the mean of so many reports: single batches jump.
+_SMOOTHED: Final = 5
+
+Progress = Callable[[Strategy, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where site-1 stood when it reported a loss."""
+
+    samples: int
+    payload_bytes: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The emulated network of a run, and the bytes that site-1 put on its cable: headers and repetitions counted."""
+
+    link: str
+    congestion_control: str
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One strategy's run. `held_out` says which loss the points are of: held out, or of training batches."""
+
+    strategy: Strategy
+    codec: str
+    points: tuple[Point, ...]
+    held_out: bool
+    rounds: int
+    payload_bytes: int
+    ratio: float | None
+    stall_s: float
+    seconds: float
+    network: Network | None = None
+
+    @property
+    def last_loss(self) -> float:
+        """The last point's loss."""
+        return self.points[-1].loss
+
+
+def job_of(file: JobFile, samples: int | None) -> JobSpec:
+    """Return the job of a file, with another number of samples where one is given. Raises SpecError."""
+    spec = file.spec(_NO_DIGEST)
+    if samples is None:
+        return spec
+    workload = spec.market.workload.model_copy(update={"samples": samples})
+    return spec.model_copy(update={"market": spec.market.model_copy(update={"workload": workload})})
+
+
+def plan_of(asked: SyncPlan, strategy: Strategy, sites: int) -> SyncPlan:
+    """Return the job's plan under another strategy, with what that strategy needs in place of what it does not.
+
+    Kept are the period, the patience and the outer step's numbers where the strategy has them.
+    """
+    fields: dict[str, Any] = {**asked.model_dump(exclude={"codec"}), "strategy": strategy}
+    if strategy == asked.strategy:
+        fields["codec"] = asked.codec
+    if strategy == "every_step":
+        fields.pop("period_steps")
+    if strategy == "streaming":
+        groups = max(1, min(asked.fragments, asked.period_steps))
+        fields["fragments"] = groups
+        fields["period_steps"] = asked.period_steps // groups * groups
+        fields["overlap_steps"] = min(asked.overlap_steps, fields["period_steps"] // groups - 1)
+    if strategy == "sparse":
+        # The decayed carry takes momentum's part (arXiv 2508.15706).
+        fields |= {"outer_learning_rate": 1.0, "outer_momentum": 0.0}
+    if strategy == "async":
+        # Twice the arrivals of a synchronous round: stale momentum diverges with fewer.
+        fields["nesterov_delay"] = 2 * sites
+    plan = SyncPlan.model_validate(fields)
+    return plan.model_copy(update={"codec": AUTO_CODECS[0]}) if plan.codec == "auto" else plan
+
+
+def compare(
+    spec: JobSpec,
+    workdir: Path,
+    strategies: Sequence[Strategy],
+    *,
+    sites: int,
+    seed: int,
+    progress: Progress,
+    link: LinkSpec | None = None,
+) -> list[Outcome]:
+    """Run the job under each strategy and return what came out; each run has a network of its own where `link` is given.
+
+    Raises LabError where a run fails, WanError where the network cannot be made.
+    """
+    outcomes = []
+    for strategy in strategies:
+        plan = plan_of(spec.market.sync, strategy, sites)
+        with contextlib.ExitStack() as stack:
+            wan = None if link is None else stack.enter_context(Wan(site_names(sites), link, seed=seed))
+            federation = stack.enter_context(Federation.of(spec, plan, workdir, sites=sites, seed=seed, wan=wan))
+            for done in progress_of(federation):
+                progress(strategy, done)
+            rows = read_rows(federation.sites[0].metrics)
+            summary = json.loads((federation.sites[0].folder / "output/summary.json").read_text())
+            outcome = outcome_of(strategy, rows, summary)
+            if wan is not None:
+                network = Network(str(link), wan.congestion_control(), wan.sent_bytes(site_names(sites)[0]))
+                outcome = replace(outcome, network=network)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def outcome_of(strategy: Strategy, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> Outcome:
+    """Return a run's outcome from site-1's metrics rows and its summary. Raises LabError where no loss was reported."""
+    held_out = any(row.get("held_out_loss") is not None for row in rows)
+    name = "held_out_loss" if held_out else "loss"
+    started_ms = int(rows[0]["time_ms"]) if rows else 0
+    payload, points = 0, list[Point]()
+    for row in rows:
+        payload += int(row.get("bytes_posted") or 0) + int(row.get("bytes_fetched") or 0)
+        if row.get(name) is not None:
+            seconds = (int(row["time_ms"]) - started_ms) / 1000
+            points.append(Point(int(row.get("samples_done") or 0), payload, seconds, float(row[name])))
+    if not points:
+        raise LabError("the script reported no loss; call session.report(loss=…) or session.report(held_out_loss=…)")
+    return Outcome(
+        strategy=strategy,
+        codec=str(summary["codec"]),
+        points=tuple(points if held_out else _smoothed(points)),
+        held_out=held_out,
+        rounds=int(summary["rounds"]),
+        payload_bytes=int(summary["bytes_posted"]) + int(summary["bytes_fetched"]),
+        ratio=summary["metrics"].get("ratio"),
+        stall_s=float(summary["sync_s"]),
+        seconds=(int(rows[-1]["time_ms"]) - started_ms) / 1000,
+    )
+
+
+def _smoothed(points: Sequence[Point]) -> list[Point]:
+    smoothed = []
+    for place, point in enumerate(points):
+        window = points[max(0, place - _SMOOTHED + 1) : place + 1]
+        mean = sum(each.loss for each in window) / len(window)
+        smoothed.append(Point(point.samples, point.payload_bytes, point.seconds, mean))
+    return smoothed
+
+
+def as_json(outcomes: Sequence[Outcome]) -> str:
+    """Return the outcomes with all their points as JSON."""
+    return json.dumps([asdict(each) for each in outcomes], indent=1)

@@ -1,0 +1,351 @@
+"""A federation on this machine: real gateways with mutual TLS, on loopback or an emulated network, and a job's ranks.
+
+What the broker does for a job, here done once at the start: an authority, a certificate for each site, one signed view. Between
+the sites everything is as in the market; there is no market.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Event
+from typing import Any, Final, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from training.attempt import ATTEMPT_ENVIRONMENT, AttemptContext, GatewayConfig
+from training.errors import TrainingError
+from training.lab.wan import Wan
+from training.roundlog.control import GatewayControl, GatewayControlError
+from training.roundlog.credentials import new_attempt_key, peer_uri
+from training.roundlog.signing import SignedDocument, public_hex
+from training.roundlog.view import GENESIS_HASH, Member, View, sign_view
+from training.spec import SITES_PER_JOB_MAX, JobSpec, SyncPlan, split_run
+
+JOB_ID: Final = "lab"
+_READY_S: Final = 30.0
+_END_S: Final = 10.0
+# Every site of an emulated network has all ports to itself.
+_WAN_PORT: Final = 7600
+_LOG_TAIL_BYTES: Final = 2000
+_CONTRIBUTION_ROOM_BYTES: Final = 1 << 20
+_METRICS_LINE_MAX: Final = 100_000
+
+
+class LabError(TrainingError):
+    """A run in the laboratory that did not come to its end."""
+
+    code = "lab.failed"
+
+
+@dataclass(slots=True)
+class Site:
+    """One site of the laboratory: its folder, its gateway and its rank."""
+
+    site_id: str
+    folder: Path
+    key: Ed25519PrivateKey
+    address: str
+    gateway: subprocess.Popen[bytes] | None = None
+    rank: subprocess.Popen[bytes] | None = None
+
+    @property
+    def metrics(self) -> Path:
+        """What its rank reported, one JSON object a line."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def control(self) -> GatewayControl:
+        """The gateway's door for its agent, which here is the laboratory."""
+        return GatewayControl(str(self.folder / "agent.sock"))
+
+    def log_tail(self) -> str:
+        """Return the end of what its rank and its gateway printed."""
+        parts = []
+        for name in ("rank.log", "gateway.log"):
+            path = self.folder / name
+            text = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace") if path.exists() else ""
+            if text.strip():
+                parts.append(f"{name}: {text.strip()}")
+        return "\n".join(parts)
+
+
+@dataclass(slots=True)
+class Federation:
+    """The sites of one job. Use it as a context manager: its processes and its folder end with it."""
+
+    spec: JobSpec
+    plan: SyncPlan
+    workdir: Path
+    seed: int
+    wan: Wan | None = None
+    sites: list[Site] = field(default_factory=list)
+    _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hansa-lab-")))
+    _pause: Event = field(default_factory=Event)
+
+    @classmethod
+    def of(cls, spec: JobSpec, plan: SyncPlan, workdir: Path, *, sites: int, seed: int, wan: Wan | None = None) -> Self:
+        """Prepare `sites` sites of one rank each, named as `site_names` says, with folders and credentials.
+
+        They speak over loopback, or over `wan`, which has sites of those names.
+        """
+        assert 1 <= sites <= SITES_PER_JOB_MAX, sites
+        federation = cls(spec, plan, workdir, seed, wan)
+        authority = _Authority()
+        for site_id in site_names(sites):
+            federation.sites.append(federation._site(site_id, authority))
+        view = federation._view(authority)
+        for site in federation.sites:
+            (site.folder / "view.json").write_text(view)
+        return federation
+
+    def __enter__(self) -> Self:
+        """Start the gateways, give them their view, and start the ranks. Raises LabError."""
+        try:
+            for site in self.sites:
+                site.gateway = self._process(
+                    site, "gateway.log", "-m", "training.roundlog.gateway", str(site.folder / "gateway.json")
+                )
+            for site in self.sites:
+                self._install_view(site)
+            script = split_run(self.spec.run)
+            for site in self.sites:
+                site.rank = self._process(site, "rank.log", "-P", "-m", "training.launch", *script)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End every process and remove the folder."""
+        self.close()
+
+    def close(self) -> None:
+        """End every process and remove the folder."""
+        running = [each for site in self.sites for each in (site.rank, site.gateway) if each is not None]
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def running(self) -> bool:
+        """Return whether a rank still runs. Raises LabError where one, or a gateway that is needed, failed."""
+        alive = False
+        for site in self.sites:
+            assert site.rank is not None
+            assert site.gateway is not None
+            code = site.rank.poll()
+            alive = alive or code is None
+            if code not in {None, 0}:
+                raise LabError(f"the script of {site.site_id} ended with exit code {code}\n{site.log_tail()}")
+            if code is None and site.gateway.poll() is not None:
+                raise LabError(f"the gateway of {site.site_id} ended before its job did\n{site.log_tail()}")
+        return alive
+
+    def wait(self, seconds: float) -> None:
+        """Let the sites work for a while."""
+        self._pause.wait(seconds)
+
+    def samples_done(self) -> int:
+        """Return the samples that site-1 has seen sealed."""
+        rows = read_rows(self.sites[0].metrics)
+        return int(rows[-1].get("samples_done") or 0) if rows else 0
+
+    def _site(self, site_id: str, authority: _Authority) -> Site:
+        folder = self._folder / site_id
+        for name in ("checkpoint", "output", "state"):
+            (folder / name).mkdir(parents=True)
+        site = Site(site_id, folder, new_attempt_key(), self._address(site_id))
+        pem = site.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        _write_private(folder / "key.pem", pem)
+        (folder / "certificate.pem").write_bytes(authority.issued(site.key, peer_uri(JOB_ID, 1, site_id)))
+        (folder / "ca.pem").write_bytes(authority.pem)
+        workload = self.spec.market.workload
+        context = AttemptContext(
+            job_id=JOB_ID,
+            site_id=site_id,
+            epoch=1,
+            gpus=1,
+            seed=self.seed,
+            workload=workload,
+            sync=self.plan,
+            ranks_socket=str(folder / "ranks.sock"),
+            checkpoint_dir=str(folder / "checkpoint"),
+            output_dir=str(folder / "output"),
+        )
+        gateway = GatewayConfig(
+            job_id=JOB_ID,
+            site_id=site_id,
+            epoch=1,
+            authority_key=public_hex(authority.views),
+            key_path=str(folder / "key.pem"),
+            certificate_path=str(folder / "certificate.pem"),
+            ca_path=str(folder / "ca.pem"),
+            listen=site.address,
+            ranks_socket=context.ranks_socket,
+            agent_socket=str(folder / "agent.sock"),
+            state_dir=str(folder / "state"),
+            metrics_path=str(site.metrics),
+            contribution_bytes_max=4 * workload.parameters + _CONTRIBUTION_ROOM_BYTES,
+            patience_s=self.plan.patience_s,
+        )
+        (folder / "attempt.json").write_text(context.model_dump_json())
+        (folder / "gateway.json").write_text(gateway.model_dump_json())
+        return site
+
+    def _address(self, site_id: str) -> str:
+        return f"127.0.0.1:{_free_port()}" if self.wan is None else f"{self.wan.address(site_id)}:{_WAN_PORT}"
+
+    def _view(self, authority: _Authority) -> str:
+        workload = self.spec.market.workload
+        members = tuple(
+            Member(
+                site_id=site.site_id,
+                epoch=1,
+                gpus=1,
+                attempt_key=public_hex(site.key),
+                address=site.address,
+                weight_max=self.plan.period_steps * workload.batch_per_gpu,
+            )
+            for site in self.sites
+        )
+        view = View(
+            job_id=JOB_ID,
+            number=1,
+            members=members,
+            hub=members[0].site_id,
+            standby=None,
+            base_round=0,
+            base_hash=GENESIS_HASH,
+            quorum=self.plan.quorum_of(len(members)),
+            grace_s=self.plan.grace_s if self.plan.strategy == "quorum" else 0.0,
+            issued_ms=0,
+        )
+        return sign_view(view, authority.views).model_dump_json()
+
+    def _install_view(self, site: Site) -> None:
+        document = SignedDocument.model_validate_json((site.folder / "view.json").read_text())
+        for _ in range(int(_READY_S / 0.05)):
+            assert site.gateway is not None
+            if site.gateway.poll() is not None:
+                break
+            try:
+                site.control.install_view(document)
+            except GatewayControlError:
+                self._pause.wait(0.05)
+            else:
+                return
+        raise LabError(f"the gateway of {site.site_id} did not start\n{site.log_tail()}")
+
+    def _process(self, site: Site, log: str, *arguments: str) -> subprocess.Popen[bytes]:
+        roots = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+        environment = {
+            **os.environ,
+            **self.spec.envs,
+            "PYTHONPATH": roots,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            ATTEMPT_ENVIRONMENT: str(site.folder / "attempt.json"),
+        }
+        command = (sys.executable, *arguments)
+        with (site.folder / log).open("wb") as output:
+            return subprocess.Popen(
+                command if self.wan is None else self.wan.argv(site.site_id, command),
+                cwd=self.workdir,
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
+
+
+def site_names(count: int) -> list[str]:
+    """Return the names of so many sites."""
+    return [f"site-{number}" for number in range(1, count + 1)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics file so far; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.endswith("\n") and len(line) < _METRICS_LINE_MAX]
+
+
+class _Authority:
+    """A certificate authority and the key that signs views, for one run."""
+
+    def __init__(self) -> None:
+        self.views = Ed25519PrivateKey.generate()
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "laboratory")])
+        certificate = (
+            self._builder(self._name, self._key.public_key())
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        self.pem = certificate.public_bytes(Encoding.PEM)
+
+    def issued(self, key: Ed25519PrivateKey, uri: str) -> bytes:
+        """Return the certificate of a site's attempt."""
+        usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "site")])
+        builder = self._builder(subject, key.public_key())
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
+        return (
+            builder.add_extension(names, critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
+            .sign(self._key, hashes.SHA256())
+            .public_bytes(Encoding.PEM)
+        )
+
+    def _builder(self, subject: x509.Name, key: Any) -> x509.CertificateBuilder:  # noqa: ANN401 - any public key
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(days=7))
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+
+
+def progress_of(federation: Federation, every_s: float = 0.5) -> Iterator[int]:
+    """Yield the samples done until all ranks have ended. Raises LabError where one fails."""
+    while federation.running():
+        yield federation.samples_done()
+        federation.wait(every_s)
+    yield federation.samples_done()
