@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import highspy
@@ -77,8 +78,8 @@ class _TimedEngine(HighsEngine):
             self.last_tick_before_load = now
         return now
 
-    def load(self, problem: pulp.LpProblem) -> None:
-        super().load(problem)
+    def load(self, problem: pulp.LpProblem, variables: Sequence[pulp.LpVariable]) -> None:
+        super().load(problem, variables)
         self.loaded = time.process_time()
         model = self._highs.getLp()
         started = time.process_time()
