@@ -15,6 +15,8 @@ need() { # COMMANDS (any of them will do, split by |) PACKAGES WHAT
 
 need "chromium|chromium-browser|google-chrome" chromium "a browser, for the portal"
 need bwrap bubblewrap "bubblewrap, for the sandbox"
+need slurmctld slurm-wlm "Slurm, for the Slurm driver: its tests start private clusters"
+need munged munge "MUNGE, for Slurm"
 need ip iproute2 "ip, for the laboratory's network"
 need iptables iptables "iptables, for the laboratory's network"
 

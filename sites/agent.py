@@ -26,7 +26,9 @@ from sites import inventory
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempts import Attempt, Services
 from sites.client import Broker
+from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
+from sites.drivers.slurm import SlurmDriver
 from sites.errors import AgentRunningError, IdentityError, RequestRefusedError, SiteError
 from sites.identity import Identity
 from sites.journal import AttemptKey, AttemptRecord, Journal
@@ -97,7 +99,7 @@ class Agent:
             clock=clock,
             journal=self._journal,
             broker=broker,
-            driver=local,
+            driver=_driver(settings, clock, local),
             local=local,
             threads=self._threads,
             sandbox=_sandbox(settings),
@@ -338,10 +340,12 @@ class Agent:
             attempt.renumber_usage(lowest, is_taken=code == USAGE_CONFLICT)
 
     def _house(self) -> House:
+        slurm = self._settings.slurm
         return House(
             gpu_ids={pool.gpu_type: frozenset(pool.gpu_ids) for pool in self._settings.pools},
             asks={pool.gpu_type: pool.ask_curve[0].price for pool in self._settings.pools},
             policy=self._settings.policy,
+            gpus_per_node=None if slurm is None or slurm.fabric == "trusted" else slurm.gpus_per_node,
             draining=self._is_draining(),
         )
 
@@ -396,6 +400,11 @@ def _locked(settings: SiteSettings) -> TextIO:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _driver(settings: SiteSettings, clock: Clock, local: ProcessDriver) -> Driver:
+    """Return what runs setups and ranks."""
+    return local if settings.slurm is None else SlurmDriver(settings.slurm, settings.python, clock, local)
 
 
 def _sandbox(settings: SiteSettings) -> Bubblewrap | None:

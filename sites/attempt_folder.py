@@ -119,8 +119,12 @@ def write_attempt(
     *,
     listen: str | None,
     resume_from: Path | None,
+    ranks_socket: Path | None = None,
 ) -> None:
-    """Write attempt.json, gateway.json and the gateway's certificates, and make the folders they name."""
+    """Write attempt.json, gateway.json and the gateway's certificates, and make the folders they name.
+
+    `ranks_socket` is where ranks find the gateway, where that is not its own socket.
+    """
     assert record.order is not None, "an attempt that runs has an order"
     spec, sync = record.order.spec, record.order.sync
     for name in ("checkpoint", "output", "home", "tmp", "gateway/state"):
@@ -134,7 +138,7 @@ def write_attempt(
         seed=record.order.seed,
         workload=spec.market.workload,
         sync=sync,
-        ranks_socket=str(folder.socket(RANKS_SOCKET)),
+        ranks_socket=str(ranks_socket or folder.socket(RANKS_SOCKET)),
         checkpoint_dir=str(folder.root / "checkpoint"),
         output_dir=str(folder.root / "output"),
         resume_from=str(resume_from) if resume_from else None,
@@ -148,7 +152,7 @@ def write_attempt(
         certificate_path=str(folder.gateway / "certificate.pem"),
         ca_path=str(folder.gateway / "ca.pem"),
         listen=listen,
-        ranks_socket=context.ranks_socket,
+        ranks_socket=str(folder.socket(RANKS_SOCKET)),
         agent_socket=str(folder.socket(AGENT_SOCKET)),
         state_dir=str(folder.gateway / "state"),
         metrics_path=str(folder.root / "metrics.jsonl"),

@@ -22,7 +22,7 @@ from typing import Any, Final
 from sites import metering
 from sites.attempt_folder import RANKS_SOCKET, AttemptFolder, Surroundings, resume_where_left, write_attempt
 from sites.client import Broker
-from sites.drivers.interface import Driver, EndCause, Limits, Run, RunPhase, RunState
+from sites.drivers.interface import Driver, EndCause, Limits, Placement, Run, RunPhase, RunState
 from sites.drivers.process import ProcessDriver
 from sites.endings import conclusion
 from sites.environment import own_environment
@@ -219,6 +219,7 @@ class Attempt:
                 services.surroundings,
                 listen=self._listen,
                 resume_from=prepared.resume_from,
+                ranks_socket=self._placement.ranks_socket,
             )
         except BundleError as error:
             self._conclude(ExitCause.BUNDLE, detail=f"{error.code}: {error}")
@@ -377,8 +378,10 @@ class Attempt:
     ) -> None:
         limits = self._services.settings.limits
         run_folder = self._folder.run(name)
+        is_setup = name == "setup"
+        network = self._services.settings.setup_network if is_setup else self._placement.network
         try:
-            argv = self._confined(argv, run_folder, network=name == "setup" and self._services.settings.setup_network)
+            argv = self._confined(argv, run_folder, network=network)
         except SiteError as error:
             self._conclude(ExitCause.SITE, detail=str(error))
             return
@@ -402,6 +405,8 @@ class Attempt:
                 disk_files=limits.disk_files,
                 disk_folders=self._written,
             ),
+            gpus=0 if is_setup else len(self.record.gpu_ids),
+            socket=None if is_setup else self._folder.socket(RANKS_SOCKET),
         )
         try:
             self._services.driver.start(run)
@@ -418,8 +423,8 @@ class Attempt:
         context = self._folder.context
         view = View(
             writable=(*self._written, exits),
-            readable=(context, self._folder.resume, self._folder.socket(RANKS_SOCKET).parent),
-            gpu_ids=() if self._is_on_cpu else self.record.gpu_ids,
+            readable=(context, self._folder.resume, self._placement.ranks_socket.parent),
+            gpu_ids=() if self._is_on_cpu else self._placement.gpu_ids,
             network=network,
         )
         return sandbox.argv(argv, view, self._folder.workdir)
@@ -429,11 +434,17 @@ class Attempt:
         """The folders that setup and ranks may write to."""
         return tuple(self._folder.root / name for name in ("workdir", "checkpoint", "output", "home", "tmp"))
 
-    def _memory_bytes(self) -> int:
+    @property
+    def _placement(self) -> Placement:
+        return self._services.driver.placement(self.record.gpu_ids, self._folder.socket(RANKS_SOCKET))
+
+    def _memory_bytes(self) -> int | None:
         """Return what the lease may take of the host's memory: as the operator says, or its GPUs' share."""
         settings = self._services.settings
         if settings.limits.memory_gb is not None:
             return int(settings.limits.memory_gb * _GB)
+        if settings.driver == "slurm":
+            return None  # what the cluster grants by its own rules
         gpus = sum(len(pool.gpu_ids) for pool in settings.pools)
         host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return int(host_bytes * _MEMORY_SHARE * len(self.record.gpu_ids) / gpus)

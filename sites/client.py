@@ -36,6 +36,7 @@ from sites.protocol import (
 # A heartbeat that takes longer is as good as lost: the next one says the same.
 TIMEOUT_S: Final = 10.0
 TRANSFER_TIMEOUT_S: Final = 30.0
+GREETING_TIMEOUT_S: Final = 5.0
 DOWNLOAD_TRIES_MAX: Final = 5
 UPLOAD_CHUNK_BYTES: Final = 1_000_000
 _BODY_BYTES_MAX: Final = 16_000_000
@@ -189,6 +190,13 @@ def enrol(join: JoinString, csr_pem: str) -> EnrolmentAnswer:
             timeout=httpx.Timeout(TIMEOUT_S),
         )
         return _parsed(EnrolmentAnswer, _answered(http, request))
+
+
+def greet(url: str, ca_pem: str) -> tuple[int, str | None]:
+    """Return the status and date of the broker's answer to a request that needs no name. Raises BrokerConnectionError."""
+    with _http(url, ca_pem) as http, _connection_errors():
+        response = http.get("/healthz", timeout=GREETING_TIMEOUT_S)
+    return response.status_code, response.headers.get("Date")
 
 
 def _http(url: str, ca_pem: str) -> httpx.Client:

@@ -89,6 +89,12 @@ class DriverError(SiteError):
     code = "driver.failed"
 
 
+class SlurmAwayError(DriverError):
+    """slurmctld does not answer; what was asked of it may be asked again."""
+
+    code = "driver.slurm_away"
+
+
 class GatewayError(SiteError):
     """The attempt's gateway does not start, or does not answer."""
 

@@ -210,6 +210,10 @@ class Identity:
         write_private(self._folder / "certificate.pem", certificate_pem.encode())
         self._certificate = certificate
 
+    def check_certificate(self) -> None:
+        """Raise IdentityError unless the certificate is for this key and site."""
+        _own_certificate(self._certificate.public_bytes(Encoding.PEM).decode(), self._key, self.site_id)
+
     def _take_sequence(self) -> int:
         with self._lock:
             if self._next > self._reserved:

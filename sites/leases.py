@@ -98,12 +98,16 @@ Action = Confirm | Refuse | Withdraw | Start | Disown | Renew | Steer | Stop | R
 
 @dataclass(frozen=True, slots=True)
 class House:
-    """What the operator sells and under which rules; asks in micro-credits per GPU-hour."""
+    """What the operator sells and under which rules; asks in micro-credits per GPU-hour.
+
+    `gpus_per_node` is the most that one job gets where its ranks must stay on one host of several.
+    """
 
     gpu_ids: Mapping[str, frozenset[str]]
     asks: Mapping[str, int]
     policy: Policy
     draining: bool
+    gpus_per_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,11 @@ def complaint(order: LeaseOrder, house: House) -> tuple[str, str] | None:
             len(order.gpu_ids) > policy.gpus_max_per_lease,
             "policy.gpus_max",
             f"the operator lends at most {policy.gpus_max_per_lease} GPUs to one job",
+        ),
+        (
+            house.gpus_per_node is not None and len(order.gpu_ids) > house.gpus_per_node,
+            "policy.gpus_per_node",
+            f"this site's jobs stay on one node of {house.gpus_per_node} GPUs: its cluster's network is not trusted to them",
         ),
         (
             order.spec is not None and order.spec.setup is not None and not policy.setup_allowed,

@@ -13,6 +13,8 @@ links:
   - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
 listen: {host: 203.0.113.7, ports: 7600-7699}         # leave out to dial out only
 policy: {tenants_refused: [], gpus_max_per_lease: 8}
+driver: process                   # or slurm, with: slurm: {partition: main, account: market, gpus_per_node: 8, gres: gpu,
+                                  #   fabric: none, gateway_host: 10.0.0.5, extra_args: ["--time=24:00:00"]}
 sandbox: bubblewrap               # or plain, with i_trust_all_tenants: true: their code runs as your own user
 limits: {memory_gb: 48, disk_gb: 100}             # of a whole lease; more below
 """
@@ -76,6 +78,9 @@ def _ports(value: object) -> tuple[int, int]:
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,-]{1,200}$")]
 
 
 Credits = Annotated[Micros, BeforeValidator(_credits)]
@@ -194,7 +199,9 @@ class LimitSettings(_Section):
     address_space_gb: float | None = Field(default=None, gt=0)
     processes: int | None = Field(default=None, ge=16, description="of the whole user, as Linux counts them")
     memory_gb: float | None = Field(
-        default=None, gt=0, description="of a lease; by default its GPUs' share of nine tenths of the host's memory"
+        default=None,
+        gt=0,
+        description="of a lease; by default its GPUs' share of nine tenths of the host's memory (under Slurm, what Slurm gives)",
     )
     processes_in_all: int = Field(default=4096, ge=16, description="of a lease, threads counted, by control groups")
     disk_gb: float = Field(default=64, gt=0, description="of all that a lease's setup and ranks write")
@@ -203,6 +210,30 @@ class LimitSettings(_Section):
     setup_timeout_s: float = Field(default=900, gt=0)
     output_gb: float = Field(default=16, gt=0)
     artifact_cache_gb: float = Field(default=8, gt=0)
+
+
+class SlurmSettings(_Section):
+    """How runs become jobs of a cluster. The site's folder and `python` are at the same paths on all its nodes."""
+
+    partition: SlurmWord | None = None
+    account: SlurmWord | None = None
+    gpus_per_node: int = Field(ge=1, le=GPUS_PER_POOL_MAX)
+    gres: str = Field(
+        default="gpu",
+        pattern=r"^([A-Za-z0-9_.-]{1,64}(:[A-Za-z0-9_.-]{1,64})?)?$",
+        description="what is asked for each GPU, such as gpu or gpu:h100; empty asks for cores",
+    )
+    extra_args: tuple[Annotated[str, Field(pattern=r"^--[a-z][ -~]{0,500}$")], ...] = Field(
+        default=(), max_length=50, description="further options of sbatch, such as --time=24:00:00 or --cpus-per-gpu=8"
+    )
+    fabric: Literal["none", "trusted"] = Field(
+        default="none", description="trusted lets a job span nodes, its ranks on the cluster's own network"
+    )
+    gateway_host: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9.:-]{1,255}$",
+        description="this host's address on the cluster's network, where nodes are other hosts",
+    )
 
 
 class SiteSettings(_Section):
@@ -219,7 +250,8 @@ class SiteSettings(_Section):
     drain_at: AwareDatetime | None = None
     policy: Policy = Policy()
     limits: LimitSettings = LimitSettings()
-    driver: Literal["process"] = "process"
+    driver: Literal["process", "slurm"] = "process"
+    slurm: SlurmSettings | None = None
     sandbox: Literal["bubblewrap", "plain"] = "bubblewrap"
     sandbox_readable: tuple[Path, ...] = Field(
         default=(), max_length=100, description="folders of the host that every job may read, such as data sets"
@@ -243,6 +275,9 @@ class SiteSettings(_Section):
                 raise ValueError(message)
         if self.site_id in [link.target for link in self.links]:
             message = "links: a link leads to another site"
+            raise ValueError(message)
+        if (self.driver == "slurm") != (self.slurm is not None):
+            message = "driver: slurm and the section slurm: {gpus_per_node: …} go together; write both or neither"
             raise ValueError(message)
         if self.sandbox == "plain" and not self.i_trust_all_tenants:
             message = (

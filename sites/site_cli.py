@@ -6,6 +6,7 @@ the broker's, so a host in a datacenter needs `hansa[site]` only.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 import structlog
 import typer
 
+from sites import doctor as diagnosis
 from sites import identity as identities
 from sites.agent import DRAINING_FILE, Agent
 from sites.client import BrokerClient, enrol
@@ -122,6 +124,18 @@ def drain(
         else:
             mark.touch(mode=0o600)
         typer.echo("the site takes leases again" if end else "the site is draining: it takes no new leases")
+
+
+@app.command()
+def doctor(*, settings: SettingsOption = Path("site.yaml"), as_json: JsonOption = False) -> None:
+    """Look for what would keep this site from working; each finding has its remedy. Ends with 1 where there is a fault."""
+    with _errors_told():
+        findings = diagnosis.examine(load_settings(settings), SystemClock())
+        level = diagnosis.worst(findings)
+        document = {"level": level.value, "findings": [dataclasses.asdict(finding) for finding in findings]}
+        _say(document, diagnosis.table(findings), as_json=as_json)
+        if level is diagnosis.Level.FAULT:
+            raise typer.Exit(1)
 
 
 def _status(site: SiteSettings) -> dict[str, Any]:  # a JSON document

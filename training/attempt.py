@@ -7,7 +7,7 @@ is for the gateway, which alone may read the key that it names.
     ATTEMPT/
       attempt.json          AttemptContext
       workdir/              the tenant's bundle, unpacked
-      ranks.sock            gateway -> ranks (training.roundlog.client)
+      gate/ranks.sock       gateway -> ranks (training.roundlog.client), alone in what a sandbox shows of it
       agent.sock            gateway -> agent (views, promises, status, certificate)
       gateway/              gateway.json, key.pem, certificate.pem, ca.pem, state/
       checkpoint/           round-000120.safetensors …, newest.json

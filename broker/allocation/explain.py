@@ -1,7 +1,7 @@
 """Why a job stands where it stands, in one sentence each, from the prices.
 
 For a placed job: what it gets and what it keeps. For one left out: the constraint that binds and
-what would change it, a bid or a relaxed request, true at this round's prices.
+what would change it at this round's prices; prices move with bids, and `counterfactuals` checks by solving again.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ class _Explained:
         return self._row(job, "budget_short", sentence)
 
     def _remedy(self, bid: int) -> str:
-        return f"a bid of {format_credits(bid)} credits per million samples would reach it"
+        return f"at these prices a bid of {format_credits(bid)} credits per million samples would reach it"
 
     def _row(self, job: int, code: UnplacedCode, sentence: str, bid: int | None = None) -> Unplaced:
         return Unplaced(

@@ -72,6 +72,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("GET", "/v1/jobs/<string:job_id>"): _READ,
     ("POST", "/v1/jobs/<string:job_id>/cancel"): Access(Who.TENANT, Scope.JOBS_WRITE, SMALL_BODY_BYTES_MAX),
     ("GET", "/v1/jobs/<string:job_id>/events"): _READ,
+    ("GET", "/v1/jobs/<string:job_id>/explanation"): _READ,
     ("GET", "/v1/jobs/<string:job_id>/log"): _READ,
     ("GET", "/v1/jobs/<string:job_id>/metrics"): _READ,
     ("GET", "/v1/jobs/<string:job_id>/artifacts"): _READ,

@@ -33,6 +33,7 @@ from broker.api.pages import CURSOR_LENGTH_MAX, PageQuery, decode_cursor, encode
 from broker.api.problems import json_answer
 from broker.cancel import request_cancel
 from broker.database.tables import Event, Job, Lease
+from broker.explanations import Explanation, explain
 from broker.invoices import invoice
 from broker.market import Market
 from broker.queries.jobs import ArtifactRow, artifact_digest, job_row, list_artifacts
@@ -218,6 +219,12 @@ def get_job(path: JobPath) -> Response:
 def post_cancel(path: JobPath) -> Response:
     """End a job; what was delivered so far stays charged, the rest of its hold is released."""
     return json_answer(job_document(request_cancel(the_market(), the_tenant_id(), path.job_id)))
+
+
+@api.get("/jobs/<string:job_id>/explanation", responses=answers(Explanation))
+def get_explanation(path: JobPath) -> Response:
+    """Say why a job stands where it does and what would change it, each change checked by solving the round again."""
+    return json_answer(explain(the_market(), the_tenant_id(), path.job_id))
 
 
 @api.get("/jobs/<string:job_id>/events", responses=answers(EventPage))

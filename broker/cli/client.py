@@ -143,6 +143,10 @@ class BrokerClient:
         given = {key: value for key, value in where.items() if value is not None}
         return self._get(f"/v1/jobs/{_word(job_id)}/{name}", **given)
 
+    def explanation(self, job_id: str) -> Json:
+        """Return why a job stands where it does, and what would change it."""
+        return self._get(f"/v1/jobs/{_word(job_id)}/explanation")
+
     def artifacts(self, job_id: str) -> list[Json]:
         """Return what a job has left: checkpoints and outputs."""
         return list(self._get(f"/v1/jobs/{_word(job_id)}/artifacts")["items"])

@@ -1,4 +1,4 @@
-"""`hansa submit`, `quote`, `status`, `logs`, `watch`, `cancel`, `invoice`, `fetch`: what a tenant does."""
+"""`hansa submit`, `quote`, `status`, `logs`, `watch`, `cancel`, `explain`, `invoice`, `fetch`: what a tenant does."""
 
 from __future__ import annotations
 
@@ -36,17 +36,24 @@ JobId = Annotated[str, typer.Argument(help="the job's id, as `hansa status` show
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the root."""
-    for command in (submit, quote, status, logs, watch, cancel, invoice, fetch):
+    for command in (submit, quote, status, logs, watch, cancel, explain, invoice, fetch):
         app.command()(command)
+    # What people type elsewhere for the same things.
+    for name, command in (("ls", status), ("show", status), ("cp", fetch)):
+        app.command(name, hidden=True)(command)
 
 
 def submit(
     job_file: JobFile,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what it could get, and submit nothing")] = False,
     key: Annotated[str | None, typer.Option(help="idempotency key: the same key never makes a second job")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Upload the workdir, show what the job could get, ask, and submit it."""
+    if dry_run:
+        quote(job_file, as_json=as_json)
+        return
     with _client() as client:
         spec = _spec(client, job_file)
         if not as_json:
@@ -133,6 +140,22 @@ def cancel(job_id: JobId, as_json: JsonOption = False) -> None:
         print_json(job)
     else:
         typer.echo(f"{job['job_id']} is {job['state']}")
+
+
+def explain(job_id: JobId, as_json: JsonOption = False) -> None:
+    """Say why a job stands where it does and what would change it, each change tried on the last round."""
+    with _client() as client:
+        document = client.explanation(job_id)
+    if as_json:
+        print_json(document)
+        return
+    typer.echo(f"{job_id} is {document['state']} ({document['code']}): {document['sentence']}")
+    for row in document["changes"]:
+        typer.echo(f"- {row['sentence']}")
+    if document["changes"]:
+        typer.echo(f"(each tried on round {document['round_number']}; the next one may differ)")
+    elif document["checked"]:
+        typer.echo("no single change of bid, budget, GPU type, sites or count would have placed it in the last round")
 
 
 def invoice(job_id: JobId, as_json: JsonOption = False) -> None:

@@ -37,7 +37,9 @@ app = typer.Typer(
     cls=_Root,
     help=(
         "Hansa: a federated market for GPU datacenters.\n\n"
-        "Tenants: quote, submit, watch. Operators: site. Admins: admin. See it all at work: demo."
+        "Tenants: quote, submit, watch. Operators: site. Admins: admin. See it all at work: demo.\n\n"
+        "Exit codes: 0 done, 1 refused, 2 wrong usage or file, 3 no broker there, 4 not found, 5 no right, "
+        "6 a watched job did not finish, 130 interrupted."
     ),
     no_args_is_help=True,
     rich_markup_mode=None,

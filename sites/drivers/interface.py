@@ -63,6 +63,8 @@ class Run:
     `folder` is new and belongs to the run. `environment` is the whole environment. What is printed
     goes to `log_path` up to `log_bytes_max`, the rest is dropped with a notice, so that a chatty
     job neither fills the disk nor dies of it. `deadline_s` and `timeout_s` are monotonic seconds.
+    `gpus` are those that the command uses, for drivers that ask a scheduler for them; `socket` is the
+    Unix socket on the agent's host that it speaks to, for drivers that run it elsewhere.
     """
 
     folder: Path
@@ -75,6 +77,21 @@ class Run:
     timeout_s: float | None = None
     grace_s: float = 5.0
     limits: Limits = field(default_factory=Limits)
+    gpus: int = 0
+    socket: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What ranks find where a driver runs them.
+
+    `gpu_ids` are the devices that a sandbox shows them, by number; `network` says that they reach each other over
+    the host's network, since they are on several hosts; `ranks_socket` is where they find their gateway.
+    """
+
+    gpu_ids: tuple[str, ...]
+    network: bool
+    ranks_socket: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +137,10 @@ class Driver(Protocol):
 
     def stop(self, folder: Path) -> None:
         """Ask for the end of the run in `folder`; `poll` tells when its processes are dead."""
+        ...
+
+    def placement(self, gpu_ids: tuple[str, ...], gateway_socket: Path) -> Placement:
+        """Return what the ranks of a lease of `gpu_ids` will find, whose gateway listens at `gateway_socket`."""
         ...
 
     def ranks_argv(self, gpus: int, words: list[str], folder: Path) -> tuple[str, ...]:

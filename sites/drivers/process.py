@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sites.drivers import cgroups, rank, warden
-from sites.drivers.interface import EndCause, Run, RunPhase, RunState
+from sites.drivers.interface import EndCause, Placement, Run, RunPhase, RunState
 from sites.errors import DriverError
 from training.clock import Clock
 
@@ -47,7 +47,7 @@ class ProcessDriver:
             (run.folder / "exits").mkdir(parents=True, exist_ok=True)
             self.renew(run.folder, run.deadline_s)
             groups = cgroups.create(_group_name(run.folder), run.limits, self._controllers)
-            _write(run.folder / "run.json", _document(run, groups))
+            write_document(run.folder / "run.json", _document(run, groups))
             with (run.folder / "warden.log").open("ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-S", warden.__file__, str(run.folder)],
@@ -65,10 +65,10 @@ class ProcessDriver:
         """Return the state of the run in `folder`."""
         own = self._wardens.get(folder)
         own_lives = own is not None and own[0].poll() is None
-        watcher = _read(folder / "warden.json")
+        watcher = read_document(folder / "warden.json")
         watcher_lives = watcher is not None and _lives(watcher, self._clock.era())
         # Read after the watcher was seen dead or alive: it writes its last word before it goes.
-        status = _read(folder / "status.json")
+        status = read_document(folder / "status.json")
         if status is not None and not watcher_lives:
             self._wardens.pop(folder, None)
             return _ended(status)
@@ -89,16 +89,20 @@ class ProcessDriver:
 
     def renew(self, folder: Path, deadline_s: float) -> None:
         """Let the run in `folder` live until `deadline_s` on the monotonic clock."""
-        _write(folder / "liveness", {"era": self._clock.era(), "deadline_s": deadline_s})
+        write_document(folder / "liveness", {"era": self._clock.era(), "deadline_s": deadline_s})
 
     def stop(self, folder: Path) -> None:
         """Ask for the end of the run in `folder`; `poll` tells when its processes are dead."""
-        watcher = _read(folder / "warden.json")
+        watcher = read_document(folder / "warden.json")
         if watcher is not None and _lives(watcher, self._clock.era()):
             os.kill(watcher["pid"], signal.SIGTERM)
         elif folder.exists() and not (folder / "status.json").exists():
             # A warden that has not said who it is yet reads this before it starts anything.
             self.renew(folder, 0.0)
+
+    def placement(self, gpu_ids: tuple[str, ...], gateway_socket: Path) -> Placement:
+        """Return the lease's own GPUs and the gateway's own socket: all is on this host."""
+        return Placement(gpu_ids, network=False, ranks_socket=gateway_socket)
 
     def ranks_argv(self, gpus: int, words: list[str], folder: Path) -> tuple[str, ...]:
         """Return the torchrun command for `gpus` ranks of the script and arguments in `words`."""
@@ -182,7 +186,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_document(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, None where there is none."""
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -190,7 +195,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _write(path: Path, document: dict[str, Any]) -> None:
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Put a JSON object into a private file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.touch(mode=0o600)
     partial.write_text(json.dumps(document))

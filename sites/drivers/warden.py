@@ -6,8 +6,10 @@ SIGTERM, or when the command has ended by itself. Ending means every descendant:
 their *subreaper* (Linux gives it the orphans, double-forked daemons too), so it can wait until
 none is left. Only then it writes status.json.
 
-    FOLDER/run.json       what to run (written by sites.drivers.process)
-    FOLDER/liveness       {"era": boot id, "deadline_s": CLOCK_MONOTONIC}, replaced by the agent
+    FOLDER/run.json       what to run (written by sites.drivers.process, or on a cluster's node by node.py)
+    FOLDER/liveness       {"era": boot id, "deadline_s": CLOCK_MONOTONIC}, replaced by the agent; run.json may name
+                          another path. {"stop": true} in it asks for the end, as SIGTERM does. On a host that is not
+                          the agent's {"remaining_s", "until_ms"} count, see `deadline_s`
     FOLDER/lock           held by the one warden of this folder
     FOLDER/warden.json    who watches, and since when the command runs
     FOLDER/exits/RANK     how each rank ended (written by rank.py)
@@ -26,6 +28,7 @@ import os
 import resource
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,7 +65,11 @@ class Warden:
         self.folder = folder
         self.run: dict[str, Any] = json.loads((folder / "run.json").read_text())
         self.log = Log(Path(self.run["log_path"]), self.run["log_bytes_max"])
+        self.liveness = Path(self.run.get("liveness", folder / "liveness"))
+        self.exits = Path(self.run.get("exits", folder / "exits"))
+        self.seen: tuple[dict[str, Any], float] | None = None
         self.asked = False
+        self.told = False
         self.limit: str | None = None
         self.measured_s = 0.0
         self.child = 0
@@ -77,6 +84,9 @@ class Warden:
         self._publish()
         if self._expired():
             self._finish("expired", "the lease's liveness was over before the start")
+            return
+        if self.told:
+            self._finish("stopped", "the agent ended it before the start")
             return
         try:
             output = self._start()
@@ -146,10 +156,10 @@ class Warden:
                 self._reap()
                 if self.wait_status is not None:
                     return "exit"
-                if self.asked:
-                    return "stopped"
                 if self._expired():
                     return "expired"
+                if self.asked or self.told:
+                    return "stopped"
                 if timeout_s is not None and time.monotonic() - (self.started_s or 0) > timeout_s:
                     return "timeout"
                 if self._fills_the_disk():
@@ -211,9 +221,14 @@ class Warden:
 
     def _expired(self) -> bool:
         try:
-            liveness = json.loads((self.folder / "liveness").read_text())
-            return bool(liveness["era"] != _era() or time.monotonic() >= liveness["deadline_s"])
-        except (OSError, ValueError, KeyError):
+            liveness = json.loads(self.liveness.read_text())
+            self.told = self.told or bool(liveness.get("stop"))
+            if liveness["era"] == _era():
+                return bool(time.monotonic() >= liveness["deadline_s"])
+            if self.seen is None or self.seen[0] != liveness:
+                self.seen = (liveness, deadline_s(liveness, time.monotonic(), time.time_ns() // 1_000_000))
+            return time.monotonic() >= self.seen[1]
+        except (OSError, ValueError, KeyError, TypeError):
             return True  # whoever takes the file away takes the right to run away
 
     def _ask(self, _number: int, _frame: object) -> None:
@@ -227,6 +242,10 @@ class Warden:
                 "started_ticks": started_ticks(os.getpid()),
                 "era": _era(),
                 "started_s": self.started_s,
+                "host": socket.gethostname(),
+                # UTC, for readers on another host: when this was written, and since when the command runs.
+                "written_ms": time.time_ns() // 1_000_000,
+                "started_ms": None if self.started_s is None else _utc_ms(self.started_s),
             },
         )
 
@@ -242,13 +261,15 @@ class Warden:
                 "detail": detail,
                 "limit": self.limit,
                 "running_s": 0.0 if self.started_s is None else stopped_s - self.started_s,
+                "asked": self.asked,
+                "ended_ms": _utc_ms(stopped_s),
             },
         )
 
     def _first_failure(self) -> int | None:
         """Return the exit code of the rank that failed first; torchrun's own is 1 whatever happened."""
         exits = []
-        for path in sorted((self.folder / "exits").glob("[0-9]*"))[:100_000]:
+        for path in sorted(self.exits.glob("[0-9]*"))[:100_000]:
             try:
                 exit_code, when_s = json.loads(path.read_text())
                 exits.append((float(when_s), int(exit_code)))
@@ -304,6 +325,21 @@ _LIMIT_WORDS = {
     "processes": "the run started more processes and threads than this site allows",
     "disk": "the run wrote more bytes or more files than this site allows",
 }
+
+
+def deadline_s(liveness: dict[str, Any], now_s: float, now_ms: int) -> float:
+    """Return until when, on this host's monotonic clock, a liveness of another host lets a run live.
+
+    It is seen for the first time at `now_s`, `now_ms`. Two bounds hold at once: the time that was left when it was
+    written, counted from now, needs no clocks that agree, but does not know how long the file lay unread; UTC does,
+    where the hosts' clocks agree. The earlier one counts, so a wrong clock ends a run too early, never too late.
+    """
+    return now_s + min(float(liveness["remaining_s"]), (float(liveness["until_ms"]) - now_ms) / 1000)
+
+
+def _utc_ms(when_s: float) -> int:
+    """Return an instant of this host's monotonic clock in UTC, as the clocks stand now."""
+    return round(time.time_ns() / 1e6 - (time.monotonic() - when_s) * 1000)
 
 
 def _counter(path: Path, key: str) -> int:

@@ -6,6 +6,7 @@ The books and rows are read from the database itself, because the API is one of 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -139,6 +140,27 @@ class RunningMarket(MarketRows):
     def restart(self, name: str) -> None:
         """Start a killed process again, as an operator's systemd would, but beside whatever the dead one left."""
         self.supervisor.start(self._specs[name])
+
+    @contextlib.contextmanager
+    def settings_changed(self, site_id: str, changes: dict[str, Any], env: dict[str, str]) -> Iterator[None]:
+        """Let a site's agent work with other settings meanwhile, as its operator would: edit site.yaml, restart."""
+        path = self.places.home / "sites" / site_id / "site.yaml"
+        kept, spec = path.read_text(), self._specs[site_id]
+        for text, chosen in (
+            (yaml.safe_dump(yaml.safe_load(kept) | changes), dataclasses.replace(spec, env={**spec.env, **env})),
+            (kept, spec),
+        ):
+            self.kill(site_id)
+            path.write_text(text)
+            self._specs[site_id] = chosen
+            heard_ms = self.heard_ms(site_id)
+            self.restart(site_id)
+            wait_until(lambda heard_ms=heard_ms: self.heard_ms(site_id) > heard_ms)
+            if text is not kept:
+                try:
+                    yield
+                finally:
+                    self.await_forgotten(site_id)
 
     def restart_dead(self) -> None:
         """Start whatever a failed test left dead, so that the next one begins with a whole market."""

@@ -19,9 +19,12 @@ from sites.identity import (
 )
 from sites.settings import SiteSettings, load_settings
 from tests.sites.market import Market
+from tests.sites.slurm_cluster import cluster
 from tests.sites.waiting import wait_until
 from training.clock import Clock, SystemClock
 from training.spec import JobSpec
+
+__all__ = ["cluster"]  # a fixture for all tests of sites
 
 SITE_YAML = """\
 site_id: hamburg

@@ -10,8 +10,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials, write_attempt
-from sites.attempts import _own_environment
 from sites.drivers.process import ProcessDriver
+from sites.environment import own_environment
 from sites.gateway import Gateway
 from sites.journal import AttemptRecord
 from sites.protocol import AttemptOrder
@@ -41,7 +41,7 @@ def test_gateway_that_dies_is_started_again(market: Market, tmp_path: Path) -> N
         ProcessDriver(sys.executable, CLOCK),
         CLOCK,
         python=sys.executable,
-        environment=_own_environment(sys.executable),
+        environment=own_environment(sys.executable),
     )
     deadline_s = CLOCK.monotonic_s() + 60
     number = gateway.keep_running(1, deadline_s)

@@ -18,7 +18,8 @@ from broker.api.pages import decode_cursor, encode_cursor
 from broker.cancel import request_cancel
 from broker.database.tables import Lease
 from broker.errors import NotFoundError
-from broker.portal.blueprint import Access, own_tenant_id, page, show, the_person
+from broker.explanations import explain
+from broker.portal.blueprint import Access, is_fragment, own_tenant_id, page, show, the_person
 from broker.portal.curves import Curves, read_curves
 from broker.portal.log_tail import Tail, read_tail
 from broker.queries.jobs import (
@@ -87,6 +88,13 @@ def job(job_id: str) -> Response:
 def job_live(job_id: str) -> Response:
     """Show the part of a job's page that changes while it is watched."""
     return show("job_live.html", **_live_values(_read(job_id)))
+
+
+@page("/jobs/<job_id>/explanation", Access.READER)
+def job_explanation(job_id: str) -> Response:
+    """Say what would place a waiting job, each change tried on the last round."""
+    found = explain(the_market(), own_tenant_id(), job_id)
+    return show("explanation.html" if is_fragment() else "explanation_page.html", explanation=found)
 
 
 @page("/jobs/<job_id>/curves.json", Access.READER)

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import func, select
 
 from broker.database.uploads import WorkdirUpload
+from broker.rounds.clear import hold_round
 from tests.broker.cli.calling import Broker, Hansa
 
 
@@ -153,3 +154,33 @@ def test_prices_name_the_ask(hansa: Hansa) -> None:
 def _uploads(broker: Broker) -> int:
     count = select(func.count()).select_from(WorkdirUpload)
     return broker.market.database.read(lambda session: session.scalar(count)) or 0
+
+
+def test_a_dry_run_shows_the_quote_and_submits_nothing(hansa: Hansa, job_file: Path) -> None:
+    before = json.loads(hansa("ls", "--json").out)["items"]
+    outcome = hansa("submit", str(job_file), "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "lubeck 2xcpu-slot" in outcome.out
+    assert json.loads(hansa("status", "--json").out)["items"] == before
+
+
+def test_explain_says_what_would_have_placed_a_job_and_that_is_true(
+    hansa: Hansa, broker: Broker, job_file: Path
+) -> None:
+    job_file.write_text(job_file.read_text().replace("  budget: 2", "  budget: 2\n  bid: 0.000001"))
+    job_id = submitted(hansa, job_file)
+    assert "waits for the next round" in hansa("explain", job_id).out
+    hold_round(broker.market)
+    explained = json.loads(hansa("explain", job_id, "--json").out)
+    assert explained["checked"]
+    (bid,) = [row for row in explained["changes"] if row["kind"] == "bid"]
+    assert f"- {bid['sentence']}" in hansa("explain", job_id).out
+    hansa("cancel", job_id)
+    enough = bid["bid_micros_per_million_samples"] / 1_000_000
+    job_file.write_text(
+        job_file.read_text().replace("bid: 0.000001", f"bid: {enough:.6f}").replace("budget: 2", "budget: 5")
+    )
+    again = submitted(hansa, job_file)
+    hold_round(broker.market)
+    assert json.loads(hansa("show", again, "--json").out)["state"] == "proposed"
+    hansa("cancel", again)

@@ -64,6 +64,17 @@ def test_a_job_that_waits_says_why(tenant: Visitor, scene: Scene) -> None:
     expect(tenant.page.locator("main")).to_contain_text("would reach it")
 
 
+def test_a_job_that_waits_is_told_what_would_start_it(tenant: Visitor, scene: Scene) -> None:
+    tenant.visit(f"/jobs/{scene.jobs['left-out']}")
+    tenant.page.get_by_role("link", name="What would start it?").click()
+    expect(tenant.page.get_by_role("status")).to_contain_text("round")
+    expect(tenant.page.get_by_role("heading", name="What would start it")).to_be_visible()
+    if PICTURES:
+        for width in (375, 768, 1280):
+            tenant.page.set_viewport_size({"width": width, "height": 900})
+            tenant.page.screenshot(path=Path(PICTURES) / f"explained-{width}.png", full_page=True)
+
+
 def test_what_a_site_prints_and_reports_stays_text(tenant: Visitor, scene: Scene) -> None:
     tenant.visit(f"/jobs/{scene.jobs['spanning']}")
     expect(tenant.page.locator("main")).to_contain_text(HOSTILE)

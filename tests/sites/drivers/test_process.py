@@ -1,4 +1,7 @@
-"""The suite for drivers. A new driver adds itself to `driver` and passes everything above the line."""
+"""The suite for drivers, and what the process driver promises beyond it.
+
+A new driver adds itself to `driver` and passes everything above the line.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,13 @@ import pytest
 
 from sites.drivers.interface import Driver, EndCause, Limits, Run, RunPhase, RunState
 from sites.drivers.process import ProcessDriver
+from sites.drivers.slurm import SlurmDriver
+from sites.settings import SlurmSettings
 from tests.sites.waiting import lives, wait_until
 from training.clock import SystemClock
 
 CLOCK = SystemClock()
+SLURM = SlurmSettings(gpus_per_node=4, extra_args=("--mem=100M",))
 
 # A tenant's worst habit: a grandchild in a session of its own, with a clean environment, that ignores SIGTERM.
 DAEMON = """
@@ -35,9 +41,13 @@ while not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read():
 """
 
 
-@pytest.fixture(params=["process"])
+@pytest.fixture(params=["process", "slurm"])
 def driver(request: pytest.FixtureRequest) -> Driver:
-    return ProcessDriver(sys.executable, CLOCK)
+    local = ProcessDriver(sys.executable, CLOCK)
+    if request.param == "process":
+        return local
+    request.getfixturevalue("cluster")
+    return SlurmDriver(SLURM, sys.executable, CLOCK, local)
 
 
 @pytest.fixture
@@ -45,6 +55,9 @@ def folder(tmp_path: Path, driver: Driver) -> Iterator[Path]:
     yield tmp_path / "run"
     driver.stop(tmp_path / "run")
     wait_until(lambda: driver.poll(tmp_path / "run").is_over)
+
+
+ON_PROCESSES = pytest.mark.parametrize("driver", ["process"], indirect=True)
 
 
 def python(folder: Path, code: str, *arguments: str, **changes: object) -> Run:
@@ -178,14 +191,22 @@ def test_another_agent_adopts_a_run_after_sigkill(driver: Driver, folder: Path) 
         "from pathlib import Path\n"
         "from sites.drivers.interface import Run\n"
         "from sites.drivers.process import ProcessDriver\n"
+        "from sites.drivers.slurm import SlurmDriver\n"
+        "from sites.settings import SlurmSettings\n"
         "from training.clock import SystemClock\n"
         "folder, code = Path(sys.argv[1]), sys.argv[2]\n"
-        "ProcessDriver(sys.executable, SystemClock()).start(Run(folder=folder,"
+        "driver = ProcessDriver(sys.executable, SystemClock())\n"
+        "if sys.argv[3] == 'SlurmDriver':\n"
+        "    settings = SlurmSettings(gpus_per_node=4, extra_args=('--mem=100M',))\n"
+        "    driver = SlurmDriver(settings, sys.executable, SystemClock(), driver)\n"
+        "driver.start(Run(folder=folder,"
         " argv=(sys.executable, '-I', '-S', '-c', code), cwd=folder.parent, environment={},"
         " log_path=folder.parent / 'rank.log', deadline_s=SystemClock().monotonic_s() + 60))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", starter, str(folder), code], check=False, timeout=60)
+    killed = subprocess.run(
+        [sys.executable, "-c", starter, str(folder), code, type(driver).__name__], check=False, timeout=60
+    )
     assert killed.returncode == -signal.SIGKILL
     wait_until(lambda: driver.adopt(folder).phase is RunPhase.RUNNING)
     (folder.parent / "go").touch()
@@ -196,6 +217,7 @@ def test_another_agent_adopts_a_run_after_sigkill(driver: Driver, folder: Path) 
 # ------------------------------------------------------------------ the process driver's own promises
 
 
+@ON_PROCESSES
 def test_run_whose_warden_is_killed_is_ended_and_lost(folder: Path) -> None:
     driver = ProcessDriver(sys.executable, CLOCK)
     pid_path = folder.parent / "child.pid"
@@ -212,6 +234,7 @@ def test_run_whose_warden_is_killed_is_ended_and_lost(folder: Path) -> None:
     assert not any(lives(pid) for pid in pids)
 
 
+@ON_PROCESSES
 def test_number_given_to_another_process_is_not_mistaken_for_the_warden(folder: Path) -> None:
     folder.mkdir(parents=True)
     document = {"pid": os.getpid(), "started_ticks": 1, "era": CLOCK.era(), "started_s": 0.0}
@@ -221,6 +244,7 @@ def test_number_given_to_another_process_is_not_mistaken_for_the_warden(folder: 
     assert driver.poll(folder).phase is RunPhase.LOST
 
 
+@ON_PROCESSES
 def test_first_failing_rank_decides_the_exit_code(folder: Path) -> None:
     driver = ProcessDriver(sys.executable, CLOCK)
     code = (
