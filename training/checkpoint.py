@@ -34,8 +34,12 @@ NEWEST: Final = "newest.json"
 CHECKPOINTS_KEPT: Final = 2
 _FORMAT: Final = "hansa-state-1"
 _OUTER_PARTS: Final = ("theta", "velocity", "carry")
+# The model's own parameters, where a site trains on while a round travels.
+INNER: Final = "inner"
+_OWN_ONLY: Final = frozenset({"carry", INNER})
 
 Tensors = dict[str, torch.Tensor]
+OuterParts = dict[str, dict[int, Values]]
 
 
 class StateHeader(BaseModel):
@@ -79,6 +83,27 @@ class State:
     def done(self) -> tuple[SampleRange, ...]:
         """The samples in the chain up to this state."""
         return ranges_of(self.header.done)
+
+
+def shared_parts(outer: OuterParts) -> OuterParts:
+    """Return the parts of an outer state that are every site's, without those that are one site's alone."""
+    return {part: each for part, each in outer.items() if part not in _OWN_ONLY}
+
+
+def for_joiners(state: State, *, gradients: bool) -> State:
+    """Return what a joiner takes of `state`: its shared parts, and the optimizer where sites exchange `gradients`."""
+    nothing_own: dict[str, Any] = {
+        "python_random": "",
+        "parts": tuple(part for part in state.header.parts if part not in _OWN_ONLY),
+        "block": (),
+        "block_steps": 0,
+        "owed": (),
+        "posted_bytes": 0,
+    }
+    if not gradients:
+        nothing_own["optimizer_groups"] = "[]"
+    header = state.header.model_copy(update=nothing_own)
+    return State(header, shared_parts(state.outer), state.optimizer if gradients else {})
 
 
 def ranges_of(pairs: Sequence[tuple[int, int]]) -> tuple[SampleRange, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from training.synchronizer import RoundFigures
+    from training.flight import RoundFigures
 
 _FP32_BYTES: Final = 4
 # The noise scale of one round is a ratio of two noisy differences; the mean over some twenty rounds is not.

@@ -26,13 +26,14 @@ from training.checkpoint import write_text
 from training.clock import Clock, SystemClock
 from training.errors import ModelError
 from training.exchange import Exchange, SampleRange
+from training.flight import RoundFigures
 from training.metrics import Metrics
 from training.outer_share import OuterShare
 from training.parameters import Parameters
 from training.ranks import Ranks
 from training.roundlog.client import GatewayClient
 from training.strategies import strategy_of
-from training.synchronizer import RoundFigures, Synchronizer
+from training.synchronizer import Synchronizer
 
 BATCH_ALONE: Final = 16
 _DDP_DIRECTIONS: Final = 2

@@ -1,35 +1,30 @@
 """Follows a job's round log on behalf of one rank: start, deal, sync round, checkpoint.
 
-Rank 0 alone asks the log what is decided (position, seals, members) and tells the other ranks, so
-that all act on the same answer; every rank moves the bytes of the fragments that it owns. When a round is posted and
+`training.agreed_exchange` asks the log, so that all ranks act on the same answer. When a round is posted and
 when it is applied follows from the strategy: at once, some inner steps later, or inside the optimizer's step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import structlog
 import torch
-from pydantic import TypeAdapter
 
 from training import checkpoint, dealing
+from training.agreed_exchange import AgreedExchange, Offer
 from training.attempt import AttemptContext
-from training.checkpoint import State, StateHeader, pairs_of, ranges_of
+from training.checkpoint import INNER, State, StateHeader, for_joiners, pairs_of, ranges_of, shared_parts
 from training.clock import Clock, SystemClock
 from training.codecs import CODECS, Values
 from training.dealing import Ranges
 from training.economy import affordable_codec
 from training.errors import CheckpointError, ExchangeError, ModelError
 from training.exchange import Entry, Exchange, MemberSeat, Position, SealedRound
+from training.flight import Flight, RoundFigures
 from training.outer_share import OuterShare
-from training.ranks import Json, Ranks
-from training.round_statistics import RoundStatistics
-from training.roundlog.errors import ExchangeRefusedError, Reason
+from training.ranks import Ranks
 from training.roundlog.view import GENESIS_HASH
 from training.spec import Codec
 
@@ -39,51 +34,8 @@ NO_CONTENT: Final = bytes(CODECS["fp32"].encode(torch.empty(0).numpy(), None)[0]
 # A snapshot this small (64 M parameters with velocity) is offered after every round; a bigger one
 # at the checkpoint's cadence, and a joiner replays the rounds since.
 SNAPSHOT_EACH_ROUND_BYTES_MAX: Final = 1 << 29
-_INNER: Final = "inner"
 
 log: Final = structlog.get_logger(__name__)
-_OWN_ONLY: Final = frozenset({"carry", _INNER})
-
-_POSITION: Final = TypeAdapter(Position)
-_SEALED: Final = TypeAdapter(SealedRound)
-
-
-@dataclass(frozen=True, slots=True)
-class RoundFigures:
-    """What one round cost and how it went, at this site. Bytes are payload, of all its ranks."""
-
-    counted: bool
-    sites_merged: int
-    bytes_posted: int
-    fetched: dict[str, int] = field(default_factory=dict)
-    elements: int = 0
-    stall_s: float = 0.0
-    round_s: float = 0.0
-    late_rounds: int = 0
-    statistics: RoundStatistics | None = None
-
-    @property
-    def bytes_fetched(self) -> int:
-        """The bytes fetched of all other sites."""
-        return sum(self.fetched.values())
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A contribution on its way: the round that it is offered to, and what came of it so far."""
-
-    number: int
-    samples: Ranges
-    started_s: float
-    has_content: bool = False
-    elements: int = 0
-    is_open: bool = True
-    counted: bool = False
-    sites_merged: int = 0
-    bytes_posted: int = 0
-    fetched: dict[str, int] = field(default_factory=dict)
-    late_rounds: int = 0
-    stall_s: float = 0.0
 
 
 class Synchronizer:
@@ -107,13 +59,14 @@ class Synchronizer:
         self.block_steps = 0
         self._ranks = ranks
         self._exchange = exchange
+        self._log = AgreedExchange(exchange, ranks)
         self._optimizer = optimizer
         self._clock = clock or SystemClock()
         self._folder = Path(context.checkpoint_dir)
         self._chain_hash = GENESIS_HASH
         self._outer_hash = ""
         self._is_local = context.sync.strategy == "local"
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._block: Ranges = ()
         self._pending: Ranges = ()  # in flight, and not to be dealt again
         self._owed: Ranges = ()  # whose work waits in this site's carry
@@ -231,7 +184,7 @@ class Synchronizer:
         """Contribute what the model learned from `samples` to the next round."""
         assert self._flight is None, "one round is in flight at a time"
         started_s = self._clock.monotonic_s()
-        flight = _Flight(self.share.round_number + 1, dealing.union([*samples, *self._owed]), started_s)
+        flight = Flight(self.share.round_number + 1, dealing.union([*samples, *self._owed]), started_s)
         self._owed = ()
         weight = dealing.count(flight.samples)
         if not weight and self.share.complete_round:
@@ -267,13 +220,13 @@ class Synchronizer:
         self._codec = codec
         return codec
 
-    def _catch_up(self, flight: _Flight) -> bool:
+    def _catch_up(self, flight: Flight) -> bool:
         """Apply the rounds that were sealed while this site computed, and offer what it has to the next one.
 
         Only where sites do not wait for each other. Returns whether there were any.
         """
         strategy, late = self.share.strategy, 0
-        while not strategy.waits and (sealed := self._sealed_already(flight.number)) is not None:
+        while not strategy.waits and (sealed := self._log.sealed_already(flight.number)) is not None:
             late += 1
             self._settle_round(flight, sealed, is_last=late >= strategy.offers)
         if late and flight.is_open:
@@ -288,7 +241,7 @@ class Synchronizer:
         self._flight = None
         started_s = self._clock.monotonic_s()
         while flight.is_open:
-            sealed = self._sealed(flight.number)
+            sealed = self._log.sealed(flight.number)
             if sealed is None:
                 flight.is_open = False
                 self._rejoin()
@@ -300,26 +253,13 @@ class Synchronizer:
         if not strategy.gradients:
             self._keep()
         now_s = self._clock.monotonic_s()
-        self._figures.append(
-            RoundFigures(
-                counted=flight.counted,
-                sites_merged=flight.sites_merged,
-                bytes_posted=flight.bytes_posted,
-                fetched=flight.fetched,
-                elements=flight.elements if flight.bytes_posted else 0,
-                stall_s=flight.stall_s + now_s - started_s,
-                round_s=now_s - flight.started_s,
-                late_rounds=flight.late_rounds,
-                statistics=self.share.statistics,
-            )
-        )
+        self._figures.append(flight.figures(now_s - started_s, now_s, self.share.statistics))
 
-    def _settle_round(self, flight: _Flight, sealed: SealedRound, *, is_last: bool) -> None:
+    def _settle_round(self, flight: Flight, sealed: SealedRound, *, is_last: bool) -> None:
         """Apply a round, and say whether the contribution in flight is in it, goes on to the next, or has to wait."""
         offers_again = flight.is_open and not is_last and bool(flight.samples)
         counted, fetched = self._apply(sealed, offer_again=offers_again)
-        for site, size in fetched.items():
-            flight.fetched[site] = flight.fetched.get(site, 0) + size
+        flight.count_fetched(fetched)
         flight.sites_merged = sum(entry.weight > 0 for entry in counted)
         flight.number = sealed.number + 1
         if any(entry.site_id == self.context.site_id for entry in counted):
@@ -366,8 +306,7 @@ class Synchronizer:
     # Start.
 
     def _position(self) -> Position:
-        answer = self._on_rank_0(lambda: _POSITION.dump_python(self._exchange.position(), mode="json"))
-        position = _POSITION.validate_python(answer)
+        position = self._log.position()
         self.members = position.members
         if self._is_local and len(position.members) > 1:
             message = "a job with strategy local was placed on several sites; it can use one only"
@@ -387,7 +326,7 @@ class Synchronizer:
         if self.share.round_number == position.base_round:
             self._chain_hash = position.base_hash
         while self.share.round_number < position.base_round:
-            sealed = self._sealed(self.share.round_number + 1)
+            sealed = self._log.sealed(self.share.round_number + 1)
             if sealed is None:
                 message = "the log dropped the rounds that this site lacks while it caught up; start the site again"
                 raise ExchangeError(message)
@@ -410,9 +349,9 @@ class Synchronizer:
             self.inner_steps = state.header.inner_steps
             self._owed = ranges_of(state.header.owed)
             self.posted_bytes = state.header.posted_bytes
-        outer = state.outer if is_own else {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
-        inner = outer.get(_INNER, {})
-        self._restore(state, {part: each for part, each in outer.items() if part != _INNER}, path, joined=not is_own)
+        outer = state.outer if is_own else shared_parts(state.outer)
+        inner = outer.get(INNER, {})
+        self._restore(state, {part: each for part, each in outer.items() if part != INNER}, path, joined=not is_own)
         if inner:
             self.share.scatter_inner(inner)
             self._block, self.block_steps = ranges_of(state.header.block), state.header.block_steps
@@ -430,10 +369,10 @@ class Synchronizer:
     def _take_snapshot(self) -> None:
         """Take a peer's outer state, and keep this site's own carry."""
         path = self._folder / "joined.safetensors"
-        self._on_rank_0(lambda: {"round": self._exchange.fetch_snapshot(str(path))})
+        self._log.fetch_snapshot(path)
         state = checkpoint.read_state(path, self.share.fragments, self.share.layout)
         carry = {number: owned.carry for number, owned in self.share.owned.items()}
-        outer = {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
+        outer = shared_parts(state.outer)
         self._restore(state, {**outer, "carry": carry}, path, joined=True)
         if self.share.strategy.gradients:
             checkpoint.restore_optimizer(self._optimizer, state.optimizer, state.header.optimizer_groups)
@@ -458,53 +397,12 @@ class Synchronizer:
 
     # One round.
 
-    def _offer(self, flight: _Flight, payloads: dict[int, bytes], weight: int) -> None:
+    def _offer(self, flight: Flight, payloads: dict[int, bytes], weight: int) -> None:
         """Post and commit. A refusal is no error: the round goes on without us."""
-        number, refused = flight.number, False
-        try:
-            for place, payload in payloads.items():
-                self._exchange.post_fragment(number, place, payload)
-        except ExchangeRefusedError as refusal:
-            refused = _is_passing(refusal)
-        # Also the barrier that rank 0 needs before it commits.
-        told = np.array([refused, sum(map(len, payloads.values()))], dtype=np.int64)
-        by_rank = self._ranks.gather(told)
-        posted = sum(int(each[1]) for each in by_rank)
+        fragments = len(self.share.travelling(flight.number)) if flight.has_content else 1
+        posted = self._log.offer(Offer(flight.number, weight, flight.samples, fragments, self._outer_hash), payloads)
         flight.bytes_posted += posted
         self.posted_bytes += posted
-        if not any(bool(each[0]) for each in by_rank):
-            fragments = len(self.share.travelling(number)) if flight.has_content else 1
-            self._on_rank_0(lambda: self._commit(number, flight.samples, weight, fragments))
-
-    def _commit(self, number: int, samples: Ranges, weight: int, fragments: int) -> Json:
-        try:
-            self._exchange.commit(
-                number, weight=weight, samples=samples, fragments=fragments, outer_hash=self._outer_hash
-            )
-        except ExchangeRefusedError as refusal:
-            return {"refused": _is_passing(refusal)}
-        return {"refused": False}
-
-    def _sealed(self, number: int) -> SealedRound | None:
-        """Return the sealed round, None where this site must take a snapshot instead."""
-        return self._asked(lambda: self._exchange.await_sealed(number))
-
-    def _sealed_already(self, number: int) -> SealedRound | None:
-        """Return the round if it is sealed; None where it is not, or where a snapshot is needed instead."""
-        return self._asked(lambda: self._exchange.sealed_already(number))
-
-    def _asked(self, question: Callable[[], SealedRound | None]) -> SealedRound | None:
-        def ask() -> Json:
-            try:
-                sealed = question()
-            except ExchangeRefusedError as refusal:
-                if refusal.reason != Reason.SNAPSHOT_NEEDED:
-                    raise
-                sealed = None
-            return {"sealed": None if sealed is None else _SEALED.dump_python(sealed, mode="json")}
-
-        answer = self._on_rank_0(ask)["sealed"]
-        return None if answer is None else _SEALED.validate_python(answer)
 
     def _apply(self, sealed: SealedRound, *, offer_again: bool = False) -> tuple[tuple[Entry, ...], dict[str, int]]:
         """Fetch, judge, merge and report; return the entries that count and this site's bytes fetched by site."""
@@ -513,7 +411,7 @@ class Synchronizer:
         for entry in sealed.entries:
             if share.has_content(entry, number):
                 for place, _ in share.owned_places(number):
-                    payloads[entry.site_id, place] = self._exchange.fetch_fragment(number, entry.site_id, place)
+                    payloads[entry.site_id, place] = self._log.fetch(number, entry.site_id, place)
         counted = share.verdict(sealed.entries, payloads, number)
         if self._is_local:
             share.adopt()
@@ -530,39 +428,8 @@ class Synchronizer:
         self.members = sealed.members
         self._chain_hash = sealed.manifest_hash
         self._outer_hash = share.state_hash()
-        self._on_rank_0(lambda: self._report_applied(number))
-        return counted, self._fetched(sealed.entries, payloads)
-
-    def _fetched(self, entries: tuple[Entry, ...], payloads: dict[tuple[str, int], bytes]) -> dict[str, int]:
-        """Return the bytes that the site's ranks together fetched of each other site."""
-        others = [entry.site_id for entry in entries if entry.site_id != self.context.site_id]
-        own = np.array(
-            [sum(len(each) for (site, _), each in payloads.items() if site == other) for other in others],
-            dtype=np.int64,
-        )
-        total = np.sum(self._ranks.gather(own), axis=0) if others else own
-        return {other: int(size) for other, size in zip(others, total, strict=True)}
-
-    def _report_applied(self, number: int) -> Json:
-        self._exchange.applied(number, self._outer_hash)
-        return {}
-
-    def _on_rank_0(self, ask: Callable[[], Json]) -> Json:
-        """Return rank 0's answer on every rank. If rank 0 meets an ExchangeError, every rank raises it."""
-        answer: Json | None = None
-        failure: ExchangeError | None = None
-        if self._ranks.rank == 0:
-            try:
-                answer = {"answer": ask()}
-            except ExchangeError as error:
-                answer, failure = {"error": str(error)}, error
-        answer = self._ranks.broadcast_json(answer)
-        if failure is not None:
-            raise failure
-        if "error" in answer:
-            raise ExchangeError(answer["error"])
-        result: Json = answer["answer"]
-        return result
+        self._log.report_applied(number, self._outer_hash)
+        return counted, self._log.fetched_bytes(sealed.entries, payloads, except_site=self.context.site_id)
 
     # What is kept.
 
@@ -578,21 +445,7 @@ class Synchronizer:
             return
         if is_snapshot_due:
             path = self._folder / "snapshot.safetensors"
-            outer = {part: each for part, each in state.outer.items() if part not in _OWN_ONLY}
-            parts = tuple(part for part in state.header.parts if part not in _OWN_ONLY)
-            bare = state.header.model_copy(
-                update={
-                    "python_random": "",
-                    "parts": parts,
-                    "block": (),
-                    "block_steps": 0,
-                    "owed": (),
-                    "posted_bytes": 0,
-                }
-                | ({} if self.share.strategy.gradients else {"optimizer_groups": "[]"})
-            )
-            optimizer = state.optimizer if self.share.strategy.gradients else {}
-            checkpoint.write_state(path, State(bare, outer, optimizer))
+            checkpoint.write_state(path, for_joiners(state, gradients=self.share.strategy.gradients))
             self._exchange.offer_snapshot(self.share.round_number, str(path))
         if is_checkpoint_due:
             checkpoint.write_checkpoint(self._folder, state, dealing.count(self.share.done))
@@ -606,7 +459,7 @@ class Synchronizer:
         overlaps = self.share.strategy.overlap_steps > 0
         if overlaps:
             read = self.share.parameters.read
-            outer[_INNER] = {fragment.number: read(fragment) for fragment in self.share.fragments}
+            outer[INNER] = {fragment.number: read(fragment) for fragment in self.share.fragments}
         tensors, groups = checkpoint.optimizer_state(self._optimizer)
         header = StateHeader(
             format="hansa-state-1",
@@ -629,18 +482,3 @@ class Synchronizer:
         )
         buffers = {name: each.detach().to("cpu").clone() for name, each in self.share.parameters.module.named_buffers()}
         return State(header, outer, tensors, buffers, tuple(torch.from_numpy(each) for each in randoms))
-
-
-def _is_passing(refusal: ExchangeRefusedError) -> bool:
-    """Return True for a refusal after which the site's work waits in its carry; raise any other."""
-    passing = {
-        Reason.ROUND_SEALED,
-        Reason.NOT_MEMBER,
-        Reason.SAMPLES_OVERLAP,
-        Reason.SNAPSHOT_NEEDED,
-        Reason.CHAIN_BROKEN,
-        Reason.VIEW_OLDER,
-    }
-    if refusal.reason not in passing:
-        raise refusal
-    return True
