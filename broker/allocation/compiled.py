@@ -3,7 +3,9 @@
 The loops are ordinary Python over numpy arrays. numba makes them a hundred times faster and takes
 minutes to compile them, once: `hansa market compile` does it, and keeps the result in a folder
 named after the digest of all sources that are compiled, so that it can never be stale (numba
-notices when the file of a cached function changed, but not when a function that it calls did).
+notices when the file of a cached function changed, but not when a function that it calls did), and of where
+and from when they are, since numba takes nothing from its cache for a file that was moved or touched: what is
+called complete must not be compiled anew in the middle of a round.
 Without it they run as they stand: the same bits, fast enough for a market of some dozen jobs.
 
 HANSA_COMPILE=1 compiles on first use, HANSA_COMPILE=0 never does.
@@ -78,12 +80,22 @@ def _jitted(function: F, **options: object) -> F:
 
 
 def _cache_folder() -> Path:
+    sources = [
+        source
+        for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(throughput.__file__)]
+        if source.stem in _CONSTANTS or b"allocation.compiled import" in source.read_bytes()
+    ]
+    return _root() / "hansa-compiled" / digest_of(sources)
+
+
+def digest_of(sources: list[Path]) -> str:
+    """Return the name of what numba compiles from `sources`: its version, their text, and numba's own stamp of each."""
     digest = hashlib.sha256(version("numba").encode())
-    for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(throughput.__file__)]:
-        text = source.read_bytes()
-        if source.stem in _CONSTANTS or b"allocation.compiled import" in text:
-            digest.update(text)
-    return _root() / "hansa-compiled" / digest.hexdigest()[:_DIGEST_LENGTH]
+    for source in sources:
+        found = source.stat()
+        digest.update(f"{source.resolve()} {found.st_mtime_ns} {found.st_size}\n".encode())
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:_DIGEST_LENGTH]
 
 
 def _root() -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from broker.allocation.compiled import digest_of
+
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import hashlib, sys
@@ -72,3 +74,19 @@ def test_the_folder_of_compiled_loops_is_named_after_their_sources(tmp_path: Pat
     ).stdout.strip()
     assert Path(here).name != Path(other).name
     assert len(Path(here).name) == len(hashlib.sha256(b"").hexdigest()) // 4
+
+
+def test_what_numba_would_compile_anew_has_another_name(tmp_path: Path) -> None:
+    source = tmp_path / "kernel.py"
+    source.write_text("x = 1\n")
+    name = digest_of([source])
+    assert digest_of([source]) == name
+    touched = source.stat().st_mtime_ns + 1_000_000_000
+    os.utime(source, ns=(touched, touched))
+    assert digest_of([source]) != name
+    os.utime(source, ns=(touched - 1_000_000_000, touched - 1_000_000_000))
+    assert digest_of([source]) == name
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "kernel.py"
+    source.rename(moved)
+    assert digest_of([moved]) != name
