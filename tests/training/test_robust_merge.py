@@ -228,7 +228,7 @@ def test_a_job_file_names_the_rule_and_needs_three_sites_for_it() -> None:
     assert job(2, "mean").merge == "mean"
     with pytest.raises(SpecError, match="compares at least 3 sites, but sites_max is 2"):
         job(2, "norm_cap")
-    with pytest.raises(SpecError, match="Input should be .*norm_cap"):
+    with pytest.raises(SpecError, match="Input should be"):
         job(3, "median")
 
 
