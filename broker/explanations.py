@@ -1,6 +1,6 @@
 """Why a job stands where it stands, and what would change it, each answer a round solved again.
 
-Solving a round again costs what the round cost, a dozen times: it is done when somebody asks, for one job at a time in
+Solving a round again costs what the round cost, up to seventeen times: it is done when somebody asks, for one job at a time in
 each process, for rounds up to a size, and remembered until the next round.
 """
 

@@ -18,7 +18,7 @@ from broker.allocation.solve import clear
 from broker.allocation.table_rows import to_snapshot
 
 WANTED = 200
-JOBS, SITES = 40, 6
+JOBS, SITES = 24, 4
 
 
 def main() -> None:
