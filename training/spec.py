@@ -39,6 +39,11 @@ EnvironmentValue = Annotated[str, StringConstraints(max_length=4096)]
 Strategy = Literal["auto", "local", "diloco", "every_step", "streaming", "sparse", "quorum", "neighbour", "async"]
 Codec = Literal["auto", "fp32", "int8", "topk2", "bf16", "int4", "fp4", "sign", "lowrank"]
 Topology = Literal["exponential", "ring", "metropolis"]
+MergeRule = Literal["mean", "norm_cap", "trimmed_mean", "centred_clipping"]
+# Of two contributions that differ nobody can say which is wrong.
+ROBUST_SITES_MIN: Final = 3
+# Strategies that merge by the plan's rule, and `local`, as which such a job may be placed; the others have a merge of their own.
+_MERGED_BY_RULE: Final = frozenset({"auto", "local", "diloco", "streaming", "sparse", "every_step"})
 
 # What a strategy takes where the plan leaves it open.
 _NEEDS: Final[dict[str, dict[str, object]]] = {
@@ -131,6 +136,7 @@ class SyncPlan(_Strict):
     quorum_sites: int | None = Field(default=None, ge=1, le=SITES_PER_JOB_MAX, description="quorum: K, else most sites")
     topology: Topology = "exponential"
     nesterov_delay: int = Field(default=4, ge=1, le=64, description="async: arrivals between two momentum steps")
+    merge: MergeRule = Field(default="mean", description="others bear a wrong site among three or more")
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +152,16 @@ class SyncPlan(_Strict):
     def _sound(self) -> Self:
         if self.strategy == "every_step" and self.period_steps != 1:
             message = "every_step exchanges gradients at every step; leave period_steps out, or choose diloco"
+            raise ValueError(message)
+        if self.merge != "mean" and self.strategy not in _MERGED_BY_RULE:
+            known = ", ".join(sorted(_MERGED_BY_RULE))
+            message = f"{self.strategy} merges in its own way; merge: {self.merge} goes with {known}"
+            raise ValueError(message)
+        if self.merge == "trimmed_mean" and self.codec in {"auto", "topk2"}:
+            message = (
+                "trimmed_mean drops what few sites send, which is nearly all that topk2 sends; name another codec "
+                "(int8, fp32), or choose norm_cap"
+            )
             raise ValueError(message)
         return self
 
@@ -219,6 +235,16 @@ class MarketTerms(_Strict):
     mixed_types: bool = Field(default=False, description="two sites may give GPUs of different types")
     workload: Workload
     sync: SyncPlan = SyncPlan()
+
+    @model_validator(mode="after")
+    def _has_sites_to_compare(self) -> Self:
+        if self.sync.merge != "mean" and self.sites_max < ROBUST_SITES_MIN:
+            message = (
+                f"merge: {self.sync.merge} compares at least {ROBUST_SITES_MIN} sites, but sites_max is "
+                f"{self.sites_max}; raise it, or leave merge out"
+            )
+            raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _streams_in_turn(self) -> Self:

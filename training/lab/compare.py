@@ -90,9 +90,9 @@ def plan_of(asked: SyncPlan, strategy: Strategy, sites: int) -> SyncPlan:
 
     Kept are the period, the patience and the outer step's numbers where the strategy has them.
     """
-    fields: dict[str, Any] = {**asked.model_dump(exclude={"codec"}), "strategy": strategy}
+    fields: dict[str, Any] = {**asked.model_dump(exclude={"codec", "merge"}), "strategy": strategy}
     if strategy == asked.strategy:
-        fields["codec"] = asked.codec
+        fields |= {"codec": asked.codec, "merge": asked.merge}
     if strategy == "every_step":
         fields.pop("period_steps")
     if strategy == "streaming":

@@ -26,9 +26,11 @@ def strategy_of(plan: SyncPlan, site_id: str, links: tuple[LinkSpeed, ...] = ())
     rule = outer_rule(plan)
     match plan.strategy:
         case "every_step":
-            return EveryStep()
+            return EveryStep(merge=plan.merge)
         case "streaming":
-            return Streaming(rule, groups=plan.fragments, overlap_steps=plan.overlap_steps, mixing=plan.mixing)
+            return Streaming(
+                rule, groups=plan.fragments, overlap_steps=plan.overlap_steps, mixing=plan.mixing, merge=plan.merge
+            )
         case "quorum":
             return Quorum(rule)
         case "neighbour":
@@ -36,4 +38,4 @@ def strategy_of(plan: SyncPlan, site_id: str, links: tuple[LinkSpeed, ...] = ())
         case "async":
             return DelayedNesterov(rule, delay=plan.nesterov_delay)
         case _:
-            return Diloco(rule)
+            return Diloco(rule, merge=plan.merge)

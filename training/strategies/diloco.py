@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from training.codecs import Values
-from training.merge import weighted_mean
 from training.outer import PLAIN, OuterRule, fragment_digest, outer_step
 from training.outer_fragment import OwnedFragment, Received
+from training.robust_merge import merged
+from training.spec import MergeRule
 
 
 class Diloco:
@@ -26,9 +27,10 @@ class Diloco:
     last_rounds = 0
     extras: tuple[str, ...] = ()
 
-    def __init__(self, rule: OuterRule) -> None:
-        """Step by `rule`."""
+    def __init__(self, rule: OuterRule, *, merge: MergeRule = "mean") -> None:
+        """Step by `rule` along what `merge` makes of the contributions."""
         self.rule = rule
+        self._merge = merge
 
     def travelling(self, round_number: int, fragments: int) -> Sequence[int]:
         """Return all fragments."""
@@ -56,8 +58,8 @@ class Diloco:
             owned.theta, owned.velocity = outer_step(owned.theta, owned.velocity, direction, self.rule)
 
     def mean(self, owned: OwnedFragment, received: Sequence[Received]) -> Values:
-        """Return the mean by samples."""
-        return weighted_mean((each.weight, each.values) for each in received)
+        """Return the mean by samples, or what the plan's robust rule puts in its place."""
+        return merged(self._merge, [(each.weight, each.values) for each in received])
 
     def adopted(self, owned: OwnedFragment, present: Values) -> Values:
         """Return the outer parameters."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training.codecs import Values
-from training.merge import weighted_mean
 from training.outer import PLAIN, fragment_digest
 from training.outer_fragment import OwnedFragment, Received
+from training.spec import MergeRule
 from training.strategies.diloco import Diloco
 
 
@@ -22,9 +22,9 @@ class EveryStep(Diloco):
 
     gradients = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, merge: MergeRule = "mean") -> None:
         """Take no outer step."""
-        super().__init__(PLAIN)
+        super().__init__(PLAIN, merge=merge)
 
     def moved(self, owned: OwnedFragment, present: Values) -> Values:
         """Return the gradient."""
@@ -32,7 +32,7 @@ class EveryStep(Diloco):
 
     def merge(self, owned: OwnedFragment, received: Sequence[Received], round_number: int) -> None:
         """Keep the mean gradient."""
-        owned.velocity = weighted_mean((each.weight, each.values) for each in received)
+        owned.velocity = self.mean(owned, received)
 
     def adopted(self, owned: OwnedFragment, present: Values) -> Values:
         """Return the mean gradient: the optimizer takes it in place of the site's own."""

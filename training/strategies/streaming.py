@@ -14,6 +14,7 @@ import numpy as np
 from training.codecs import Values
 from training.outer import OuterRule
 from training.outer_fragment import OwnedFragment
+from training.spec import MergeRule
 from training.strategies.diloco import Diloco
 
 
@@ -22,9 +23,11 @@ class Streaming(Diloco):
 
     deals_apart = True
 
-    def __init__(self, rule: OuterRule, *, groups: int, overlap_steps: int, mixing: float) -> None:
+    def __init__(
+        self, rule: OuterRule, *, groups: int, overlap_steps: int, mixing: float, merge: MergeRule = "mean"
+    ) -> None:
         """Let `groups` groups take turns, each travelling for `overlap_steps` steps."""
-        super().__init__(rule)
+        super().__init__(rule, merge=merge)
         self._groups = groups
         self._mixing = np.float32(mixing)
         self.overlap_steps = overlap_steps
