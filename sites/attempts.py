@@ -13,7 +13,6 @@ phase is in the journal before anything of it is done, and every run is found ag
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from sites.client import Broker
 from sites.drivers.interface import Driver, EndCause, Limits, Placement, Run, RunPhase, RunState
 from sites.drivers.process import ProcessDriver
 from sites.endings import conclusion
-from sites.environment import own_environment
+from sites.environment import memory_bytes, own_environment
 from sites.errors import BrokerConnectionError, BundleError, SiteError
 from sites.gateway import Gateway, report_of
 from sites.journal import AttemptRecord, Journal
@@ -50,8 +49,6 @@ HURRY_S_MAX: Final = 30.0
 DELIVERY_DONE_S: Final = 600.0
 DELIVERY_BROKEN_S: Final = 15.0
 _GB: Final = 1_000_000_000
-# What the leases of a site may take of its host's memory together; the rest is the system's and the agent's.
-_MEMORY_SHARE: Final = 0.9
 _DETAIL_LENGTH_MAX: Final = 1000
 
 
@@ -399,7 +396,7 @@ class Attempt:
                 file_bytes=int(limits.file_gb * _GB),
                 address_space_bytes=None if limits.address_space_gb is None else int(limits.address_space_gb * _GB),
                 processes=limits.processes,
-                memory_bytes=self._memory_bytes(),
+                memory_bytes=memory_bytes(self._services.settings, len(self.record.gpu_ids)),
                 processes_in_all=limits.processes_in_all,
                 disk_bytes=int(limits.disk_gb * _GB),
                 disk_files=limits.disk_files,
@@ -437,17 +434,6 @@ class Attempt:
     @property
     def _placement(self) -> Placement:
         return self._services.driver.placement(self.record.gpu_ids, self._folder.socket(RANKS_SOCKET))
-
-    def _memory_bytes(self) -> int | None:
-        """Return what the lease may take of the host's memory: as the operator says, or its GPUs' share."""
-        settings = self._services.settings
-        if settings.limits.memory_gb is not None:
-            return int(settings.limits.memory_gb * _GB)
-        if settings.driver == "slurm":
-            return None  # what the cluster grants by its own rules
-        gpus = sum(len(pool.gpu_ids) for pool in settings.pools)
-        host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(host_bytes * _MEMORY_SHARE * len(self.record.gpu_ids) / gpus)
 
     def _environment(self) -> dict[str, str]:
         """Return what setup and ranks find: the job's own variables, and none of the agent's."""
