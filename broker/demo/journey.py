@@ -104,11 +104,9 @@ class Journey:
         """Invite the sites, start their agents, and wait until the market hears all of them."""
         self._display.stage("measuring what a CPU slot can do")
         ranges = processes.port_ranges(len(self._sites))
-        sandbox = processes.sandbox_kind(self._places)
-        confined = "in a sandbox (bubblewrap)" if sandbox == "bubblewrap" else "as your own user: no bubblewrap here"
-        self._display.say(f"the sites run the jobs' code {confined}")
+        self._display.say("the sites run these jobs as your own user, without a sandbox: the code is the demo's own")
         settings = [
-            processes.write_site_settings(self._places, site, ports, self._sites, sandbox)
+            processes.write_site_settings(self._places, site, ports, self._sites)
             for site, ports in zip(self._sites, ranges, strict=True)
         ]
         processes.measure_once(settings)

@@ -24,9 +24,7 @@ from broker.supervise import valkey
 from broker.supervise.processes import ProcessSpec
 from broker.supervise.readiness import http_answers
 from broker.supervise.valkey import ValkeySource
-from sites.errors import SandboxError
 from sites.inventory import MEASURED_FILE, measure
-from sites.sandbox import Bubblewrap
 from sites.settings import load_settings
 
 HOST: Final = "127.0.0.1"
@@ -190,15 +188,6 @@ def wake_process(places: Places, environment: Mapping[str, str]) -> ProcessSpec:
         cwd=places.home,
         stop_timeout_s=STOP_TIMEOUT_S,
     )
-
-
-def sandbox_kind(places: Places) -> str:
-    """Return how jobs are confined on this machine: by bubblewrap where that works, else not at all."""
-    try:
-        Bubblewrap(sys.executable, places.home / "sandbox").check()
-    except SandboxError:
-        return "plain"
-    return "bubblewrap"
 
 
 def write_site_settings(
