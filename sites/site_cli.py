@@ -21,6 +21,7 @@ import typer
 
 from sites import doctor as diagnosis
 from sites import identity as identities
+from sites import policy_cli
 from sites.agent import DRAINING_FILE, Agent
 from sites.client import BrokerClient, enrol
 from sites.errors import JoinStringError, SiteError
@@ -29,6 +30,8 @@ from sites.settings import SiteSettings, load_settings
 from training.clock import SystemClock
 
 app = typer.Typer(help="Offer a datacenter's GPUs to the market.", no_args_is_help=True)
+
+app.add_typer(policy_cli.app, name="policy")
 
 SettingsOption = Annotated[Path, typer.Option("--settings", help="the site.yaml of this site")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for other programs")]

@@ -61,7 +61,8 @@ def post_heartbeat() -> Response:
         sequence=signed.sequence,
         before_effect=lambda session: spend_sequence(session, market, signed),
     )
-    return json_answer(answer)
+    # Without what is not said: an agent of an older version refuses a field that it does not know.
+    return json_answer(answer.model_dump(mode="json", exclude_none=True))
 
 
 @blueprint.get("/artifacts/<digest>")
