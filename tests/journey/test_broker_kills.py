@@ -11,7 +11,7 @@ from broker.demo.processes import HOST
 from tests.journey.market import LIVENESS_S, Chain, RunningMarket, samples_in
 from tests.sites.waiting import wait_until
 
-pytestmark = [pytest.mark.xdist_group("serial"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 SECONDS = 24.0
 ROUNDS_WITHOUT = 3
