@@ -138,7 +138,8 @@ def test_hub_moves_when_its_site_loses_its_power_and_no_sealed_round_is_lost(mar
     assert market.job(job_id).epoch == 1
 
 
-@pytest.mark.parametrize("role", ["hub", pytest.param("member", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("role", ["hub", "member"])
 def test_site_whose_host_is_back_within_its_lease_trains_on_under_it(market: RunningMarket, role: str) -> None:
     chain = Chain()
     job_id = market.submit(slots=3, seconds=24)
