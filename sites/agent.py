@@ -63,10 +63,12 @@ from sites.protocol import (
     LeasePhase,
     Offer,
     Skill,
+    Wish,
 )
 from sites.sandbox import Bubblewrap
 from sites.settings import ListenSettings, SiteSettings, priced
 from sites.wake import WakeListener
+from sites.wishes import judge, keep_wish, kept_wish
 from training.clock import Clock
 from training.roundlog.signing import public_hex
 
@@ -118,6 +120,8 @@ class Agent:
         self._asks = AskBook([priced(pool) for pool in settings.pools], settings.folder)
         self._offered: tuple[Offer, Offer] | None = None
         self._orders: tuple[LeaseOrder, ...] = ()
+        self._wish = kept_wish(settings)
+        self._judged = judge(settings, self._wish)
         self._boot = secrets.token_hex(8)
         self._version = metadata.version("hansa") if _is_installed() else "checkout"
         self._attempts = {record.key: self._attempt(record) for record in self._journal.attempts()}
@@ -219,6 +223,8 @@ class Agent:
             attempts=tuple(attempt.report() for _, attempt in sorted(self._attempts.items())),
             usage=tuple(self._journal.usage()),
             renewal_csr_pem=self._identity.renewal_csr_pem(),
+            takes_wishes=self._settings.remote.allows_any,
+            wish_reply=self._judged.reply,
         )
 
     def _pause_s(self) -> float:
@@ -235,7 +241,7 @@ class Agent:
         return [attempt.record for _, attempt in sorted(self._attempts.items())]
 
     def _is_draining(self) -> bool:
-        return (self._settings.folder / DRAINING_FILE).exists()
+        return self._judged.draining or (self._settings.folder / DRAINING_FILE).exists()
 
     # -- what should be ------------------------------------------------------------------------
 
@@ -246,6 +252,8 @@ class Agent:
                 self._identity.replace_certificate(answer.certificate_pem)
             except IdentityError as error:
                 _log.error("certificate.refused", detail=str(error))
+        if answer.wish is not None and answer.wish != self._wish:
+            self._take_wish(answer.wish)
         for lease_id, sequence in answer.usage_acknowledged.items():
             self._journal.acknowledge(lease_id, sequence)
         for refusal in answer.refusals:
@@ -257,6 +265,14 @@ class Agent:
                 self._journal.fence(order.job_id, order.epoch)
         for action in actions:
             self._do(action, sent_s)
+
+    def _take_wish(self, wish: Wish) -> None:
+        """Offer from now on what the operator asked for in the portal, as far as the settings allow."""
+        keep_wish(self._settings, wish)
+        self._wish, self._judged = wish, judge(self._settings, wish)
+        self.wake.set()
+        refused = self._judged.reply.refused if self._judged.reply else ""
+        _log.info("wish.taken", number=wish.number, asks=wish.asks_micros_per_gpu_hour, refused=refused)
 
     def _do(self, action: Action, sent_s: float) -> None:  # noqa: C901 - one line for each kind of action
         match action:
@@ -365,9 +381,10 @@ class Agent:
     def _offer(self) -> Offer:
         """Return what is for sale now, and keep the offer before it: a proposal may have been made at its asks."""
         now = dt.datetime.fromtimestamp(self._clock.now_ms() / 1000, dt.UTC)
-        asks = {kind: ask.curve for kind, ask in self._asks.asks(now, self._lent_shares()).items()}
+        pools = [priced(pool) for pool in self._judged.settings.pools]
+        asks = {kind: ask.curve for kind, ask in self._asks.asks(pools, now, self._lent_shares()).items()}
         terms = inventory.Terms(self._policy.current(), asks, self._is_draining(), now)
-        offer = inventory.offer(self._settings, self._measured, terms)
+        offer = inventory.offer(self._judged.settings, self._measured, terms)
         self._offered = (offer if self._offered is None else self._offered[1], offer)
         return offer
 
@@ -380,9 +397,7 @@ class Agent:
         lent: Counter[str] = Counter()
         for record in self._records():
             lent[record.gpu_type] += 0 if record.is_over else len(record.gpu_ids)
-        policy = self._policy.current()
-        lendable = {pool.gpu_type: policy.lendable(len(pool.gpu_ids)) for pool in self._settings.pools}
-        return {kind: min(1.0, lent[kind] / count) if count else 1.0 for kind, count in lendable.items()}
+        return inventory.lent_shares(self._settings.pools, self._policy.current(), lent)
 
     def _standing(self) -> Standing:
         return Standing(

@@ -272,21 +272,22 @@ class PricedPool:
 
 
 class AskBook:
-    """What a site asks: settings, overrides and power files, each read again when it changes."""
+    """What a site asks: overrides and power files, each read again when it changes, over what its pools ask."""
 
     def __init__(self, pools: Sequence[PricedPool], folder: Path) -> None:
         """Read what stands. Raises AskError for a power file that cannot be used."""
-        self._pools = pools
         none_set: dict[str, Curve] = {}
         self._overrides = _Kept(folder / OVERRIDES_FILE, lambda path: read_overrides(path.parent), none_set)
         files = {pool.rules.power.file for pool in pools if pool.rules.power is not None}
         self._power = {path: _Kept(path, read_power, read_power(path)) for path in files}
 
-    def asks(self, moment: dt.datetime, lent_shares: Mapping[str, float]) -> dict[str, Ask]:
-        """Return what is asked at a moment, by GPU type."""
+    def asks(
+        self, pools: Sequence[PricedPool], moment: dt.datetime, lent_shares: Mapping[str, float]
+    ) -> dict[str, Ask]:
+        """Return what is asked at a moment, by GPU type. What `hansa site ask` has set goes before a pool's own base."""
         overrides = self._overrides.current()
         found = {}
-        for pool in self._pools:
+        for pool in pools:
             base = overrides.get(pool.gpu_type, pool.base)
             if sum(part.gpus for part in base) != pool.gpus:
                 base = pool.base  # set for a pool of another size: the file's holds until it is set anew

@@ -12,7 +12,7 @@ import datetime as dt
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -147,6 +147,12 @@ def offer(settings: SiteSettings, measured: Measured, terms: Terms) -> Offer:
         environment=measured.environment,
         policy_digest=None if policy == Policy() else policy.digest,
     )
+
+
+def lent_shares(pools: Sequence[PoolSettings], policy: Policy, lent: Mapping[str, int]) -> dict[str, float]:
+    """Return by GPU type which share is lent of what the owner lets be lent."""
+    lendable = {pool.gpu_type: policy.lendable(len(pool.gpu_ids)) for pool in pools}
+    return {kind: min(1.0, lent.get(kind, 0) / count) if count else 1.0 for kind, count in lendable.items()}
 
 
 def _pool_offer(
