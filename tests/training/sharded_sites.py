@@ -90,6 +90,9 @@ class StoreExchange:
         posted = all(self.store.check([f"{round_number}/{member.site_id}"]) for member in self.members)
         return self.await_sealed(round_number) if posted else None
 
+    def fetch_fragment(self, round_number: int, site_id: str, fragment: int) -> bytes:
+        return bytes.fromhex(self.store.get(f"{round_number}/{site_id}/{fragment}").decode())
+
     def applied(self, round_number: int, outer_hash: str) -> None:
         self.store.set(f"applied/{round_number}/{self.site_id}", outer_hash)
 
