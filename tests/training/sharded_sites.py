@@ -120,7 +120,8 @@ def spread(module: nn.Module, mode: str, world: int) -> nn.Module:
         parallelize_module(module, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     if mode != "tp":
         options = {"mesh": mesh["dp"]} if mesh is not None else {}
-        for each in (module[0], module[2], module):  # type: ignore[index]
+        # The last layer is the root's own: what FSDP2 gathers of the root stays gathered after a forward pass.
+        for each in (module[0], module):  # type: ignore[index]
             fully_shard(each, **options)
     return module
 
