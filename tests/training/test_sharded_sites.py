@@ -59,7 +59,7 @@ def test_sites_agree_whatever_way_each_of_them_shards(sites: dict[str, list[dict
 @pytest.mark.soak
 @pytest.mark.parametrize("strategy", ["every_step", "streaming", "quorum", "neighbour", "async"])
 def test_every_strategy_runs_on_shards(tmp_path: Path, strategy: str) -> None:
-    settings: dict[str, Any] = {"strategy": strategy}
+    settings: dict[str, Any] = {"strategy": strategy, "period_steps": 1 if strategy == "every_step" else 2}
     if strategy == "streaming":
         settings |= {"period_steps": 4, "fragments": 2, "overlap_steps": 1, "mixing": 0.5}
     if strategy in {"quorum", "async"}:
