@@ -9,6 +9,8 @@ of one tenant never show in another's quote, but for the ratio between two GPU t
 A lease that was part of a span paces like its slowest member and waits for the links: what the links were predicted
 to take is subtracted, and it tells something of a GPU type only where all members had that one.
 
+Before a family ran on a GPU type, the profile in its job file stands in (`hansa profile`).
+
 The market values a job at the lower quartile of its measured speed. Where nothing was measured, it
 counts with the figure that the site offers or the catalogue's, as before: both are careful already.
 """
@@ -27,7 +29,7 @@ from sqlalchemy.orm import Session
 from broker.allocation.configuration import Configuration
 from broker.allocation.snapshot import BITS_PER_S_MAX, FLOPS_PER_S_MAX, JobSpeed
 from broker.database.tables import Job, Lease, Placement
-from training.spec import JobSpec, Workload
+from training.spec import JobSpec, MarketTerms, Workload
 from training.speeds import (
     PACE_SECONDS_MIN,
     SECONDS_MIN,
@@ -47,6 +49,8 @@ LEASES_READ_MAX: Final = 5_000
 RUNS_MAX: Final = 64
 # What the links add where a configuration spans sites: their bandwidth is probed, not promised.
 LINKS_HALF_WIDTH_LOG: Final = 0.1
+# How far a profile's step lies from that in a site's sandbox, on its host, among its neighbours.
+PROFILE_OPEN_SHARE: Final = 0.15
 # Of a span's measured step at least this much is its GPUs', whatever the links were predicted to take.
 _COMPUTED_SHARE_MIN: Final = 0.2
 
@@ -80,6 +84,9 @@ class Speeds:
 
     def of(self, tenant_id: str, spec: JobSpec) -> dict[str, SpeedEstimate]:
         """Return what is known of a job on each GPU type that it accepts; types that nothing is known of are left out."""
+        profiled = self._profiled(tenant_id, spec)
+        if profiled is not None:
+            return profiled.of(tenant_id, spec.model_copy(update={"market": _unprofiled(spec.market)}))
         family = family_of(tenant_id, spec.market.workload)
         known = self._family(family, spec.market.workload.batch_per_gpu)
         found = {}
@@ -125,6 +132,24 @@ class Speeds:
             half = math.hypot(half, LINKS_HALF_WIDTH_LOG)
         return ExpectedSpeed(workload.batch_per_gpu * sold.gpus / (step_s + sold.inter_site_s), half)
 
+    def _profiled(self, tenant_id: str, spec: JobSpec) -> Speeds | None:
+        """Return what is known with the job's own profile, which counts where its family has not run; None without one.
+
+        A profile is of one GPU, in the tenant's own hands.
+        """
+        family = family_of(tenant_id, spec.market.workload)
+        known = self.runs.get(family, {})
+        rows = [row for row in spec.market.profile if row.gpu_type not in known]
+        if not rows:
+            return None
+        own: dict[str, list[MeasuredRun]] = {}
+        for row in rows:
+            seconds = row.steps * row.step_s
+            open_s = PROFILE_OPEN_SHARE * seconds
+            run = MeasuredRun(1, float(row.steps * row.batch_per_gpu), seconds, open_s, row.batch_per_gpu)
+            own.setdefault(row.gpu_type, []).append(run)
+        return Speeds({**self.runs, family: {**known, **own}})
+
     def _family(self, family: Family, batch_per_gpu: int) -> dict[str, SpeedEstimate]:
         """Return a family's speeds at a batch; runs at others count too, for less."""
         key = family, batch_per_gpu
@@ -144,6 +169,10 @@ class Speeds:
         """Return every family's speeds, each at the batch that it ran at last."""
         newest = {family: next(iter(by_type.values()))[0] for family, by_type in self.runs.items()}
         return [self._family(family, run.batch_per_gpu or 1) for family, run in newest.items()]
+
+
+def _unprofiled(terms: MarketTerms) -> MarketTerms:
+    return terms.model_copy(update={"profile": ()})
 
 
 def family_of(tenant_id: str, workload: Workload) -> Family:

@@ -18,6 +18,7 @@ from broker.speeds import read_speeds
 from sites.protocol import ExitCause, Usage
 from tests.broker.speaking import Scene, SpeakingSite, spec
 from tests.simulation.founding import TENANT_ID
+from training.spec import ProfileTerms
 from training.speeds import cold
 
 TRAINED_S = 240
@@ -132,10 +133,10 @@ def test_a_span_tells_of_its_gpus_what_its_links_leave(market_url: str, tmp_path
     # Every site's step is as long again as predicted, all of it in its GPUs.
     step_s = 2 * sold.step_s - sold.inter_site_s
     rate = 2 * spec(4).market.workload.batch_per_gpu / step_s
-    for sequence in (1, 2, 3, 4):
-        scene.pass_s(30, *scene.sites)
+    for sequence in range(1, 9):
+        scene.pass_s(10, *scene.sites)
         for site in sites:
-            report(site, sequence, 30, round(30 * rate))
+            report(site, sequence, 10, round(10 * rate))
     known = scene.market.database.read(
         lambda session: read_speeds(session).expected(TENANT_ID, spec(4, sites_max=2), sold)
     )
@@ -159,3 +160,21 @@ def test_a_deadline_is_met_with_a_stated_chance_and_a_bid_is_recommended(market:
     assert chances[0] < chances[1] < chances[2]
     hourly = open_row.recommended_bid_micros_per_million_samples * open_row.samples_per_s * 3600 / 1e6
     assert 1.09 * open_row.price_micros_per_hour <= hourly <= 1.12 * open_row.price_micros_per_hour
+
+
+def test_a_profile_in_the_job_file_stands_in_until_its_family_has_run(market: Scene) -> None:
+    cold_row = quote_job(market.market, spec(2, sites_max=1), TENANT_ID)[0]
+    wanted = spec(2, sites_max=1)
+    batch = wanted.market.workload.batch_per_gpu
+    step_s = 3 * batch * wanted.market.workload.flops_per_sample / cold("cpu-slot").flops_per_s
+    rows = tuple(
+        ProfileTerms(gpu_type="cpu-slot", batch_per_gpu=each, steps=400_000, step_s=step_s * each / batch)
+        for each in (batch // 2, batch)
+    )
+    profiled = wanted.model_copy(update={"market": wanted.market.model_copy(update={"profile": rows})})
+    row = quote_job(market.market, profiled, TENANT_ID)[0]
+    assert row.samples_per_s_expected < 0.7 * cold_row.samples_per_s_expected
+    assert row.samples_per_s_high / row.samples_per_s_low < cold_row.samples_per_s_high / cold_row.samples_per_s_low
+    promised = trained(market, 0.5)
+    after = quote_job(market.market, profiled, TENANT_ID)[0]
+    assert after.samples_per_s_expected == pytest.approx(0.5 * promised, rel=0.12)
