@@ -21,7 +21,7 @@ demo: install ## run a whole market on this machine and train real jobs in it (K
 test: install ## run every test (TEST_WORKERS=… processes); with CI=true a skipped test is a failure
 	@deploy/test_parts.sh
 	@$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --ignore=tests/journey $(PYTEST_ARGS)
-	@$(BIN)/pytest tests/journey --numprocesses $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/pytest tests/journey $(PYTEST_ARGS)
 
 lint: install ## check formatting, style, types and the direction of imports
 	@$(BIN)/ruff format --check .

@@ -23,6 +23,7 @@ from broker.metering import accept_usage
 from broker.offers import apply_offer
 from broker.tickets import stream_url
 from broker.transitions import LeaseState, SiteState, change_state, is_round_due, note_change, record_event
+from broker.wishes import standing_wish
 from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
 
 BeforeEffect = Callable[[Session], None]
@@ -82,6 +83,7 @@ def receive(
             certificate_pem=_renewed_certificate(session, market, site_id, heartbeat.renewal_csr_pem),
             heartbeat_s=market.settings.heartbeat_s,
             wake_url=stream_url(market, "site", site_id),
+            wish=standing_wish(session, site_id, heartbeat),
         )
         return answer, taken.wake - {site_id}, taken.jobs, is_round_due(session)
 

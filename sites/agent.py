@@ -56,10 +56,12 @@ from sites.protocol import (
     LeaseOrder,
     LeasePhase,
     Veto,
+    Wish,
 )
 from sites.sandbox import Bubblewrap
 from sites.settings import ListenSettings, SiteSettings
 from sites.wake import WakeListener
+from sites.wishes import judge, keep_wish, kept_wish
 from training.clock import Clock
 from training.roundlog.signing import public_hex
 
@@ -107,6 +109,8 @@ class Agent:
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
         self._measured = inventory.measure(settings)
+        self._wish = kept_wish(settings)
+        self._judged = judge(settings, self._wish)
         self._boot = secrets.token_hex(8)
         self._version = metadata.version("hansa") if _is_installed() else "checkout"
         self._attempts = {record.key: self._attempt(record) for record in self._journal.attempts()}
@@ -195,7 +199,7 @@ class Agent:
             agent_version=self._version[:40],
             boot=self._boot,
             sent_ms=self._clock.now_ms(),
-            offer=inventory.offer(self._settings, self._measured, draining=self._is_draining()),
+            offer=inventory.offer(self._judged.settings, self._measured, draining=self._is_draining()),
             # A lease that runs here is confirmed already; saying it again would only be noise.
             confirmations=tuple(
                 item for key, item in self._journal.confirmations().items() if key not in self._attempts
@@ -204,6 +208,8 @@ class Agent:
             attempts=tuple(attempt.report() for _, attempt in sorted(self._attempts.items())),
             usage=tuple(self._journal.usage()),
             renewal_csr_pem=self._identity.renewal_csr_pem(),
+            takes_wishes=self._settings.remote.allows_any,
+            wish_reply=self._judged.reply,
         )
 
     def _pause_s(self) -> float:
@@ -220,7 +226,7 @@ class Agent:
         return [attempt.record for _, attempt in sorted(self._attempts.items())]
 
     def _is_draining(self) -> bool:
-        return (self._settings.folder / DRAINING_FILE).exists()
+        return self._judged.draining or (self._settings.folder / DRAINING_FILE).exists()
 
     # -- what should be ------------------------------------------------------------------------
 
@@ -231,6 +237,8 @@ class Agent:
                 self._identity.replace_certificate(answer.certificate_pem)
             except IdentityError as error:
                 _log.error("certificate.refused", detail=str(error))
+        if answer.wish is not None and answer.wish != self._wish:
+            self._take_wish(answer.wish)
         for lease_id, sequence in answer.usage_acknowledged.items():
             self._journal.acknowledge(lease_id, sequence)
         for refusal in answer.refusals:
@@ -247,6 +255,14 @@ class Agent:
                 self._journal.fence(order.job_id, order.epoch)
         for action in actions:
             self._do(action, sent_s)
+
+    def _take_wish(self, wish: Wish) -> None:
+        """Offer from now on what the operator asked for in the portal, as far as the settings allow."""
+        keep_wish(self._settings, wish)
+        self._wish, self._judged = wish, judge(self._settings, wish)
+        self.wake.set()
+        refused = self._judged.reply.refused if self._judged.reply else ""
+        _log.info("wish.taken", number=wish.number, asks=wish.asks_micros_per_gpu_hour, refused=refused)
 
     def _do(self, action: Action, sent_s: float) -> None:  # noqa: C901 - one line for each kind of action
         match action:
@@ -343,7 +359,7 @@ class Agent:
         slurm = self._settings.slurm
         return House(
             gpu_ids={pool.gpu_type: frozenset(pool.gpu_ids) for pool in self._settings.pools},
-            asks={pool.gpu_type: pool.ask_curve[0].price for pool in self._settings.pools},
+            asks={pool.gpu_type: pool.ask_curve[0].price for pool in self._judged.settings.pools},
             policy=self._settings.policy,
             gpus_per_node=None if slurm is None or slurm.fabric == "trusted" else slurm.gpus_per_node,
             draining=self._is_draining(),

@@ -260,6 +260,24 @@ class Usage(Message):
     egress_bytes: dict[SiteId, Annotated[int, Field(ge=0, le=10**18)]] = Field(default_factory=dict, max_length=64)
 
 
+class Wish(Message):
+    """What the site's operator asked for in the portal: the agent takes what its own settings allow.
+
+    Asks are by GPU type; no ask for a type, and None for `draining`, leave it as the site's settings have it.
+    """
+
+    number: int = Field(ge=1)
+    asks_micros_per_gpu_hour: dict[str, Rate] = Field(default_factory=dict, max_length=POOLS_PER_SITE_MAX)
+    draining: bool | None = None
+
+
+class WishReply(Message):
+    """What became of a wish at the site. `refused` is empty where all of it was taken."""
+
+    number: int = Field(ge=1)
+    refused: Sentence = ""
+
+
 class Heartbeat(Message):
     """All that a site has to say. `boot` changes when the agent starts anew."""
 
@@ -275,6 +293,10 @@ class Heartbeat(Message):
     renewal_csr_pem: Pem | None = Field(
         default=None, description="sent when two thirds of the certificate's life are over"
     )
+    takes_wishes: bool = Field(
+        default=False, description="the owner's settings allow some wishes; without it the answer holds none"
+    )
+    wish_reply: WishReply | None = None
 
 
 class LeasePhase(enum.StrEnum):
@@ -343,6 +365,7 @@ class HeartbeatAnswer(Message):
     certificate_pem: Pem | None = None
     heartbeat_s: float = Field(gt=0)
     wake_url: str | None = Field(default=None, max_length=2000, description="a stream that says when to look")
+    wish: Wish | None = Field(default=None, description="only for a site that takes wishes, which older agents do not")
 
 
 class ArtifactState(Message):

@@ -13,6 +13,7 @@ links:
   - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
 listen: {host: 203.0.113.7, ports: 7600-7699}         # leave out to dial out only
 policy: {tenants_refused: [], gpus_max_per_lease: 8}
+remote: {asks: {A100: {least: 1.00, most: 2.50}}, drain: true}   # what the portal may set; without it, nothing
 driver: process                   # or slurm, with: slurm: {partition: main, account: market, gpus_per_node: 8, gres: gpu,
                                   #   fabric: none, gateway_host: 10.0.0.5, extra_args: ["--time=24:00:00"]}
 sandbox: bubblewrap               # or plain, with i_trust_all_tenants: true: their code runs as your own user
@@ -191,6 +192,32 @@ class Policy(_Section):
     setup_allowed: bool = True
 
 
+class AskRange(_Section):
+    """Between which prices, in credits per GPU-hour, an ask may be set from the market's portal."""
+
+    least: Credits
+    most: Credits
+
+    @model_validator(mode="after")
+    def _forwards(self) -> AskRange:
+        if self.most < self.least:
+            message = "most must not be below least"
+            raise ValueError(message)
+        return self
+
+
+class RemoteSettings(_Section):
+    """What the site's operator may change from the market's portal, in place of this file. By default nothing."""
+
+    asks: dict[str, AskRange] = Field(default_factory=dict, max_length=POOLS_PER_SITE_MAX)
+    drain: bool = False
+
+    @property
+    def allows_any(self) -> bool:
+        """Whether anything may be changed from there."""
+        return bool(self.asks) or self.drain
+
+
 class LimitSettings(_Section):
     """Limits of each process of a job, and of a lease as a whole."""
 
@@ -249,6 +276,7 @@ class SiteSettings(_Section):
     data_egress: DataEgressSettings = DataEgressSettings()
     drain_at: AwareDatetime | None = None
     policy: Policy = Policy()
+    remote: RemoteSettings = RemoteSettings()
     limits: LimitSettings = LimitSettings()
     driver: Literal["process", "slurm"] = "process"
     slurm: SlurmSettings | None = None
@@ -273,6 +301,9 @@ class SiteSettings(_Section):
             if len(set(names)) != len(names):
                 message = f"{what}: each GPU type and each target may stand once"
                 raise ValueError(message)
+        if unknown := sorted(set(self.remote.asks) - {pool.gpu_type for pool in self.pools}):
+            message = f"remote.asks names {', '.join(unknown)}, which no pool of this site offers"
+            raise ValueError(message)
         if self.site_id in [link.target for link in self.links]:
             message = "links: a link leads to another site"
             raise ValueError(message)

@@ -102,7 +102,8 @@ class NewUser(_Body):
     login: Login
     password: str = Field(max_length=PASSWORD_LENGTH_MAX)
     role: Role
-    tenant_id: TenantId | None = None
+    tenant_id: TenantId | None = Field(default=None, description="with the role tenant: whose jobs they see")
+    site_id: SiteId | None = Field(default=None, description="with the role operator: the site that they run")
 
 
 class Invitation(_Body):
@@ -229,9 +230,17 @@ def post_revoke(path: TokenPath) -> Response:
 @api.post("/users", responses=answers(None, 201))
 def post_user(body: NewUser) -> Response:
     """Give a person an account for the portal."""
-    user = create_user(the_market(), body.login, body.password, body.role, body.tenant_id, actor=the_actor())
+    user = create_user(
+        the_market(), body.login, body.password, body.role, body.tenant_id, site_id=body.site_id, actor=the_actor()
+    )
     return json_answer(
-        {"user_id": user.user_id, "login": user.login, "role": user.role, "tenant_id": user.tenant_id},
+        {
+            "user_id": user.user_id,
+            "login": user.login,
+            "role": user.role,
+            "tenant_id": user.tenant_id,
+            "site_id": user.site_id,
+        },
         HTTPStatus.CREATED,
     )
 
@@ -248,6 +257,7 @@ def get_users(query: PageQuery) -> Response:
             "login": row.login,
             "role": row.role,
             "tenant_id": row.tenant_id,
+            "site_id": row.site_id,
             "created_ms": row.created_ms,
             "closed_ms": row.disabled_ms,
         }

@@ -255,13 +255,15 @@ def token(
 @user_app.command("create")
 def create_user(
     login: Login,
-    role: Annotated[str, typer.Option(help="tenant or admin")] = "tenant",
-    tenant: Annotated[str | None, typer.Option(help="whose jobs they see")] = None,
+    *,
+    role: Annotated[str, typer.Option(help="tenant, operator or admin")] = "tenant",
+    tenant: Annotated[str | None, typer.Option(help="of a tenant's person: whose jobs they see")] = None,
+    site: Annotated[str | None, typer.Option(help="of an operator: the site that they run")] = None,
     password_file: PasswordFile = None,
     as_json: JsonOption = False,
 ) -> None:
     """Give a person an account for the portal."""
-    body = {"login": login, "password": _password(password_file), "role": role, "tenant_id": tenant}
+    body = {"login": login, "password": _password(password_file), "role": role, "tenant_id": tenant, "site_id": site}
     _act("/users", body, f"{login} may sign in to the portal", as_json=as_json)
 
 
@@ -274,12 +276,12 @@ def list_users(as_json: JsonOption = False) -> None:
         print_json({"items": rows})
         return
     print_table(
-        ("login", "role", "tenant", "since", "closed"),
+        ("login", "role", "of", "since", "closed"),
         [
             (
                 row["login"],
                 row["role"],
-                row["tenant_id"] or "-",
+                row["tenant_id"] or row["site_id"] or "-",
                 time_text(row["created_ms"]),
                 time_text(row["closed_ms"]),
             )

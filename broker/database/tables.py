@@ -37,7 +37,7 @@ class Tenant(Table):
 
 
 class User(Table):
-    """A person who signs in to the portal. `role` is tenant or admin."""
+    """A person who signs in to the portal. `role` is tenant, operator or admin; an operator's site is `site_id`."""
 
     __tablename__ = "users"
     user_id: Mapped[str] = mapped_column(primary_key=True)
@@ -47,6 +47,7 @@ class User(Table):
     tenant_id: Mapped[str | None] = mapped_column(ForeignKey("tenants.tenant_id"))
     created_ms: Mapped[int]
     disabled_ms: Mapped[int | None]
+    site_id: Mapped[str | None] = mapped_column(ForeignKey("sites.site_id"))
 
 
 class BrowserSession(Table):

@@ -39,6 +39,7 @@ class JobResult:
     bytes_between_sites: int
     bytes_plain: int
     charge_micros: int
+    amends_micros: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def print_report(console: Console, report: Report) -> None:
             _speed_text(job),
             bytes_text(job.bytes_between_sites) if job.bytes_plain else "one site",
             bytes_text(job.bytes_plain) if job.bytes_plain else "-",
-            credits_text(job.charge_micros),
+            _charge_text(job),
         )
     console.print(Text())
     console.print(table)
@@ -119,9 +120,11 @@ def print_report(console: Console, report: Report) -> None:
     for site in world.SITES:
         console.print(Text(f"site {site.site_id} was paid {credits_text(report.payouts_micros[site.site_id])} credits"))
     charged = sum(job.charge_micros for job in report.jobs)
+    amends = sum(job.amends_micros for job in report.jobs)
     console.print(
         Text(
-            f"charged {credits_text(charged)}, paid out {credits_text(sum(report.payouts_micros.values()))} credits; "
+            f"charged {credits_text(charged)}{f', refunded {credits_text(amends)}' if amends else ''}, "
+            f"paid out {credits_text(sum(report.payouts_micros.values()))} credits; "
             f"the ledger's sum is {report.ledger_sum_micros}"
         )
     )
@@ -166,6 +169,7 @@ def _result(job: SeenJob) -> JobResult:
         bytes_between_sites=sum(lease["egress_bytes"] for lease in placement["leases"]) if placement else 0,
         bytes_plain=plain_ddp_bytes(job.submitted.spec, len(pools), slots, job.detail["samples_done"]) if slots else 0,
         charge_micros=job.invoice["posted_micros"],
+        amends_micros=sum(row["amount_micros"] for row in job.invoice["amends"]),
     )
 
 
@@ -177,6 +181,12 @@ def _loss_text(job: JobResult) -> str:
     if job.loss_first is None or job.loss_last is None:
         return "-"
     return f"{job.loss_first:.3f} → {job.loss_last:.3f}"
+
+
+def _charge_text(job: JobResult) -> str:
+    if not job.amends_micros:
+        return credits_text(job.charge_micros)
+    return f"{credits_text(job.charge_micros)} (refunded {credits_text(job.amends_micros)})"
 
 
 def _speed_text(job: JobResult) -> str:

@@ -84,7 +84,8 @@ TENANTS: Final = tuple(sorted({job.tenant_id for job in JOBS}))
 # Seconds are short so that a person sees the market move; everything else is as in production.
 BROKER_SETTINGS: Final[dict[str, str]] = {
     "HANSA_HEARTBEAT_S": "1",
-    "HANSA_LIVENESS_S": "8",
+    # On a machine that does other work besides, an agent may be slow to be heard; nothing here waits for it to be lost.
+    "HANSA_LIVENESS_S": "30",
     "HANSA_LIVENESS_MARGIN_S": "4",
     "HANSA_PROPOSAL_S": "20",
     "HANSA_ROUND_S": "2",

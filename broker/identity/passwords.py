@@ -17,7 +17,7 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from broker.database.tables import BrowserSession, Tenant, User
+from broker.database.tables import BrowserSession, Site, Tenant, User
 from broker.errors import ConflictError, NotFoundError, RefusedError
 from broker.identity.errors import (
     ExpiredCredentialError,
@@ -27,7 +27,7 @@ from broker.identity.errors import (
     RevokedCredentialError,
 )
 from broker.market import Market
-from broker.transitions import record_event
+from broker.transitions import SiteState, record_event
 
 PASSWORD_LENGTH_MIN: Final = 12
 PASSWORD_LENGTH_MAX: Final = 256
@@ -44,27 +44,42 @@ class Role(enum.StrEnum):
     """What a person is to the market."""
 
     TENANT = "tenant"
+    OPERATOR = "operator"
     ADMIN = "admin"
 
 
 class UserTermsError(RefusedError):
-    """An account asked for with a role and tenant that do not fit."""
+    """An account asked for with a role and a tenant or site that do not fit."""
 
     code = "user.terms"
 
 
 def create_user(
-    market: Market, login: str, password: str, role: Role, tenant_id: str | None = None, *, actor: str | None = None
+    market: Market,
+    login: str,
+    password: str,
+    role: Role,
+    tenant_id: str | None = None,
+    *,
+    site_id: str | None = None,
+    actor: str | None = None,
 ) -> User:
-    """Make an account; `actor` goes on record. Raises PasswordError, ConflictError where the name is taken, UserTermsError."""
-    if (role is Role.TENANT) != (tenant_id is not None):
-        raise UserTermsError("a person with the role tenant belongs to a tenant; admins to none")
+    """Make an account; `actor` goes on record.
+
+    Raises PasswordError, ConflictError where the name is taken, UserTermsError, NotFoundError for a tenant or site
+    that is not there.
+    """
+    if (role is Role.TENANT) != (tenant_id is not None) or (role is Role.OPERATOR) != (site_id is not None):
+        raise UserTermsError(
+            "a person with the role tenant belongs to a tenant, one with the role operator to a site; admins to none"
+        )
     row = User(
         user_id=market.ids.new("user"),
         login=login,
         password_hash=_hashed(password),
         role=role,
         tenant_id=tenant_id,
+        site_id=site_id,
         created_ms=market.clock.now_ms(),
     )
 
@@ -73,9 +88,19 @@ def create_user(
             raise ConflictError(f"the name {login!r} is taken; choose another")
         if tenant_id is not None and session.get(Tenant, tenant_id) is None:
             raise NotFoundError(f"there is no tenant {tenant_id!r}; create it first")
+        site = None if site_id is None else session.get(Site, site_id)
+        if site_id is not None and (site is None or site.state == SiteState.REMOVED):
+            raise NotFoundError(f"there is no site {site_id!r}; invite it, and let it join, first")
         user = session.merge(row)
         record_event(
-            session, "user", now_ms=row.created_ms, after="created", tenant_id=tenant_id, detail=login, actor=actor
+            session,
+            "user",
+            now_ms=row.created_ms,
+            after="created",
+            tenant_id=tenant_id,
+            site_id=site_id,
+            detail=login,
+            actor=actor,
         )
         return user
 

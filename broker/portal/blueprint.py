@@ -49,6 +49,7 @@ class Access(enum.StrEnum):
     PUBLIC = "public"
     PERSON = "person"  # anyone who is signed in
     TENANT = "tenant"
+    OPERATOR = "operator"  # of a site, for that site alone
     READER = "reader"  # a tenant for its own jobs, an admin for all
     ADMIN = "admin"
 
@@ -56,6 +57,7 @@ class Access(enum.StrEnum):
 _ROLES: Final[dict[Access, frozenset[str]]] = {
     Access.PERSON: frozenset(Role),
     Access.TENANT: frozenset({Role.TENANT}),
+    Access.OPERATOR: frozenset({Role.OPERATOR}),
     Access.READER: frozenset({Role.TENANT, Role.ADMIN}),
     Access.ADMIN: frozenset({Role.ADMIN}),
 }
@@ -97,6 +99,13 @@ def own_tenant_id() -> str | None:
     person = the_person()
     assert person.tenant_id is not None or person.role == Role.ADMIN, "a tenant's person belongs to a tenant"
     return person.tenant_id
+
+
+def own_site_id() -> str:
+    """Return the site that this person runs."""
+    site_id = the_person().site_id
+    assert site_id is not None, "an operator's account belongs to a site"
+    return site_id
 
 
 def set_cookie(response: WerkzeugResponse, name: str, value: str, max_age_s: int) -> None:

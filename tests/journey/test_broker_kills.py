@@ -11,7 +11,7 @@ from broker.demo.processes import HOST
 from tests.journey.market import LIVENESS_S, Chain, RunningMarket, samples_in
 from tests.sites.waiting import wait_until
 
-pytestmark = [pytest.mark.xdist_group("serial"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 SECONDS = 24.0
 ROUNDS_WITHOUT = 3
@@ -71,6 +71,7 @@ def test_killed_api_delays_the_journey_and_changes_nothing_else(market: RunningM
     market.assert_trained_once(training, chain, samples_in(8, 2))
 
 
+@pytest.mark.soak
 def test_without_the_wake_process_jobs_start_and_end_at_the_pace_of_heartbeats(market: RunningMarket) -> None:
     chain = Chain()
     training = market.submit(slots=2, seconds=6)

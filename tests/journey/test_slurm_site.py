@@ -13,7 +13,7 @@ from tests.journey.market import Chain, RunningMarket, samples_in
 from tests.sites.slurm_cluster import Cluster, cluster
 from tests.sites.waiting import wait_until
 
-pytestmark = [pytest.mark.xdist_group("serial"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 __all__ = ["cluster"]
 

@@ -39,7 +39,7 @@ if session.rank == 0:
 """
 
 
-@pytest.mark.parametrize("sandbox", ["plain", "bubblewrap"])
+@pytest.mark.parametrize("sandbox", [pytest.param("plain", marks=pytest.mark.soak), "bubblewrap"])
 def test_attempt_runs_from_proposal_to_done(
     market: Market, start_agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

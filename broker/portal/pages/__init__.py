@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from broker.portal.pages import accounts, jobs, market, money, rounds, sign_in, sites, submit
+from broker.portal.pages import accounts, jobs, market, money, operate, rounds, sign_in, sites, submit
 
-__all__ = ["accounts", "jobs", "market", "money", "rounds", "sign_in", "sites", "submit"]
+__all__ = ["accounts", "jobs", "market", "money", "operate", "rounds", "sign_in", "sites", "submit"]

@@ -33,11 +33,14 @@ def new_account() -> Response:
     """Give a person an account."""
     login = request.form.get("login", "").strip()[:LOGIN_LENGTH_MAX]
     role, tenant_id = request.form.get("role", ""), request.form.get("tenant_id", "").strip()[:64]
-    values = {"login": login, "role": role, "tenant_id": tenant_id}
+    site_id = request.form.get("site_id", "").strip()[:64]
+    values = {"login": login, "role": role, "tenant_id": tenant_id, "site_id": site_id}
     try:
         if not login or not login.isprintable() or role not in set(Role):
             raise RefusedError("give the account a name and one of the roles")
-        create_user(the_market(), login, _password(), Role(role), tenant_id or None, actor=the_actor())
+        create_user(
+            the_market(), login, _password(), Role(role), tenant_id or None, site_id=site_id or None, actor=the_actor()
+        )
     except BrokerError as error:
         return show("accounts.html", error.status, refused=str(error), values=values, **_listed())
     return _back(login)

@@ -30,7 +30,7 @@ _EXTENSION: Final = "hansa.sign_in_throttle"
 @page("/", Access.PERSON)
 def home() -> Response:
     """Lead to the page that this person most likely wants."""
-    endpoints = {Role.TENANT: "portal.jobs", Role.ADMIN: "portal.sites"}
+    endpoints = {Role.TENANT: "portal.jobs", Role.OPERATOR: "portal.own_site", Role.ADMIN: "portal.sites"}
     return redirect(url_for(endpoints.get(Role(the_person().role), "portal.market")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -22,13 +23,20 @@ from broker.allocation.instance import (
     capacity,
 )
 from broker.allocation.listing import near, near_singles
-from broker.allocation.relaxation import relax
+from broker.allocation.relaxation import Relaxation, relax
 from broker.allocation.rounding import Limits, Rounded, drop_uplift, whole
 from broker.allocation.uplift import uplift_micros
 from tests.broker.allocation import array_instances
 
 _SEARCH_ONLY = Limits(finish_jobs=0)
 Column = tuple[int, int, int, int, dict[int, int]]
+
+
+@functools.cache
+def priced(jobs: int, sites: int, family: str, seed: int) -> tuple[Instance, Relaxation]:
+    """Return a large market with its LP's prices; whoever shares it may not write into it."""
+    instance = array_instances.large(jobs, sites, family, seed)
+    return instance, relax(instance)
 
 
 def column_of(  # noqa: C901, PLR0911, PLR0912 - the rules of three forms in one place, as a reader checks them
@@ -196,10 +204,13 @@ def rough_prices(instance: Instance, seed: int) -> Int:
     return prices.astype(np.int64)
 
 
+@pytest.mark.parametrize(
+    "seeds", [range(35), pytest.param(range(35, 150), marks=pytest.mark.soak)], ids=["few", "many"]
+)
 @pytest.mark.parametrize("limits", [Limits(), _SEARCH_ONLY], ids=["finish", "search"])
-def test_placements_of_random_markets_with_every_feature_can_be_carried_out(limits: Limits) -> None:
+def test_placements_of_random_markets_with_every_feature_can_be_carried_out(limits: Limits, seeds: range) -> None:
     forms = set()
-    for seed in range(150):
+    for seed in seeds:
         instance = array_instances.small(seed)
         prices = rough_prices(instance, seed) if seed % 2 else relax(instance).prices
         rounded = whole(instance, prices, limits=limits)
@@ -209,9 +220,10 @@ def test_placements_of_random_markets_with_every_feature_can_be_carried_out(limi
     assert forms == {NONE, SINGLE, SPAN, BUNDLE}
 
 
-def test_proved_optima_are_the_optimum_of_every_column_written_out() -> None:
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 80), marks=pytest.mark.soak)], ids=["few", "many"])
+def test_proved_optima_are_the_optimum_of_every_column_written_out(seeds: range) -> None:
     proved = close = looked = 0
-    for seed in range(60):
+    for seed in seeds:
         instance = array_instances.small(seed)
         prices = relax(instance).prices
         if not own_places_are_sold(instance, prices):
@@ -225,7 +237,7 @@ def test_proved_optima_are_the_optimum_of_every_column_written_out() -> None:
             assert rounded.welfare >= best - 1.1e-4 * abs(best) - 10
         close += rounded.welfare >= best - 1e-3 * abs(best) - 10
     assert proved >= 0.9 * looked
-    assert close >= 0.95 * looked > 30
+    assert close >= 0.95 * looked > 0.5 * len(seeds)
 
 
 def permuted(instance: Instance, order: Int) -> Instance:
@@ -270,7 +282,7 @@ def without_vetoes(instance: Instance) -> Instance:
 
 
 def test_the_order_of_jobs_does_not_change_the_welfare_of_small_rounds() -> None:
-    for seed in range(40):
+    for seed in range(15):
         instance = without_vetoes(array_instances.small(seed))
         prices = relax(instance).prices
         other = permuted(instance, np.random.default_rng(seed).permutation(instance.job_count))
@@ -280,35 +292,41 @@ def test_the_order_of_jobs_does_not_change_the_welfare_of_small_rounds() -> None
             assert one.welfare == pytest.approx(two.welfare, rel=2.2e-4, abs=20)
 
 
-@pytest.mark.parametrize("family", ["A", "B"])
-def test_repair_of_five_hundred_jobs_is_close_to_the_bound_and_the_same_each_time(family: str) -> None:
-    instance = array_instances.large(500, 20, family, 3)
-    relaxed = relax(instance)
+# Without sweeps the first two leave 3.6 and 1.8 % below the bound.
+@pytest.mark.parametrize(
+    ("jobs", "sites", "family", "seed"),
+    [
+        (100, 5, "A", 1),
+        (100, 5, "B", 0),
+        pytest.param(500, 20, "A", 3, marks=pytest.mark.soak),
+        pytest.param(500, 20, "B", 3, marks=pytest.mark.soak),
+    ],
+)
+def test_repair_is_close_to_the_bound_and_the_same_each_time(jobs: int, sites: int, family: str, seed: int) -> None:
+    instance, relaxed = priced(jobs, sites, family, seed)
     first = whole(instance, relaxed.prices, limits=_SEARCH_ONLY)
     again = whole(instance, relaxed.prices.copy(), limits=_SEARCH_ONLY)
     check(instance, relaxed.prices, first)
     assert all(np.array_equal(a, b) for a, b in zip(first.choice, again.choice, strict=True))
     assert first.welfare == again.welfare
-    assert (relaxed.bound - first.welfare) / relaxed.bound < 0.02
+    assert (relaxed.bound - first.welfare) / relaxed.bound < 0.01
 
 
 def test_more_sweeps_never_cost_welfare() -> None:
-    instance = array_instances.large(500, 20, "B", 1)
-    prices = relax(instance).prices
+    instance, relaxed = priced(100, 5, "B", 0)
     limits = Limits(neighbourhoods=0, finish_jobs=0)
-    welfare = [whole(instance, prices, limits=limits._replace(sweeps=n)).welfare for n in (0, 2, 6)]
+    welfare = [whole(instance, relaxed.prices, limits=limits._replace(sweeps=n)).welfare for n in (0, 2, 6)]
     assert welfare == sorted(welfare)
     assert welfare[0] < welfare[-1]
 
 
 def test_neighbourhoods_placed_anew_gain_welfare_and_cost_none() -> None:
     gained = 0
-    for seed, family in enumerate("ABAB"):
-        instance = array_instances.large(120, 6, family, seed)
-        prices = relax(instance).prices
-        without = whole(instance, prices, limits=Limits(neighbourhoods=0, finish_jobs=0))
-        rounded = whole(instance, prices, limits=_SEARCH_ONLY)
-        check(instance, prices, rounded)
+    for jobs, family, seed in ((60, "A", 0), (60, "A", 2), (100, "B", 0)):
+        instance, relaxed = priced(jobs, 5, family, seed)
+        without = whole(instance, relaxed.prices, limits=Limits(neighbourhoods=0, finish_jobs=0))
+        rounded = whole(instance, relaxed.prices, limits=_SEARCH_ONLY)
+        check(instance, relaxed.prices, rounded)
         assert rounded.welfare >= without.welfare
         assert (rounded.effort.exchanged > 0) == (rounded.welfare > without.welfare)
         gained += rounded.welfare > without.welfare
@@ -360,16 +378,16 @@ def incumbent(instance: Instance, held: Choice, restart: int) -> Instance:
     return instance._replace(jobs=jobs, bundles=bundles, singles=singles)
 
 
-def test_incumbents_stay_where_little_changes() -> None:
-    instance = array_instances.large(500, 20, "A", 5)
-    prices = relax(instance).prices
-    held = whole(instance, prices, limits=_SEARCH_ONLY)
+@pytest.mark.parametrize(("jobs", "sites", "seed"), [(100, 5, 3), pytest.param(500, 20, 5, marks=pytest.mark.soak)])
+def test_incumbents_stay_where_little_changes(jobs: int, sites: int, seed: int) -> None:
+    instance, relaxed = priced(jobs, sites, "A", seed)
+    held = whole(instance, relaxed.prices, limits=_SEARCH_ONLY)
     later = incumbent(instance, held.choice, 20_000)
     # One job in a hundred leaves.
     gone = np.arange(0, instance.job_count, 100)
     later.jobs.must[gone] = False
     later.jobs.own[gone] = NONE
-    later.singles.value[np.isin(np.repeat(np.arange(500), np.diff(later.singles.start)), gone)] = 0
+    later.singles.value[np.isin(np.repeat(np.arange(jobs), np.diff(later.singles.start)), gone)] = 0
     after = whole(later, relax(later).prices, limits=_SEARCH_ONLY)
     stayed = later.jobs.must & (after.choice.form == BUNDLE) & (after.choice.item == later.jobs.own)
     assert stayed.sum() >= 0.985 * later.jobs.must.sum()
@@ -421,9 +439,9 @@ def test_a_market_without_jobs_is_optimal() -> None:
 
 def test_uplift_beyond_market_equity_is_dropped_before_commit() -> None:
     dropped = 0
-    for seed in range(12):
-        instance = array_instances.large(120, 6, "AB"[seed % 2], seed)
-        prices = relax(instance).prices
+    for jobs, family, seed in ((60, "A", 0), (60, "A", 2), (100, "B", 0)):
+        instance, relaxed = priced(jobs, 5, family, seed)
+        prices = relaxed.prices
         # Sites that ask more than buyers pay: whoever sits there needs uplift.
         rounded = whole(instance, prices, limits=_SEARCH_ONLY)
         dear = (prices * 1.05).astype(np.int64)
@@ -456,8 +474,8 @@ def test_no_equity_is_promised_for_incumbents_whose_own_place_was_taken() -> Non
 
 
 def test_a_columns_uplift_is_what_its_gpus_cost_above_its_charge_over_the_term() -> None:
-    instance = array_instances.large(120, 6, "A", 0)
-    prices = relax(instance).prices
+    instance, relaxed = priced(60, 5, "A", 0)
+    prices = relaxed.prices
     rounded = whole(instance, prices, limits=_SEARCH_ONLY)
     dear = prices * 3
     costs = uplift_micros(instance, dear, rounded.choice)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,16 +59,27 @@ def after(snapshot: Snapshot, clearing: Clearing, draw: random.Random) -> Snapsh
     )
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 10_000), equity=st.sampled_from([0, 50]))
-def test_every_round_of_a_drifting_market_verifies(seed: int, equity: int) -> None:
+def every_round_verifies(seed: int, equity: int, *, jobs: int, sites: int, rounds: int) -> None:
     draw = random.Random(seed)  # noqa: S311 - a seeded test market, nothing secret
-    snapshot = random_market(seed, 20, 4, equity_credits=equity)
-    for _ in range(4):
+    snapshot = random_market(seed, jobs, sites, equity_credits=equity)
+    for _ in range(rounds):
         clearing = clear(snapshot)
         assert verify(snapshot, clearing) == []
         assert all(clearing.certificate.checks.values())
         snapshot = after(snapshot, clearing, draw)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10_000), equity=st.sampled_from([0, 50]))
+def test_every_round_of_a_drifting_market_verifies(seed: int, equity: int) -> None:
+    every_round_verifies(seed, equity, jobs=8, sites=3, rounds=3)
+
+
+@pytest.mark.soak
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10_000), equity=st.sampled_from([0, 50]))
+def test_every_round_of_a_larger_drifting_market_verifies(seed: int, equity: int) -> None:
+    every_round_verifies(seed, equity, jobs=20, sites=4, rounds=4)
 
 
 def test_an_unchanged_market_changes_nothing() -> None:

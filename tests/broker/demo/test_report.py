@@ -25,6 +25,7 @@ JOB = JobResult(
     bytes_between_sites=80_000,
     bytes_plain=160_000_000,
     charge_micros=212_630,
+    amends_micros=0,
 )
 GOOD = Report(
     jobs=(JOB,),
@@ -73,6 +74,13 @@ def test_table_has_job_price_loss_bytes_charge_payouts_and_the_ledgers_sum() -> 
         assert part in out.getvalue()
     assert "the ledger's sum is 0" in out.getvalue()
     assert "CPU slots stood in for GPUs" in out.getvalue()
+
+
+def test_refund_stands_beside_the_charge_and_in_the_sum() -> None:
+    out = StringIO()
+    print_report(Console(file=out, width=190), replace(GOOD, jobs=(replace(JOB, amends_micros=12_630),)))
+    assert "0.21263 (refunded 0.01263)" in out.getvalue()
+    assert "charged 0.21263, refunded 0.01263, paid out 0.21263 credits" in out.getvalue()
 
 
 BOARD = Board(

@@ -123,10 +123,16 @@ def admin(visitor: Visitor, cookies: dict[str, str]) -> Visitor:
     return visitor
 
 
+@pytest.fixture
+def operator(visitor: Visitor, cookies: dict[str, str]) -> Visitor:
+    visitor.become(cookies["olga"])
+    return visitor
+
+
 @pytest.fixture(scope="session")
 def cookies(scene: Scene) -> dict[str, str]:
     """A session of each person: signing in costs a password hash, which is slow on purpose."""
-    logins = {name: f"{name}@example.org" for name in ("ada", "bob", "root")}
+    logins = {name: f"{name}@example.org" for name in ("ada", "bob", "olga", "root")}
     people = {name: verify_login(scene.market, login, PASSWORD) for name, login in logins.items()}
     return {name: open_session(scene.market, person) for name, person in people.items()}
 

@@ -139,7 +139,7 @@ class Scene:
 
 
 def make_scene(home: Path, database_url: str = "") -> Scene:
-    """Two tenants, an admin, three sites; a job on two sites, one on one, one that is left out."""
+    """Two tenants, an admin, three sites and one's operator; a job on two sites, one on one, one that is left out."""
     clock = ManualClock()
     # One clock that stands still for all tests: no bucket would ever be filled again.
     settings = Settings(home=home, public_url="http://127.0.0.1", database_url=database_url, requests_per_s=100_000)
@@ -162,6 +162,7 @@ def make_scene(home: Path, database_url: str = "") -> Scene:
     ):
         agents[site_id] = Agent(market, site_id, _offer(site_id, gpus, ask, others))
         agents[site_id].join()
+    create_user(market, "olga@example.org", PASSWORD, Role.OPERATOR, site_id="bremen")
     scene = Scene(market, clock, agents)
     workdir = keep_example(market, "ada").digest
     keep_example(market, "bob")

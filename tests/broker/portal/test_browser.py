@@ -30,6 +30,7 @@ ADMIN_PAGES = (
     "/admin/ledger?audit=1",
     "/jobs/{spanning}",
 )
+OPERATOR_PAGES = ("/site", "/site/statement", "/market")
 # Where a person wants to look at the pages: a folder named here gets a picture of each at each width.
 PICTURES = os.environ.get("HANSA_TEST_PICTURES", "")
 
@@ -239,7 +240,7 @@ def _said(scene: Scene, kind: str) -> list[tuple[str, str]]:
 
 
 def test_every_page_fits_its_window(visitor: Visitor, scene: Scene, cookies: dict[str, str]) -> None:
-    for name, pages in (("ada", TENANT_PAGES), ("root", ADMIN_PAGES)):
+    for name, pages in (("ada", TENANT_PAGES), ("root", ADMIN_PAGES), ("olga", OPERATOR_PAGES)):
         visitor.become(cookies[name])
         for path in pages:
             visitor.page.set_viewport_size({"width": WIDTHS[0], "height": 900})

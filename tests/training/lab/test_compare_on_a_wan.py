@@ -16,6 +16,8 @@ from training.lab.link import LinkSpec
 WIDE = 40_000
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(300)
 def test_a_slow_link_costs_the_strategy_that_sends_more_its_time(tmp_path: Path) -> None:
     if os.geteuid() != 0 or not all(shutil.which(name) for name in ("iptables", "ip", "tc", "nsenter")):
         pytest.skip("needs root with iproute2 and iptables; on Debian: sudo apt-get install iproute2 iptables")
