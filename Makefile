@@ -4,6 +4,7 @@ SHELL := bash
 BIN := .venv/bin
 TEST_WORKERS ?= 2
 SOAK_MINUTES ?= 10
+FUZZ_REQUESTS ?= 20000
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
@@ -40,9 +41,12 @@ bench-market: install ## hold the optimiser against Gavel, Sia, POP and greedy r
 	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.market.bench_market $(if $(QUICK),--quick) \
 		$(if $(TABLE),--table $(TABLE)) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
-soak: install ## run the long kills, then search for broken invariants with new seeds for SOAK_MINUTES
+soak: install ## run the long kills, fuzz the API (FUZZ_REQUESTS=…), then search for broken invariants with new seeds for SOAK_MINUTES
 	@$(BIN)/hansa market compile
 	@$(BIN)/pytest -m soak
+	@$(BIN)/python -c 'import schemathesis' 2>/dev/null || \
+		$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint deploy/constraints.txt --editable '.[fuzz]'
+	@PYTHONPATH=. $(BIN)/python -m tests.broker.api.fuzz --requests $(FUZZ_REQUESTS)
 	@$(BIN)/python -m tests.simulation --minutes $(SOAK_MINUTES)
 
 clean: ## remove caches and build outputs; .venv stays
