@@ -12,8 +12,8 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from broker.database.papers import Term
 from broker.database.tables import Hold, Job, Lease, Placement, Site, Transfer, UsageReport
+from broker.database.terms import Term
 from broker.errors import NotFoundError
 from broker.ledger import TransferKind, balance_micros, site_account
 

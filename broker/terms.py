@@ -14,8 +14,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
-from broker.database.papers import Term
 from broker.database.tables import Lease, Placement
+from broker.database.terms import Term
 from pricing.money import divide_up
 from sites.protocol import Usage
 

@@ -21,8 +21,10 @@ LINK_SHARES: Final = 10_000
 
 # optimal: proved within 1e-4 of the best whole placements; feasible: the LP is proved, the gap is
 # stated; stopped: a limit cut the LP short, and the bound is what its best prices prove; empty: no
-# job could use anything on offer.
-Status = Literal["optimal", "feasible", "stopped", "empty"]
+# job could use anything on offer; followed: the last round's prices stand, and no LP was solved.
+Status = Literal["optimal", "feasible", "stopped", "empty", "followed"]
+# Statuses of rounds whose prices are not proved to be the LP's; their bound holds all the same.
+UNPROVED: Final[frozenset[Status]] = frozenset({"stopped", "followed"})
 Action = Literal["start", "keep", "renew", "move"]
 UnplacedCode = Literal[
     "no_pool",

@@ -66,8 +66,12 @@ _FINISH_SHARES: Final = (0.002, 0.05, np.inf)
 
 
 class Limits(NamedTuple):
-    """Bounds of the effort, all counts."""
+    """Bounds of the effort, all counts, and `keep_regret`: an incumbent stays that regrets no more than this share.
 
+    Without `crossing_nodes` no span is looked for beyond each job's best one.
+    """
+
+    keep_regret: float = KEEP_REGRET
     sweeps: int = 14
     crossing_nodes: int = 200
     neighbourhoods: int = 12
@@ -124,6 +128,7 @@ def whole(
     *,
     start: Choice | None = None,
     best: oracle.Best | None = None,
+    layout: oracle.Layout | None = None,
     limits: Limits | None = None,
     tick: Callable[[], float] = lambda: 0.0,
 ) -> Rounded:
@@ -131,11 +136,11 @@ def whole(
 
     `start` is a choice to begin with (what does not fit is left out); incumbents inside their term
     begin in their own place in any case. `best` are the oracle's columns at the same whole prices, where
-    the caller has them already.
+    the caller has them already, as `layout` is.
     """
     limits = limits or Limits()
     marks = [tick()]
-    search = _Search(instance, prices, best, start)
+    search = _Search(instance, prices, best, start, limits, layout)
     marks.append(tick())
     kept = search.keep(start)
     marks.append(tick())
@@ -218,17 +223,30 @@ def _bundles(instance: Instance) -> Columns:
 class _Search:
     """The state of one repair."""
 
-    def __init__(self, instance: Instance, prices: Int, best: oracle.Best | None, start: Choice | None) -> None:
-        self.instance = instance
+    def __init__(  # noqa: PLR0917 - what `whole` was given
+        self,
+        instance: Instance,
+        prices: Int,
+        best: oracle.Best | None,
+        start: Choice | None,
+        limits: Limits,
+        layout: oracle.Layout | None,
+    ) -> None:
+        self.instance, self.keep_regret = instance, limits.keep_regret
         self.parts = placing(instance)
         self.prices = prices
         self.state = empty_occupancy(instance, prices)
         self.offers = priced_offers(instance, self.state.price)
-        layout = oracle.prepare(instance)
+        layout = oracle.prepare(instance) if layout is None else layout
         self.wish = oracle.best(instance, prices, layout=layout) if best is None else best
         self.best = self.wish.surplus.astype(np.float64)
         self.dual = oracle.dual_exact(instance, prices, self.wish)
-        self.crossing = joined(_bundles(instance), _near_spans(instance, self.state, layout, self.wish))
+        spans = (
+            _near_spans(instance, self.state, layout, self.wish)
+            if limits.crossing_nodes
+            else _best_spans(instance, self.wish)
+        )
+        self.crossing = joined(_bundles(instance), spans)
         known = self.crossing if start is None else joined(self.crossing, _held(instance, start))
         self.others = written_out(instance.job_count, known)
         self.scratch = new_scratch(instance, self.others)
@@ -240,7 +258,7 @@ class _Search:
         inside = Choice(np.where(instance.jobs.must, BUNDLE, NONE).astype(np.int8), own, none)
         kept = _seat(instance, self.others, self.state, inside)
         if np.any(instance.jobs.must):
-            order = np.flatnonzero(instance.jobs.must & (self.regret() > KEEP_REGRET * self.state.value))
+            order = np.flatnonzero(instance.jobs.must & (self.regret() > self.keep_regret * self.state.value))
             kept -= self._improve(order, 1.0)
         if start is not None:
             kept += _seat(instance, self.others, self.state, start)
@@ -251,7 +269,7 @@ class _Search:
                 near_best = (
                     past
                     & (worth >= 0)
-                    & (self.best - worth <= KEEP_REGRET * instance.bundles.value[np.maximum(own, 0)])
+                    & (self.best - worth <= self.keep_regret * instance.bundles.value[np.maximum(own, 0)])
                 )
                 again = Choice(np.where(near_best, BUNDLE, NONE).astype(np.int8), own, none)
                 kept += _seat(instance, self.others, self.state, again)
@@ -261,15 +279,15 @@ class _Search:
         return self.best - self.state.surplus
 
     def restless(self) -> Real:
-        """Return regrets, 0 for incumbents in their own place that regret no more than KEEP_REGRET."""
+        """Return regrets, 0 for incumbents in their own place that regret no more than `keep_regret`."""
         regret = self.regret()
         own = _own(self.instance, choice_of(self.state, self.others))
-        regret[own & (regret <= KEEP_REGRET * self.state.value)] = 0.0
+        regret[own & (regret <= self.keep_regret * self.state.value)] = 0.0
         return regret
 
     def cross(self, nodes: int) -> tuple[int, int]:
         columns = self.crossing
-        if not len(columns.job):
+        if not len(columns.job) or not nodes:
             return 0, 0
         single = np.zeros(self.instance.job_count)
         crossing = np.unique(columns.job).astype(np.int64)
@@ -432,6 +450,13 @@ def _bundle_surplus(instance: Instance, price: Real) -> Real:
     owner = np.repeat(np.arange(len(bundles.value)), np.diff(bundles.entry_start))
     paid = np.bincount(owner, price[bundles.entry_row] * bundles.entry_use, minlength=len(bundles.value))
     return np.asarray(bundles.value - paid, np.float64)
+
+
+def _best_spans(instance: Instance, wish: oracle.Best) -> Columns:
+    """Return each job's best column where it is a span, written out."""
+    jobs = np.flatnonzero(wish.form == SPAN)
+    names = (jobs, wish.form[jobs], wish.item[jobs], wish.place[jobs])
+    return described(instance, Names(*(part.astype(np.int32) for part in names))).columns
 
 
 def _near_spans(instance: Instance, state: Occupancy, layout: oracle.Layout, wish: oracle.Best) -> Columns:

@@ -150,6 +150,9 @@ class LinkState(Row):
     delay_s: float = Field(ge=0, le=60, description="seconds, one way")
     loss: float = Field(default=0.0, ge=0, lt=1, description="share of packets")
     egress_price_micros_per_gb: MicrosRate = Field(default=0, description="micro-credits per GB")
+    last_price_micros_per_share_hour: MicrosAmount = Field(
+        default=0, description="last round's price: micro-credits per ten-thousandth of the link for an hour"
+    )
 
 
 class Incumbent(Row):
@@ -287,6 +290,9 @@ class Snapshot(Document):
     jobs: tuple[JobState, ...] = Field(default=(), max_length=JOBS_MAX)
     last_prices: dict[Identifier, MicrosAmount] = Field(
         default_factory=dict, max_length=POOLS_MAX, description="micro-credits per GPU-hour by pool_id"
+    )
+    follow_last_prices: bool = Field(
+        default=False, description="let the last prices stand and place only what changed, while the gap stays small"
     )
     tenants: tuple[TenantState, ...] = Field(default=(), max_length=TENANTS_MAX)
     floor_penalty_micros_per_gpu_hour: MicrosRate = Field(

@@ -2,8 +2,9 @@
 
     snapshot ─ tables ─ compile ─ solve ─ write ─ clearing
 
-Nothing reads a clock, a file or a random number. Last round's prices are in the snapshot for quotes;
-the search for prices does not begin there, so that a clearing cannot depend on the round before.
+Nothing reads a clock, a file or a random number. Last round's prices are in the snapshot: for quotes, and
+for a round that the snapshot tells to *follow* them (`following`). No other round begins its search for prices there, and
+nothing is kept from one round to the next: a clearing is a function of its snapshot alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 
 from broker.allocation.clearing import Clearing
 from broker.allocation.compile import compile_market
+from broker.allocation.following import follow
+from broker.allocation.instance import Int
 from broker.allocation.snapshot import Snapshot
 from broker.allocation.solver import Outcome, solve
 from broker.allocation.table_rows import from_snapshot
@@ -52,11 +55,12 @@ def clear_tables(
     compiled = compile_market(tables)
     market = Market(tables, compiled)
     compiled_s = tick() - started
-    outcome = solve(
-        compiled.instance,
-        equity_micros=int(tables.market("market_equity_micros")),
-        tick=tick,
-    )
+    equity_micros = int(tables.market("market_equity_micros"))
+    last, outcome = _prices_to_follow(market), None
+    if last is not None:
+        outcome = follow(compiled.instance, last, equity_micros=equity_micros, tick=tick)
+    if outcome is None:
+        outcome = solve(compiled.instance, equity_micros=equity_micros, tick=tick)
     started = tick()
     clearing = written(
         market,
@@ -68,6 +72,34 @@ def clear_tables(
     outcome.seconds["compile"], outcome.seconds["write"] = compiled_s, tick() - started
     watch(outcome)
     return clearing
+
+
+def _prices_to_follow(market: Market) -> Int | None:
+    """Return the last price of every row where the snapshot says to follow them and knows them all, else None.
+
+    What a later slot, a budget or a floor cost is not in a snapshot, so rounds with those are solved from nothing.
+    """
+    tables, instance = market.tables, market.instance
+    pools, links = instance.pool_count, len(instance.links.from_site)
+    if not tables.market("follow_last_prices") or instance.row_count != pools + links or not pools:
+        return None
+    prices = np.zeros(instance.row_count, np.int64)
+    prices[: instance.links.first_row] = -1
+    for pool_id, price in zip(
+        tables.names("last_prices.pool_id"), tables["last_prices.price_micros_per_gpu_hour"].tolist(), strict=True
+    ):
+        if pool_id in market.pool_index:
+            prices[market.pool_index[pool_id]] = price
+    if np.any(prices < 0):
+        return None
+    sites = market.names.sites
+    for start, end, price in zip(
+        *(tables[f"links.{part}"].tolist() for part in ("from_site", "to_site", "last_price_micros_per_share_hour")),
+        strict=True,
+    ):
+        if (sites[start], sites[end]) in market.link_index:
+            prices[instance.links.first_row + market.link_index[sites[start], sites[end]]] = price
+    return prices
 
 
 def solver_version() -> str:

@@ -101,7 +101,14 @@ def from_snapshot(snapshot: Snapshot) -> Tables:
         "links",
         from_site=[site_index[link.from_site] for link in links],
         to_site=[site_index[link.to_site] for link in links],
-        **_plain(links, "bandwidth_bits_per_s", "delay_s", "loss", "egress_price_micros_per_gb"),
+        **_plain(
+            links,
+            "bandwidth_bits_per_s",
+            "delay_s",
+            "loss",
+            "egress_price_micros_per_gb",
+            "last_price_micros_per_share_hour",
+        ),
     )
     tenants = sorted(snapshot.tenants, key=lambda tenant: tenant.tenant_id)
     build.add(

@@ -35,7 +35,9 @@ RESIDENCIES: Final[tuple[str, ...]] = get_args(limits.Residency)
 PAYMENT_RULES: Final[tuple[str, ...]] = tuple(PaymentRule)
 # Columns that came after the version did, with the value that means "not used". Where they have it they are no
 # part of the digest, and a file without them is read as if they had it: what was taken before keeps its name.
-LATER_COLUMNS: Final[Mapping[str, int]] = MappingProxyType({"market.payment_rule": 0})
+LATER_COLUMNS: Final[Mapping[str, int]] = MappingProxyType(
+    {"market.payment_rule": 0, "market.follow_last_prices": 0, "links.last_price_micros_per_share_hour": 0}
+)
 NAME_LENGTH_MAX: Final = 100
 FINITE_MAX: Final = 1e300
 
@@ -97,6 +99,7 @@ SCHEMA: Final[Mapping[str, Mapping[str, Column]]] = MappingProxyType(
             "market_equity_micros": _MICROS,
             "fee_basis_points": _whole(10_000),
             "payment_rule": _choice(PAYMENT_RULES),
+            "follow_last_prices": _FLAG,
             "floor_penalty_micros_per_gpu_hour": _RATE,
             "slots": _whole(limits.SLOTS_MAX, 1),
             "slot_s": _whole(limits.SLOT_S_MAX, 60),
@@ -131,6 +134,7 @@ SCHEMA: Final[Mapping[str, Mapping[str, Column]]] = MappingProxyType(
             "delay_s": _real(60.0),
             "loss": _real(1.0),
             "egress_price_micros_per_gb": _RATE,
+            "last_price_micros_per_share_hour": _MICROS,
         },
         "tenants": {
             "tenant_id": _to("names"),

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from broker.allocation.clearing import (
+    UNPROVED,
     Certificate,
     Clearing,
     Effort,
@@ -259,7 +260,7 @@ class _Books:
             checks={
                 "identity": lost.identity_holds,
                 "bound_at_least_welfare": lost.gap_micros_per_hour >= 0,
-                "lp_gap_proved": outcome.status == "stopped"
+                "lp_gap_proved": outcome.status in UNPROVED
                 or abs(lost.bound_micros_per_hour - lp) <= LP_GAP_MAX * abs(lp) + rounding(instance, prices),
                 "placements_fit": bool((self.used <= np.maximum(self.sold, self.staying)).all()),
                 "buyers_at_most_value": all(

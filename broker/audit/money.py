@@ -11,8 +11,8 @@ from sqlalchemy.orm import QueryableAttribute, Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.audit.finding import Finding
-from broker.database.papers import Term
 from broker.database.tables import Account, Hold, Job, Lease, Placement, Round, Transfer, UsageReport
+from broker.database.terms import Term
 from broker.ledger import FEES, AccountKind, TransferKind, held_account, site_account
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from pricing.money import cost_micros

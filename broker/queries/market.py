@@ -10,7 +10,7 @@ from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Certificate
-from broker.database.papers import RoundCertificate
+from broker.database.certificates import RoundCertificate
 from broker.database.tables import Gpu, Lease, LeasedGpu, Pool, Round, Site
 from broker.errors import NotFoundError
 from broker.transitions import SiteState

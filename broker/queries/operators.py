@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from broker.database.papers import RoundCertificate
+from broker.database.certificates import RoundCertificate
 from broker.database.tables import Lease, UsageReport
 from pricing.money import MILLISECONDS_PER_HOUR
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from broker import ledger
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
-from broker.database.papers import RoundCertificate
+from broker.database.certificates import RoundCertificate
 from broker.database.tables import Hold, Job, Lease, MarketState, Placement, Round, Site
 from broker.errors import ConflictError
 from broker.leases import end_placement, live_placement, propose, requeue

@@ -24,7 +24,7 @@ from broker.allocation.snapshot import Snapshot
 from broker.allocation.table_rows import from_snapshot
 from broker.allocation.won import Market as Compiled
 from broker.artifacts import ArtifactMissingError
-from broker.database.papers import RoundCertificate
+from broker.database.certificates import RoundCertificate
 from broker.database.tables import Round
 from broker.market import Market
 from broker.rounds.certificate import (

@@ -17,7 +17,6 @@ from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration, Part
 from broker.artifacts import ArtifactStore
 from broker.database.engine import Database
-from broker.database.papers import Term
 from broker.database.schema import upgrade
 from broker.database.tables import (
     Gpu,
@@ -32,6 +31,7 @@ from broker.database.tables import (
     Tenant,
     ViewChange,
 )
+from broker.database.terms import Term
 from broker.doorbell import SilentDoorbell
 from broker.identity.authority import Authority
 from broker.ids import SequentialIds

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.cancel import request_cancel
-from broker.database.papers import Term
+from broker.database.terms import Term
 from broker.invoices import invoice, statement
 from broker.rounds.snapshot import renewal_starts_ms
 from broker.settle import settle

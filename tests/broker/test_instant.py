@@ -8,7 +8,7 @@ import pytest
 
 from broker import instant as module
 from broker import submit
-from broker.database.papers import Term
+from broker.database.terms import Term
 from broker.errors import BrokerError
 from broker.freeze import FrozenError, set_frozen
 from broker.instant import InstantOffer, InstantOvertakenError, InstantRefusedError

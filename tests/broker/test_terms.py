@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from broker.database.papers import Term
 from broker.database.tables import Lease, UsageReport
+from broker.database.terms import Term
 from broker.invoices import invoice
 from broker.rounds.snapshot import renewal_starts_ms
 from broker.terms import Span, split

@@ -14,7 +14,7 @@ from werkzeug.wrappers import Response
 from broker.allocation.clearing import Certificate, Clearing, Placement, Unplaced
 from broker.api.context import the_market
 from broker.artifacts import ArtifactMissingError
-from broker.database.papers import RoundCertificate
+from broker.database.certificates import RoundCertificate
 from broker.database.tables import Round
 from broker.errors import NotFoundError
 from broker.freeze import frozen_since, set_frozen

@@ -35,6 +35,7 @@ def quick(speeds: Speeds, seed: int) -> dict[str, Group]:
         "O7 POP": partial(_shared, speeds, seed, 512, "HIGHS"),
         "O7 Sia": partial(_sia, speeds, seed, (256,), 10.0),
         "O5, O6, O8": partial(_families, seed, 200, 10),
+        "O3": partial(_followed, seed, 1_000, 30),
     }
 
 
@@ -47,6 +48,7 @@ def full(speeds: Speeds, seed: int) -> dict[str, Group]:
         "O7 Sia": partial(_sia, speeds, seed, (256, 2048), 100.0),
         "O5, O6, O8": partial(_families, seed, 200, 10),
         "O1": partial(_rounds, "O1", seed, 10_000, 200, 0.8),
+        "O3": partial(_followed, seed, 10_000, 200),
         "O2": partial(_rounds, "O2", seed, 100_000, 1_000, 15.0),
         "O6, large": partial(_greedy, seed, 2_000, 50),
     }
@@ -151,6 +153,15 @@ def _rounds(figure: str, seed: int, jobs: int, sites: int, target_s: float) -> I
         yield from own_figures.relaxation(figure, f"{family} {jobs:,} x {sites:,}", market, target_s, repeats=3)
         if figure == "O1":
             yield from own_figures.pulp_layer(f"{family} {jobs:,} x {sites:,}", market, repeats=2)
+
+
+def _followed(seed: int, jobs: int, sites: int) -> Iterator[Figure]:
+    from tests.benchmarks.market import own_figures  # noqa: PLC0415
+    from tests.broker.allocation.later_rounds import a_round_later  # noqa: PLC0415
+
+    for family in ("A", "B"):
+        market, first = a_round_later(jobs, sites, family, seed, changed=jobs // 100)
+        yield from own_figures.incremental(f"{family} {jobs:,} x {sites:,}", market, first.prices, repeats=5)
 
 
 def _greedy(seed: int, jobs: int, sites: int) -> Iterator[Figure]:

@@ -16,8 +16,6 @@ from broker.allocation.instance import (
     SHARES,
     SINGLE,
     SPAN,
-    Bundles,
-    Choice,
     Instance,
     Int,
     capacity,
@@ -27,6 +25,7 @@ from broker.allocation.relaxation import Relaxation, relax
 from broker.allocation.rounding import Limits, Rounded, drop_uplift, whole
 from broker.allocation.uplift import uplift_micros
 from tests.broker.allocation import array_instances
+from tests.broker.allocation.later_rounds import with_jobs, with_leases
 
 _SEARCH_ONLY = Limits(finish_jobs=0)
 Column = tuple[int, int, int, int, dict[int, int]]
@@ -240,42 +239,6 @@ def test_proved_optima_are_the_optimum_of_every_column_written_out(seeds: range)
     assert close >= 0.95 * looked > 0.5 * len(seeds)
 
 
-def permuted(instance: Instance, order: Int) -> Instance:
-    """Return the same market with its jobs in another order."""
-    jobs = instance.jobs
-    count = instance.job_count
-
-    def parts(start: Int) -> tuple[Int, Int]:
-        sizes = np.diff(start)[order]
-        fresh = np.concatenate([[0], np.cumsum(sizes)])
-        return fresh, np.repeat(start[order] - fresh[:-1], sizes) + np.arange(fresh[-1])
-
-    fields = {name: value[order] for name, value in jobs._asdict().items() if not name.startswith("barred")}
-    moved = jobs._replace(**fields, barred_start=np.zeros(count + 1, np.int64), barred=np.zeros(0, np.int64))
-    single_start, single = parts(instance.singles.start)
-    span_start, span = parts(instance.spans.start)
-    start, bundle = parts(instance.bundles.start)
-    where = np.empty(len(bundle), np.int64)
-    where[bundle] = np.arange(len(bundle))
-    own = np.where(moved.own >= 0, where[np.maximum(moved.own, 0)] if len(where) else NONE, NONE).astype(np.int32)
-    sizes = np.diff(instance.bundles.entry_start)[bundle]
-    entry_start = np.concatenate([[0], np.cumsum(sizes)])
-    entry = np.repeat(instance.bundles.entry_start[bundle] - entry_start[:-1], sizes) + np.arange(entry_start[-1])
-    return instance._replace(
-        jobs=moved._replace(own=own),
-        singles=type(instance.singles)(single_start, *(part[single] for part in instance.singles[1:])),
-        spans=type(instance.spans)(span_start, *(part[span] for part in instance.spans[1:])),
-        bundles=Bundles(
-            start,
-            instance.bundles.value[bundle],
-            instance.bundles.charge_max[bundle],
-            entry_start,
-            instance.bundles.entry_row[entry],
-            instance.bundles.entry_use[entry],
-        ),
-    )
-
-
 def without_vetoes(instance: Instance) -> Instance:
     none = np.zeros(instance.job_count + 1, np.int64)
     return instance._replace(jobs=instance.jobs._replace(barred_start=none, barred=np.zeros(0, np.int64)))
@@ -285,7 +248,7 @@ def test_the_order_of_jobs_does_not_change_the_welfare_of_small_rounds() -> None
     for seed in range(15):
         instance = without_vetoes(array_instances.small(seed))
         prices = relax(instance).prices
-        other = permuted(instance, np.random.default_rng(seed).permutation(instance.job_count))
+        other = with_jobs(instance, np.random.default_rng(seed).permutation(instance.job_count))
         one, two = whole(instance, prices), whole(other, prices)
         check(other, prices, two)
         if one.optimal and two.optimal:
@@ -351,38 +314,11 @@ def test_singles_near_the_best_are_those_that_writing_every_column_out_finds() -
     assert seen > 500
 
 
-def incumbent(instance: Instance, held: Choice, restart: int) -> Instance:
-    """Return the market a round later: what was held are bundles inside their term."""
-    start, value, charge, entry_start, row, use = [0], [], [], [0], [], []
-    own = np.full(instance.job_count, NONE, np.int32)
-    for job in range(instance.job_count):
-        column = None
-        if held.form[job] != NONE:
-            column = column_of(instance, job, int(held.form[job]), int(held.item[job]), int(held.place[job]))
-        if column is not None:
-            own[job] = len(value)
-            value.append(column[3])
-            charge.append(column[3])
-            for r, units in sorted(column[4].items()):
-                row.append(r)
-                use.append(units)
-            entry_start.append(len(row))
-        start.append(len(value))
-    arrays = (np.array(part, np.int64) for part in (start, value, charge, entry_start))
-    bundles = Bundles(*arrays, np.array(row, np.int32), np.array(use, np.int64))
-    running = own >= 0
-    jobs = instance.jobs._replace(own=own, must=running, restart=np.where(running, restart, 0))
-    # A move costs the restart, spread over the hour that a term lasts.
-    owner = np.repeat(np.arange(instance.job_count), np.diff(instance.singles.start))
-    singles = instance.singles._replace(value=instance.singles.value - np.where(running, restart, 0)[owner])
-    return instance._replace(jobs=jobs, bundles=bundles, singles=singles)
-
-
 @pytest.mark.parametrize(("jobs", "sites", "seed"), [(100, 5, 3), pytest.param(500, 20, 5, marks=pytest.mark.soak)])
 def test_incumbents_stay_where_little_changes(jobs: int, sites: int, seed: int) -> None:
     instance, relaxed = priced(jobs, sites, "A", seed)
     held = whole(instance, relaxed.prices, limits=_SEARCH_ONLY)
-    later = incumbent(instance, held.choice, 20_000)
+    later = with_leases(instance, held.choice, 20_000)
     # One job in a hundred leaves.
     gone = np.arange(0, instance.job_count, 100)
     later.jobs.must[gone] = False

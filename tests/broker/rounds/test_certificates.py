@@ -16,7 +16,7 @@ from broker.allocation.snapshot import Snapshot
 from broker.allocation.table_rows import from_snapshot
 from broker.allocation.verify import verify
 from broker.allocation.won import Market
-from broker.database.papers import RoundCertificate
+from broker.database.certificates import RoundCertificate
 from broker.database.tables import Tenant
 from broker.identity.authority import Authority
 from broker.queries.market import find_certificate

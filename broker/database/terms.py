@@ -1,4 +1,4 @@
-"""Tables of what is priced and proved: the terms of placements, the certificates of rounds."""
+"""The table of terms: the price that a placement holds for a stretch of time."""
 
 from __future__ import annotations
 
@@ -24,18 +24,3 @@ class Term(Table):
     charged_micros: Mapped[int] = mapped_column(default=0)
     round_number: Mapped[int | None] = mapped_column(ForeignKey("rounds.round_number"))
     __table_args__ = (CheckConstraint("charged_micros <= reserved_micros", name="term_charge_bound"),)
-
-
-class RoundCertificate(Table):
-    """What the market signs about a round: at its commit, and again once its economics are known.
-
-    `document` is the signed document as JSON (`broker.rounds.certificate`). `economics` is pending, done or
-    left_out; `sites` are the sites' own rows, which the document names by digest.
-    """
-
-    __tablename__ = "round_certificates"
-    round_number: Mapped[int] = mapped_column(ForeignKey("rounds.round_number"), primary_key=True)
-    economics: Mapped[str]
-    document: Mapped[str] = mapped_column(Text)
-    sites: Mapped[str] = mapped_column(Text, default="[]")
-    signed_ms: Mapped[int]
