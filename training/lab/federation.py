@@ -117,15 +117,8 @@ class Federation:
     def __enter__(self) -> Self:
         """Start the gateways, give them their view, and start the ranks. Raises LabError."""
         try:
-            for site in self.sites:
-                site.gateway = self._process(
-                    site, "gateway.log", "-m", "training.roundlog.gateway", str(site.folder / "gateway.json")
-                )
-            for site in self.sites:
-                self._install_view(site)
-            script = split_run(self.spec.run)
-            for site in self.sites:
-                site.rank = self._process(site, "rank.log", "-P", "-m", "training.launch", *script)
+            self.start_gateways()
+            self.start_ranks()
         except BaseException:
             self.close()
             raise
@@ -134,6 +127,21 @@ class Federation:
     def __exit__(self, *_: object) -> None:
         """End every process and remove the folder."""
         self.close()
+
+    def start_gateways(self) -> None:
+        """Start the gateways alone and give them their view; `close` ends them. Raises LabError."""
+        for site in self.sites:
+            site.gateway = self._process(
+                site, "gateway.log", "-m", "training.roundlog.gateway", str(site.folder / "gateway.json")
+            )
+        for site in self.sites:
+            self._install_view(site)
+
+    def start_ranks(self) -> None:
+        """Start the script at every site; the gateways run."""
+        script = split_run(self.spec.run)
+        for site in self.sites:
+            site.rank = self._process(site, "rank.log", "-P", "-m", "training.launch", *script)
 
     def close(self) -> None:
         """End every process and remove the folder."""
