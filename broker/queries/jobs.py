@@ -13,9 +13,11 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
+from broker.database.forecasts import Forecast
 from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact, Lease, Placement, ViewChange
 from broker.errors import NotFoundError
 from broker.invoices import Invoice, invoice
+from broker.queries.forecasts import newest_forecasts
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from sites.protocol import AttemptReport
 from training.spec import SITES_PER_JOB_MAX, JobSpec
@@ -96,6 +98,7 @@ class JobView:
     events: tuple[Event, ...]
     artifacts: tuple[ArtifactRow, ...]
     invoice: Invoice
+    forecasts: dict[str, Forecast]
 
     @property
     def placement(self) -> PlacementView | None:
@@ -177,6 +180,7 @@ def read_job(session: Session, job_id: str, tenant_id: str | None) -> JobView:
         events=tuple(session.scalars(events)),
         artifacts=list_artifacts(session, job_id, limit=ARTIFACTS_SHOWN),
         invoice=invoice(session, job_id),
+        forecasts=newest_forecasts(session, job_id),
     )
 
 
