@@ -21,7 +21,7 @@ from broker.allocation.snapshot import SiteState as Listening
 from broker.database.tables import Gpu, Pool, Site
 from broker.market import Market
 from broker.rounds.snapshot import job_state, standing_links, take
-from broker.speeds import read_speeds
+from broker.speeds import LINKS_HALF_WIDTH_LOG, read_speeds
 from broker.transitions import SiteState
 from pricing.money import divide_up
 from sites.protocol import Offer
@@ -36,8 +36,6 @@ from training.speeds import (
 QUOTED_JOB_ID: Final = "quoted"
 # Prices move between a quote and the next round: what is recommended stands a tenth above the last.
 BID_MARGIN_PERCENT: Final = 10
-# What the links add where a configuration spans sites: their bandwidth is probed, not promised.
-LINKS_HALF_WIDTH_LOG: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)

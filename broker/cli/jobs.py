@@ -274,12 +274,20 @@ def _print_job(job: dict[str, Any]) -> None:
         measured = placement["samples_per_s_measured"]
         typer.echo(
             f"speed    {'-' if measured is None else f'{measured:.1f}'} samples/s measured, "
-            f"{placement['samples_per_s_predicted']:.1f} predicted"
+            f"{placement['samples_per_s_predicted']:.1f} predicted{_expected_text(placement)}"
         )
     typer.echo(
         f"cost     {credits_text(job['cost_micros'])} credits so far, {credits_text(job['held_micros'])} still held "
         f"of {credits_text(job['budget_micros'])}"
     )
+
+
+def _expected_text(placement: dict[str, Any]) -> str:
+    """Return what the family's measurements say of a placement's speed, nothing before the first of them."""
+    if placement["samples_per_s_expected"] is None:
+        return ""
+    low, high = placement["samples_per_s_low"], placement["samples_per_s_high"]
+    return f", {placement['samples_per_s_expected']:.1f} expected by now ({low:.1f} to {high:.1f})"
 
 
 def print_invoice(document: dict[str, Any]) -> None:

@@ -280,7 +280,9 @@ class Placement(Table):
 class Lease(Table):
     """One site's part of a placement: proposed, confirmed, active, ended.
 
-    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `liveness_*` is when the
+    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `pace_*` is what had been
+    delivered when the first samples were reported, and the newest, and in how many reports since: the speed of
+    training without its start (`broker.speeds`). `liveness_*` is when the
     broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
     """
 
@@ -311,6 +313,10 @@ class Lease(Table):
     usage_until_ms: Mapped[int | None]
     delivered_gpu_milliseconds: Mapped[int] = mapped_column(default=0)
     delivered_samples: Mapped[int] = mapped_column(default=0)
+    pace_from_gpu_milliseconds: Mapped[int | None]
+    pace_from_samples: Mapped[int] = mapped_column(default=0, server_default="0")
+    pace_to_gpu_milliseconds: Mapped[int] = mapped_column(default=0, server_default="0")
+    pace_reports: Mapped[int] = mapped_column(default=0, server_default="0")
     egress_bytes: Mapped[int] = mapped_column(default=0)
     egress: Mapped[str | None] = mapped_column(Text)
     ended_ms: Mapped[int | None]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.errors import SpecError
-from training.jobfile import JOB_FILE_BYTES_MAX, load_job_file, read_job_file
-from training.spec import GpuRequest, JobSpec
+from training.jobfile import JOB_FILE_BYTES_MAX, load_job_file, read_job_file, with_profile
+from training.spec import GpuRequest, JobSpec, ProfileTerms
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "training/examples/stdlib_lm/job.yaml"
 DIGEST = "a" * 64
@@ -175,3 +175,24 @@ def test_bids_for_further_speed_must_fall() -> None:
     rising = "bid: 1\n  bid_steps: [{above_samples_per_s: 10, bid: 0.5}, {above_samples_per_s: 20, bid: 0.7}]"
     with pytest.raises(SpecError, match="must fall below the bid"):
         spec_of(JOB.replace("  workload:", f"  {rising}\n  workload:"))
+
+
+def test_a_profile_is_written_into_the_file_and_nothing_else_changes() -> None:
+    text = EXAMPLE.read_text()
+    slot = ProfileTerms(gpu_type="cpu-slot", batch_per_gpu=16, steps=60, step_s=0.02)
+    card = ProfileTerms(gpu_type="T4", batch_per_gpu=16, steps=60, step_s=0.01)
+    once = with_profile(text, [slot])
+    assert read_job_file(once).spec(DIGEST).market.profile == (slot,)
+    assert [line for line in once.splitlines() if line not in text.splitlines()] == [
+        "  profile:",
+        "    - {gpu_type: cpu-slot, batch_per_gpu: 16, steps: 60, step_s: 0.02}",
+    ]
+    faster = slot.model_copy(update={"step_s": 0.015})
+    again = with_profile(with_profile(once, [card]), [faster])
+    assert read_job_file(again).spec(DIGEST).market.profile == (card, faster)
+    assert again.endswith(text[text.index("  budget") :])
+
+
+def test_a_profile_cannot_be_put_into_a_market_block_on_one_line() -> None:
+    with pytest.raises(SpecError, match="one key a line"):
+        with_profile("name: a\nmarket: {budget: 2}\n", [])
