@@ -80,9 +80,8 @@ def _worth(session: Session, site_id: str, since_ms: int, now_ms: int) -> dict[s
         .limit(ROUNDS_READ_MAX)
     ).all()[::-1]
     covered_ms = federated = alone = rounds = 0
-    for (taken_ms, economics, text), next_ms in zip(
-        rows, itertools.chain((row[0] for row in rows[1:]), [now_ms]), strict=True
-    ):
+    lasts = itertools.pairwise([*(row[0] for row in rows), now_ms])
+    for (_, economics, text), (taken_ms, next_ms) in zip(rows, lasts, strict=True):
         if economics != "done":
             continue
         documents: list[dict[str, Any]] = json.loads(text)
