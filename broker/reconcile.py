@@ -16,6 +16,7 @@ from broker.database.tables import BarredConfiguration, Job, Lease, LeasedGpu, P
 from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
 from broker.market import Market
 from broker.offers import note_times_passed
+from broker.refusals import drop_refusals_over
 from broker.rounds.snapshot import renewal_starts_ms
 from broker.terms import release_finished
 from broker.transitions import (
@@ -48,6 +49,7 @@ def reconcile(market: Market) -> bool:
         session.flush()
         _fail_overdue_jobs(session, market)
         _look_again_at_barred_jobs(session)
+        drop_refusals_over(session, market.clock.now_ms())
         note_times_passed(session, market.clock.now_ms())
         return wake, is_round_due(session)
 

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         default=100, ge=1, description="rounds that may wait for that; older ones go without"
     )
     barred_rounds: int = Field(default=20, ge=1, description="how long a vetoed configuration stays barred")
+    refusal_s: float = Field(
+        default=3600.0, gt=0, description="how long a job is kept from a site whose owner refused it altogether"
+    )
     reconcile_s: float = Field(default=2.0, gt=0, description="the beat of reconcile and settle")
     settle_s: float = Field(default=60.0, gt=0, description="how long a final report may lag behind a lost lease")
     grace_s: float = Field(default=2.0, ge=0, le=3600, description="how long a hub waits after the quorum is in")

@@ -93,9 +93,9 @@ class BrokerClient:
         """Return the caller's balance, what is held, what its jobs cost in an hour and may cost."""
         return self._get("/v1/account")
 
-    def quote(self, spec: Json) -> Json:
-        """Return what the job could get at the last prices, without any effect."""
-        return self._post("/v1/quote", spec)
+    def quote(self, spec: Json, goal: str | None = None) -> Json:
+        """Return what the job could get at the last prices, without any effect; with a goal, also what to ask for."""
+        return self._post("/v1/quote" if goal is None else f"/v1/quote?goal={_word(goal)}", spec)
 
     def upload_workdir(self, packed: bytes, progress: Callable[[int, int], None] | None = None) -> str:
         """Bring a packed workdir to the broker and return its digest; what it holds already is not sent again."""

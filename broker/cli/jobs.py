@@ -52,7 +52,7 @@ def submit(
 ) -> None:
     """Upload the workdir, show what the job could get, ask, and submit it."""
     if dry_run:
-        quote(job_file, as_json=as_json)
+        quote(job_file, goal=None, as_json=as_json)
         return
     with _client() as client:
         spec = _spec(client, job_file)
@@ -70,17 +70,28 @@ def submit(
         typer.echo(f"{job['job_id']} is {job['state']}; follow it with: hansa watch {job['job_id']}")
 
 
-def quote(job_file: JobFile, as_json: JsonOption = False) -> None:
+def quote(
+    job_file: JobFile,
+    goal: Annotated[
+        str | None, typer.Option(help="also say what to ask for: deadline (in time, cheapest), budget (fastest), value")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a job could get at the last prices, without any effect: its workdir stays here."""
     from broker.cli.job_document import read_job
+    from training.goals import Goal
 
+    if goal is not None and goal not in set(Goal):
+        raise UsageError(f"no goal is called {goal[:40]!r}", next_step=f"known are {', '.join(Goal)}")
     spec = read_job(job_file).spec
     with _client() as client:
-        document = client.quote(spec)
+        document = client.quote(spec, goal)
     if as_json:
         print_json(document)
-    else:
-        _print_quote(document)
+        return
+    _print_quote(document)
+    if goal is not None:
+        _print_advice(goal, document["advice"])
 
 
 def status(
@@ -242,6 +253,30 @@ def _print_quote(document: dict[str, Any]) -> None:
         title="At the last prices",
         empty="no site could run this job now",
     )
+
+
+def _print_advice(goal: str, advice: dict[str, Any] | None) -> None:
+    if advice is None:
+        typer.echo(f"for {goal}: no site could run this job now")
+        return
+    sold = advice["row"]["configuration"]
+    counts: dict[str, int] = {}
+    for part in sold["parts"]:
+        counts[part["gpu_type"]] = counts.get(part["gpu_type"], 0) + part["gpus"]
+    typer.echo(f"for {goal}, of {advice['candidates']}: {advice['why']}")
+    noise = (
+        "no noise scale was reported" if advice["noise_batch"] is None else f"noise scale {advice['noise_batch']:.0f}"
+    )
+    typer.echo(f"{advice['counts']:.0%} of its samples count ({noise})")
+    asked = ", ".join(f"{gpu_type}:{count}" for gpu_type, count in counts.items())
+    typer.echo(
+        f"to ask for just that: accelerators {asked}, batch_per_gpu {advice['batch_per_gpu']}, sites_max {len(sold['parts'])}"
+    )
+    if len(sold["parts"]) > 1:
+        plan = advice["sync"]
+        typer.echo(
+            f"  sync: {{strategy: {plan['strategy']}, codec: {plan['codec']}, period_steps: {plan['period_steps']}}}"
+        )
 
 
 def _print_jobs(jobs: list[dict[str, Any]]) -> None:

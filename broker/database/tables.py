@@ -392,6 +392,18 @@ class BarredConfiguration(Table):
     reason: Mapped[str] = mapped_column(String(1000))
 
 
+class SiteRefusal(Table):
+    """A job that a site's owner refuses: here at all (`scope` site), or beside other sites (gangs), until a time."""
+
+    __tablename__ = "site_refusals"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
+    site_id: Mapped[str] = mapped_column(ForeignKey("sites.site_id"), primary_key=True)
+    scope: Mapped[str]
+    code: Mapped[str]
+    reason: Mapped[str] = mapped_column(String(1000))
+    until_ms: Mapped[int]
+
+
 class ViewChange(Table):
     """A view of a job's round log: promising, then issued. `document` is the signed view."""
 

@@ -49,6 +49,7 @@ from broker.database.tables import (
 from broker.ledger import EQUITY
 from broker.market import Market
 from broker.payment_rules import payment_rule
+from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
 from broker.speeds import read_speeds
 from broker.tenant_limits import limited_tenants
@@ -233,6 +234,7 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
         .order_by(Job.job_id)
     )
     due = due_of_ended(session, market)
+    refused = read_refusals(session, now_ms)
     homes = _homes(session, sites)
     equity = free_equity(session, now_ms)
     speeds = read_speeds(session)
@@ -256,6 +258,8 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
             incumbent=incumbent,
             home_site=homes.get(job.tenant_id),
             sites=sites,
+            # An owner's word is about what comes next: a running term keeps its place.
+            refused=refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE,
             speeds=speeds.valued(job.tenant_id, spec),
         )
         states.append((job.tenant_id, state))
@@ -280,6 +284,7 @@ def job_state(
     sites: Collection[str],
     incumbent: Incumbent | None = None,
     home_site: str | None = None,
+    refused: Refused = NOWHERE,
     speeds: tuple[JobSpeed, ...] = (),
 ) -> JobState:
     """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere.
@@ -295,8 +300,8 @@ def job_state(
         version=version,
         submitted_ms=submitted_ms,
         accelerators=spec.resources.accelerators,
-        sites_max=spec.market.sites_max,
-        sites_allowed=allowed,
+        sites_max=1 if refused.gangs else spec.market.sites_max,
+        sites_allowed=sites_left(allowed, refused, sites),
         workload=spec.market.workload,
         sync=spec.market.sync,
         samples_done=samples_done,

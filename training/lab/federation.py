@@ -94,18 +94,30 @@ class Federation:
     workdir: Path
     seed: int
     wan: Wan | None = None
+    connections: int | None = None
     sites: list[Site] = field(default_factory=list)
     _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hansa-lab-")))
     _pause: Event = field(default_factory=Event)
 
     @classmethod
-    def of(cls, spec: JobSpec, plan: SyncPlan, workdir: Path, *, sites: int, seed: int, wan: Wan | None = None) -> Self:
+    def of(
+        cls,
+        spec: JobSpec,
+        plan: SyncPlan,
+        workdir: Path,
+        *,
+        sites: int,
+        seed: int,
+        wan: Wan | None = None,
+        connections: int | None = None,
+    ) -> Self:
         """Prepare `sites` sites of one rank each, named as `site_names` says, with folders and credentials.
 
-        They speak over loopback, or over `wan`, which has sites of those names.
+        They speak over loopback, or over `wan`, which has sites of those names; a gateway moves a blob over so many
+        `connections`, else over as many as in the market.
         """
         assert 1 <= sites <= SITES_PER_JOB_MAX, sites
-        federation = cls(spec, plan, workdir, seed, wan)
+        federation = cls(spec, plan, workdir, seed, wan, connections)
         authority = _Authority()
         for site_id in site_names(sites):
             federation.sites.append(federation._site(site_id, authority))
@@ -218,6 +230,8 @@ class Federation:
             contribution_bytes_max=4 * workload.parameters + _CONTRIBUTION_ROOM_BYTES,
             patience_s=self.plan.patience_s,
         )
+        if self.connections is not None:
+            gateway = gateway.model_copy(update={"connections": self.connections})
         (folder / "attempt.json").write_text(context.model_dump_json())
         (folder / "gateway.json").write_text(gateway.model_dump_json())
         return site

@@ -31,9 +31,9 @@ def example() -> ModuleType:
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    for knob in ("WIDTH", "LAYERS", "HEADS", "CONTEXT", "CORPUS_BYTES", "HELD_OUT_BATCH"):
-        setattr(module, knob, int(number(knob, getattr(module, knob))))
-    module.LEARNING_RATE = number("LEARNING_RATE", module.LEARNING_RATE)
+    for knob in ("WIDTH", "LAYERS", "HEADS", "CONTEXT", "CORPUS_BYTES", "HELD_OUT_BATCH", "LEARNING_RATE"):
+        default = getattr(module, knob)
+        setattr(module, knob, type(default)(number(knob, default)))
     return module
 
 
