@@ -16,7 +16,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import text
 
-from broker.database import certificates, terms, uploads, wishes  # noqa: F401  their tables belong to the schema
+from broker.database import certificates, refusals, terms, uploads, wishes  # noqa: F401  their tables belong to the schema
 from broker.database.engine import Database
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"

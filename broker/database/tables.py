@@ -382,28 +382,6 @@ class UsageReport(Table):
     )
 
 
-class BarredConfiguration(Table):
-    """A configuration that a job may not win before `until_round`, because a site vetoed it."""
-
-    __tablename__ = "barred_configurations"
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
-    configuration_key: Mapped[str] = mapped_column(String(500), primary_key=True)
-    until_round: Mapped[int]
-    reason: Mapped[str] = mapped_column(String(1000))
-
-
-class SiteRefusal(Table):
-    """A job that a site's owner refuses: here at all (`scope` site), or beside other sites (gangs), until a time."""
-
-    __tablename__ = "site_refusals"
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
-    site_id: Mapped[str] = mapped_column(ForeignKey("sites.site_id"), primary_key=True)
-    scope: Mapped[str]
-    code: Mapped[str]
-    reason: Mapped[str] = mapped_column(String(1000))
-    until_ms: Mapped[int]
-
-
 class ViewChange(Table):
     """A view of a job's round log: promising, then issued. `document` is the signed view."""
 

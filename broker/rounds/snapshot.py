@@ -30,9 +30,9 @@ from broker.allocation.snapshot import (
     SiteState,
     Snapshot,
 )
+from broker.database.refusals import BarredConfiguration
 from broker.database.tables import (
     Account,
-    BarredConfiguration,
     Gpu,
     Hold,
     Job,
