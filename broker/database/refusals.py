@@ -1,4 +1,4 @@
-"""The table of what sites' owners refuse."""
+"""Tables of what sites refuse: configurations that one vetoed, jobs that its owner will not have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ from sqlalchemy import ForeignKey, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from broker.database.tables import Table
+
+
+class BarredConfiguration(Table):
+    """A configuration that a job may not win before `until_round`, because a site vetoed it."""
+
+    __tablename__ = "barred_configurations"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
+    configuration_key: Mapped[str] = mapped_column(String(500), primary_key=True)
+    until_round: Mapped[int]
+    reason: Mapped[str] = mapped_column(String(1000))
 
 
 class SiteRefusal(Table):
