@@ -42,6 +42,7 @@ bench-market: install ## hold the optimiser against Gavel, Sia, POP and greedy r
 		$(if $(TABLE),--table $(TABLE)) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
 bench-training: install ## hold training across sites against DDP, fp32 and plain TCP on an emulated network (QUICK=1, ONLY=T1, LONG=1, JSON=out.json)
+	@$(BIN)/hansa market compile
 	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.training.bench_training $(if $(QUICK),--quick) \
 		$(if $(LONG),--long) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 

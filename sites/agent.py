@@ -10,12 +10,14 @@ wardens hold the deadline, so nothing depends on this process being alive.
 
 from __future__ import annotations
 
+import datetime as dt
 import fcntl
 import os
 import secrets
 import shutil
 import socket
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Final, TextIO
@@ -23,6 +25,7 @@ from typing import Final, TextIO
 import structlog
 
 from sites import inventory
+from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempts import Attempt, Services
 from sites.client import Broker
@@ -46,7 +49,10 @@ from sites.leases import (
     Stop,
     Withdraw,
     decide,
+    refused_renewals,
+    veto,
 )
+from sites.policy import PolicyBook
 from sites.protocol import (
     AttemptPhase,
     Confirmation,
@@ -55,11 +61,12 @@ from sites.protocol import (
     HeartbeatAnswer,
     LeaseOrder,
     LeasePhase,
-    Veto,
+    Offer,
+    Skill,
     Wish,
 )
 from sites.sandbox import Bubblewrap
-from sites.settings import ListenSettings, SiteSettings
+from sites.settings import ListenSettings, SiteSettings, priced
 from sites.wake import WakeListener
 from sites.wishes import judge, keep_wish, kept_wish
 from training.clock import Clock
@@ -109,6 +116,10 @@ class Agent:
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
         self._measured = inventory.measure(settings)
+        self._policy = PolicyBook(settings.policy, settings.policy_file)
+        self._asks = AskBook([priced(pool) for pool in settings.pools], settings.folder)
+        self._offered: tuple[Offer, Offer] | None = None
+        self._orders: tuple[LeaseOrder, ...] = ()
         self._wish = kept_wish(settings)
         self._judged = judge(settings, self._wish)
         self._boot = secrets.token_hex(8)
@@ -199,12 +210,16 @@ class Agent:
             agent_version=self._version[:40],
             boot=self._boot,
             sent_ms=self._clock.now_ms(),
-            offer=inventory.offer(self._judged.settings, self._measured, draining=self._is_draining()),
+            offer=self._offer(),
+            skills=tuple(Skill),
             # A lease that runs here is confirmed already; saying it again would only be noise.
             confirmations=tuple(
                 item for key, item in self._journal.confirmations().items() if key not in self._attempts
             ),
-            vetoes=tuple(self._journal.vetoes().values()),
+            vetoes=(
+                *self._journal.vetoes().values(),
+                *refused_renewals(self._orders, self._standing(), self._house()),
+            ),
             attempts=tuple(attempt.report() for _, attempt in sorted(self._attempts.items())),
             usage=tuple(self._journal.usage()),
             renewal_csr_pem=self._identity.renewal_csr_pem(),
@@ -243,13 +258,8 @@ class Agent:
             self._journal.acknowledge(lease_id, sequence)
         for refusal in answer.refusals:
             self._take_refusal(refusal.lease_id, refusal.code, refusal.detail)
-        standing = Standing(
-            attempts={record.key: record for record in self._records()},
-            confirmed=frozenset(self._journal.confirmations()),
-            vetoed=frozenset(self._journal.vetoes()),
-            epochs=self._journal.epochs(),
-        )
-        actions = decide(answer.leases, standing, self._house())
+        self._orders = answer.leases
+        actions = decide(answer.leases, self._standing(), self._house())
         for order in answer.leases:
             if order.phase is not LeasePhase.ENDED:
                 self._journal.fence(order.job_id, order.epoch)
@@ -268,9 +278,9 @@ class Agent:
         match action:
             case Confirm(order):
                 self._confirm(order)
-            case Refuse(order, code, reason):
-                veto = Veto(lease_id=order.lease_id, epoch=order.epoch, code=code, reason=reason)
-                self._journal.reply(order.job_id, veto)
+            case Refuse(order, objection):
+                _log.info("lease.refused", lease=order.lease_id, code=objection.code, reason=objection.reason)
+                self._journal.reply(order.job_id, veto(order, objection))
                 self.wake.set()
             case Withdraw(key):
                 self._journal.forget_reply(key)
@@ -278,7 +288,8 @@ class Agent:
                     shutil.rmtree(AttemptFolder.of(self._settings.folder, key).root, ignore_errors=True)
             case Start(order):
                 deadline_s = sent_s + order.liveness_s
-                self._begin(_record(order).model_copy(update={"deadline_s": deadline_s, "era": self._clock.era()}))
+                began = {"deadline_s": deadline_s, "era": self._clock.era(), "began_ms": self._clock.now_ms()}
+                self._begin(_record(order).model_copy(update=began))
                 if order.attempt is not None:
                     steer = Steer(
                         (order.lease_id, order.epoch),
@@ -359,10 +370,41 @@ class Agent:
         slurm = self._settings.slurm
         return House(
             gpu_ids={pool.gpu_type: frozenset(pool.gpu_ids) for pool in self._settings.pools},
-            asks={pool.gpu_type: pool.ask_curve[0].price for pool in self._judged.settings.pools},
-            policy=self._settings.policy,
+            asks=self._lowest_asks(),
+            policy=self._policy.current(),
             gpus_per_node=None if slurm is None or slurm.fabric == "trusted" else slurm.gpus_per_node,
             draining=self._is_draining(),
+            site_id=self._settings.site_id,
+            now_ms=self._clock.now_ms(),
+        )
+
+    def _offer(self) -> Offer:
+        """Return what is for sale now, and keep the offer before it: a proposal may have been made at its asks."""
+        now = dt.datetime.fromtimestamp(self._clock.now_ms() / 1000, dt.UTC)
+        pools = [priced(pool) for pool in self._judged.settings.pools]
+        asks = {kind: ask.curve for kind, ask in self._asks.asks(pools, now, self._lent_shares()).items()}
+        terms = inventory.Terms(self._policy.current(), asks, self._is_draining(), now)
+        offer = inventory.offer(self._judged.settings, self._measured, terms)
+        self._offered = (offer if self._offered is None else self._offered[1], offer)
+        return offer
+
+    def _lowest_asks(self) -> dict[str, int]:
+        pools = [pool for offer in self._offered or () for pool in offer.pools]
+        kinds = {pool.gpu_type for pool in pools}
+        return {kind: min(pool.ask_micros_per_gpu_hour for pool in pools if pool.gpu_type == kind) for kind in kinds}
+
+    def _lent_shares(self) -> dict[str, float]:
+        lent: Counter[str] = Counter()
+        for record in self._records():
+            lent[record.gpu_type] += 0 if record.is_over else len(record.gpu_ids)
+        return inventory.lent_shares(self._settings.pools, self._policy.current(), lent)
+
+    def _standing(self) -> Standing:
+        return Standing(
+            attempts={record.key: record for record in self._records()},
+            confirmed=frozenset(self._journal.confirmations()),
+            vetoed=frozenset(self._journal.vetoes()),
+            epochs=self._journal.epochs(),
         )
 
 

@@ -164,6 +164,9 @@ class Offer(Message):
     data_egress_to_continent: Rate = 0
     data_egress_beyond: Rate = 0
     environment: dict[str, str] = Field(default_factory=dict, max_length=50, description="what the site runs, by name")
+    policy_digest: Digest | None = Field(
+        default=None, description="names the owner's policy: when it changes, what was refused is asked again"
+    )
 
 
 class Confirmation(Message):
@@ -176,13 +179,27 @@ class Confirmation(Message):
     gateway_address: Address | None
 
 
+class RefusalScope(enum.StrEnum):
+    """How far a refusal reaches: what of the same kind would be refused too."""
+
+    CONFIGURATION = "configuration"  # this one: so many GPUs here, beside these sites
+    GANGS = "gangs"  # the job beside any other site
+    SITE = "site"  # the job here at all
+
+
 class Veto(Message):
-    """The site refuses a proposed lease by its own policy; the whole gang is void."""
+    """The site refuses a proposed lease by its own policy; the whole gang is void.
+
+    Of an active lease it refuses the renewal: the term runs on to its end. `until_ms` says from when on the site
+    may be asked again; without it the broker waits as long as it is set to.
+    """
 
     lease_id: LeaseId
     epoch: int = Field(ge=1)
     code: str = Field(max_length=64)
     reason: Sentence
+    scope: RefusalScope = RefusalScope.CONFIGURATION
+    until_ms: UtcMs | None = None
 
 
 class AttemptPhase(enum.StrEnum):
@@ -260,6 +277,12 @@ class Usage(Message):
     egress_bytes: dict[SiteId, Annotated[int, Field(ge=0, le=10**18)]] = Field(default_factory=dict, max_length=64)
 
 
+class Skill(enum.StrEnum):
+    """What an agent understands beyond the first protocol: a broker sends an agent nothing that it would refuse."""
+
+    GANG = "gang"  # LeaseOrder.peers and term_s
+
+
 class Wish(Message):
     """What the site's operator asked for in the portal: the agent takes what its own settings allow.
 
@@ -286,6 +309,7 @@ class Heartbeat(Message):
     boot: str = Field(max_length=64)
     sent_ms: int | None = Field(default=None, ge=0, description="the site's own clock, for the age of its reports")
     offer: Offer
+    skills: tuple[str, ...] = Field(default=(), max_length=32, description="see Skill; unknown ones are ignored")
     confirmations: tuple[Confirmation, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
     vetoes: tuple[Veto, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
     attempts: tuple[AttemptReport, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
@@ -345,6 +369,8 @@ class LeaseOrder(Message):
     term_ends_ms: int
     liveness_s: float = Field(gt=0)
     spec: JobSpec | None = Field(default=None, description="with a proposal, for the owner's policy")
+    peers: tuple[SiteId, ...] | None = Field(default=None, max_length=64, description="the gang's other sites")
+    term_s: int | None = Field(default=None, ge=1, description="how long a term is")
     attempt: AttemptOrder | None = None
 
 

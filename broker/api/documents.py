@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from broker.allocation.clearing import LinkCharge, PoolCharge
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Event, Hold, Job, Lease, Placement
+from broker.queries.forecasts import newest_forecasts
 from broker.queries.jobs import ArtifactRow, list_memberships
 from broker.speeds import read_speeds
 from broker.transitions import PlacementState
@@ -36,6 +37,15 @@ class JobDocument(BaseModel):
     submitted_ms: int
     started_ms: int | None
     ended_ms: int | None
+
+
+class ForecastDocument(BaseModel):
+    """When a job was said to start or finish: nine of ten fall between `low_ms` and `high_ms`."""
+
+    stated_ms: int
+    low_ms: int
+    middle_ms: int
+    high_ms: int
 
 
 class LeaseDocument(BaseModel):
@@ -108,6 +118,7 @@ class JobDetail(JobDocument):
     held_micros: int
     placement: PlacementDocument | None
     memberships: list[MembershipDocument]
+    forecasts: dict[str, ForecastDocument] = Field(description="by what is forecast: start and finish, as last stated")
 
 
 class EventDocument(BaseModel):
@@ -168,6 +179,12 @@ def job_detail(session: Session, job: Job, now_ms: int) -> JobDetail:
         held_micros=0 if hold is None else hold.amount_micros - hold.posted_micros - hold.voided_micros,
         placement=None if newest is None else placement_document(session, job, newest, now_ms),
         memberships=[MembershipDocument(**asdict(row)) for row in list_memberships(session, job.job_id)],
+        forecasts={
+            what: ForecastDocument(
+                stated_ms=row.stated_ms, low_ms=row.low_ms, middle_ms=row.middle_ms, high_ms=row.high_ms
+            )
+            for what, row in newest_forecasts(session, job.job_id).items()
+        },
     )
 
 

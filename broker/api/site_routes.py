@@ -61,9 +61,8 @@ def post_heartbeat() -> Response:
         sequence=signed.sequence,
         before_effect=lambda session: spend_sequence(session, market, signed),
     )
-    # An agent that takes no wishes may be too old to know the field, and an unknown field is refused.
-    text = answer.model_dump_json(exclude={"wish"} if answer.wish is None else None)
-    return Response(text, content_type="application/json")
+    # Without what is not said: an agent of an older version refuses a field that it does not know.
+    return json_answer(answer.model_dump(mode="json", exclude_none=True))
 
 
 @blueprint.get("/artifacts/<digest>")

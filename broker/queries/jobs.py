@@ -13,9 +13,11 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
+from broker.database.forecasts import Forecast
 from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact, Lease, Placement, ViewChange
 from broker.errors import NotFoundError
 from broker.invoices import Invoice, invoice
+from broker.queries.forecasts import newest_forecasts
 from broker.speeds import ExpectedSpeed, read_speeds
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from sites.protocol import AttemptReport
@@ -100,6 +102,7 @@ class JobView:
     events: tuple[Event, ...]
     artifacts: tuple[ArtifactRow, ...]
     invoice: Invoice
+    forecasts: dict[str, Forecast]
     expected: ExpectedSpeed | None
 
     @property
@@ -188,6 +191,7 @@ def read_job(session: Session, job_id: str, tenant_id: str | None) -> JobView:
         events=tuple(session.scalars(events)),
         artifacts=list_artifacts(session, job_id, limit=ARTIFACTS_SHOWN),
         invoice=invoice(session, job_id),
+        forecasts=newest_forecasts(session, job_id),
         expected=expected,
     )
 

@@ -119,16 +119,20 @@ def compare(
     seed: int,
     progress: Progress,
     link: LinkSpec | None = None,
+    congestion_control: str | None = None,
 ) -> list[Outcome]:
     """Run the job under each strategy and return what came out; each run has a network of its own where `link` is given.
 
-    Raises LabError where a run fails, WanError where the network cannot be made.
+    There TCP's congestion control is the kernel's, or the one named. Raises LabError where a run fails, WanError where the
+    network cannot be made.
     """
     outcomes = []
     for strategy in strategies:
         plan = plan_of(spec.market.sync, strategy, sites)
         with contextlib.ExitStack() as stack:
             wan = None if link is None else stack.enter_context(Wan(site_names(sites), link, seed=seed))
+            if wan is not None and congestion_control is not None:
+                wan.use_congestion_control(congestion_control)
             federation = stack.enter_context(Federation.of(spec, plan, workdir, sites=sites, seed=seed, wan=wan))
             for done in progress_of(federation):
                 progress(strategy, done)
@@ -180,3 +184,15 @@ def _smoothed(points: Sequence[Point]) -> list[Point]:
 def as_json(outcomes: Sequence[Outcome]) -> str:
     """Return the outcomes with all their points as JSON."""
     return json.dumps([asdict(each) for each in outcomes], indent=1)
+
+
+def as_document(outcome: Outcome) -> dict[str, Any]:
+    """Return one outcome with all its points, as JSON takes it."""
+    return {**asdict(outcome), "last_loss": outcome.last_loss}
+
+
+def thinned(points: Sequence[Point], count: int) -> list[Point]:
+    """Return at most `count` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(place * (len(points) - 1) / (count - 1))] for place in range(count)]

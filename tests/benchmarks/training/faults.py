@@ -2,8 +2,8 @@
 
 T7 runs three sites under `quorum` (two of them and the grace seal a round) in the laboratory, steps paced alike, and ends
 all processes of one at once. A survivor's stall is what its session reports for each round; from the longest after the death
-the usual one before it is taken off, since waiting for slower sites is no fault's. An inner step is lost where the
-chain has no contribution of a survivor that claims its samples.
+the usual one before it is taken off, since waiting for slower sites is no fault's. An inner step is lost where neither
+its round nor a later one has a contribution of its site: what misses a round travels in the next one's carry.
 
 T8 is the market's own: broker, agents, gateways and ranks as processes (`tests.journey`). Measured is from the cut of the
 power of the hub's site to the first seal under the next hub. Its floor are the product's own patience: a hub counts as
@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from broker.settings import Settings
 from tests.benchmarks.market.figures import Figure, verdict
-from tests.benchmarks.training.jobs import WORKDIR, Size, job, rounds, summary
+from tests.benchmarks.training.jobs import WORKDIR, Size, job, rounds
 from tests.journey.market import running_market
 from tests.journey.rows import Chain
 from training.lab.federation import Federation, LabError
@@ -40,7 +40,8 @@ _ASK_S: Final = 0.05
 
 def site_dies() -> Iterator[Figure]:
     """Measure T7."""
-    samples = SITES * (ROUNDS_BEFORE + ROUNDS_AFTER) * PERIOD_STEPS * SIZE.batch
+    # Far more samples than are wanted: what sites do twice at a job's end is not what is looked for.
+    samples = 100 * SITES * PERIOD_STEPS * SIZE.batch
     plan = {"strategy": "quorum", "quorum_sites": 2, "period_steps": PERIOD_STEPS, "patience_s": 60, "codec": "int8"}
     spec = job(SIZE, plan, samples=samples, sites=SITES, STEP_S=STEP_S)
     with Federation.of(spec, spec.market.sync, WORKDIR, sites=SITES, seed=1) as running:
@@ -52,18 +53,14 @@ def site_dies() -> Iterator[Figure]:
             assert process is not None
             process.kill()
         died_ms = time.time() * 1000
-        survivors = running.sites[:2]
-        while any(site.rank is not None and site.rank.poll() is None for site in survivors):
+        survivors = range(2)
+        while min(len(_since(rounds(running, site), died_ms)) for site in survivors) < ROUNDS_AFTER:
+            if any((rank := running.sites[site].rank) is None or rank.poll() is not None for site in survivors):
+                raise LabError(f"a survivor ended too\n{running.sites[0].log_tail()}")
             running.wait(_ASK_S)
-        if any(site.rank is None or site.rank.returncode for site in survivors):
-            raise LabError(f"a survivor ended too\n{survivors[0].log_tail()}")
-        rows = [rounds(running, number) for number in range(2)]
-        told = [summary(running, number) for number in range(2)]
-        claimed = survivors[0].control.status().samples_by_site
+        rows = [rounds(running, site) for site in survivors]
     usual_s, longest_s = _stalls(rows, died_ms)
-    # What came too late for its round is claimed with the next contribution; only what nobody claims is lost.
-    steps = sum(each["inner_steps"] for each in told)
-    lost_steps = steps - sum(claimed[each["site"]] for each in told) // SIZE.batch
+    lost_steps = PERIOD_STEPS * sum(_lost_rounds(site) for site in rows)
     grace_s = spec.market.sync.grace_s
     stall_s = longest_s - usual_s
     yield Figure(
@@ -78,14 +75,24 @@ def site_dies() -> Iterator[Figure]:
     )
     yield Figure(
         "T7",
-        f"inner steps of the survivors that no round claims, of {steps}",
+        f"inner steps that the survivors lost, of {sum(int(site[-1]['step']) for site in rows)}",
         "0",
         str(lost_steps),
-        f"{sum(each['rounds_missed'] for each in told)} rounds went without one of them",
+        f"{sum(row['missed'] for site in rows for row in site):.0f} rounds went without one of them",
         "",
-        verdict(reached=lost_steps == 0 and all(each["complete"] for each in told)),
-        {"summaries": told, "claimed": claimed},
+        verdict(reached=lost_steps == 0),
+        {"rows": rows},
     )
+
+
+def _since(rows: list[dict[str, Any]], moment_ms: float) -> list[dict[str, Any]]:
+    return [row for row in rows if row["time_ms"] >= moment_ms]
+
+
+def _lost_rounds(rows: list[dict[str, Any]]) -> int:
+    """Return the rounds that a site missed and no later one made good: what misses a round travels in the next's carry."""
+    counted = [number for number, row in enumerate(rows) if not row["missed"]]
+    return len(rows) - 1 - max(counted, default=-1)
 
 
 def _stalls(rows: list[list[dict[str, Any]]], died_ms: float) -> tuple[float, float]:

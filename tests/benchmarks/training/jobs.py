@@ -17,7 +17,7 @@ from training.jobfile import read_job_file
 from training.lab.compare import job_of
 from training.lab.federation import Federation, LabError, read_rows, site_names
 from training.lab.link import LinkSpec
-from training.lab.wan import Wan
+from training.lab.wan import Wan, WanError
 from training.spec import JobSpec
 
 WORKDIR: Final = Path(__file__).parent / "job"
@@ -71,6 +71,17 @@ def job(size: Size, plan: dict[str, Any], *, samples: int, sites: int, **knobs: 
     return job_of(read_job_file(json.dumps(document)), None)
 
 
+def use_congestion_control(wan: Wan, name: str) -> str:
+    """Let TCP use `name`, or reno where the kernel reserves cubic for its first namespace; return which it is."""
+    try:
+        wan.use_congestion_control(name)
+    except WanError:
+        if name != "cubic":
+            raise
+        wan.use_congestion_control("reno")
+    return wan.congestion_control()
+
+
 def await_end(running: Federation) -> None:
     """Wait for all ranks. Raises LabError where one fails."""
     while running.running():
@@ -106,7 +117,7 @@ def plain_ddp(
     names = site_names(sites)
     with tempfile.TemporaryDirectory() as folder, Wan(names, link, seed=1) as wan, contextlib.ExitStack() as stack:
         if congestion_control:
-            wan.use_congestion_control(congestion_control)
+            use_congestion_control(wan, congestion_control)
         home = Path(folder)
         processes = []
         for rank, name in enumerate(names):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from tests.benchmarks.market.figures import Figure, verdict
-from tests.benchmarks.training.jobs import WORKDIR, Size, job
+from tests.benchmarks.training.jobs import WORKDIR, Size, job, use_congestion_control
 from training.lab.federation import Federation, site_names
 from training.lab.link import LinkSpec
 from training.lab.wan import Wan
@@ -89,15 +89,15 @@ def measured(*, size_bytes: int, controls: tuple[str, ...], connections: tuple[i
     for control in controls:
         for count in connections:
             with Wan(site_names(2), LINK, seed=1) as wan:
-                wan.use_congestion_control(control)
+                used = use_congestion_control(wan, control)
                 ours_s = contribution_s(wan, size_bytes, count)
             with Wan(site_names(2), LINK, seed=1) as wan:
-                wan.use_congestion_control(control)
+                use_congestion_control(wan, control)
                 one_s = one_stream_s(wan, size_bytes)
             share, reference = full_s / ours_s, full_s / one_s
             yield Figure(
                 "T5",
-                f"{size_bytes / 1e6:.0f} MB over {LINK}, {control}, {count} connections "
+                f"{size_bytes / 1e6:.0f} MB over {LINK}, {used}, {count} connections "
                 f"(load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores)",
                 f">= {SHARE_TARGET:.0%} of the link",
                 f"{ours_s:.1f} s, {share:.0%}",

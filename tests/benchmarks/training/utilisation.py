@@ -1,6 +1,6 @@
 """T4: the share of time in which the sites compute, on a link that a contribution fills for a fifth of it.
 
-100 Mbit/s, 50 ms one way, 0.1 % of packets lost, cubic. The model and the text are real; a step's pace is set, so that one
+100 Mbit/s, 50 ms one way, 0.1 % of packets lost, cubic (or reno, which loss slows as much, where the kernel withholds it). The model and the text are real; a step's pace is set, so that one
 contribution of all parameters takes at link rate the stated share of the H steps before it, and the processor is free
 meanwhile for what runs beside a GPU: gateways, encoding, merging. Useful is a step's set pace, times its steps, over the wall
 time of the loop, so that whatever holds a step up counts as not useful. The first block, before which nothing can be in
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.market.figures import Figure, verdict
-from tests.benchmarks.training.jobs import WORKDIR, Size, await_end, job, plain_ddp, summary
+from tests.benchmarks.training.jobs import WORKDIR, Size, await_end, job, plain_ddp, summary, use_congestion_control
 from training.codecs import CODECS
 from training.lab.federation import Federation, site_names
 from training.lab.link import LinkSpec
@@ -60,6 +60,7 @@ class Use:
     useful: float
     late_steps: int
     steps: int
+    control: str
 
 
 def contribution_bytes(codec: Codec) -> int:
@@ -81,7 +82,7 @@ def use(case: Case, *, blocks: int, connections: int = 16, pace_s: float | None 
         plan |= {"fragments": case.fragments, "overlap_steps": case.overlap_steps}
     samples = SITES * blocks * case.period_steps * SIZE.batch
     with tempfile.TemporaryDirectory() as folder, Wan(site_names(SITES), LINK, seed=1) as wan:
-        wan.use_congestion_control(CONTROL)
+        control = use_congestion_control(wan, CONTROL)
         figures = str(Path(folder, "{site}.json"))
         spec = job(SIZE, plan, samples=samples, sites=SITES, STEP_S=pace, FIGURES=figures)
         running = Federation.of(spec, spec.market.sync, WORKDIR, sites=SITES, seed=1, wan=wan, connections=connections)
@@ -96,6 +97,7 @@ def use(case: Case, *, blocks: int, connections: int = 16, pace_s: float | None 
         useful=steps * pace / sum(each["looped_s"] for each in told),
         late_steps=sum(each["late_steps"] for each in told),
         steps=steps,
+        control=control,
     )
 
 
@@ -116,7 +118,7 @@ def measured(*, cases: Sequence[Case], blocks: int, chart: Path | None) -> Itera
         yield Figure(
             "T4",
             f"useful compute, {case.name}, H={case.period_steps}, {contribution_bytes(case.codec) / 1e6:.1f} MB "
-            f"each {case.period_steps * found.step_s:.1f} s, {LINK}, {CONTROL}; {found.late_steps} of {found.steps} "
+            f"each {case.period_steps * found.step_s:.1f} s, {LINK}, {found.control}; {found.late_steps} of {found.steps} "
             f"steps slower than their pace (load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores)",
             f">= {USEFUL_TARGET:.0%}" if is_target else "shown",
             f"{found.useful:.1%}",
@@ -146,7 +148,7 @@ def draw(uses: Sequence[Use], path: Path) -> None:
     axes.axhline(USEFUL_TARGET, color="grey", linestyle=":")
     axes.set_xlabel("H, inner steps between two exchanges of the same parameters")
     axes.set_ylabel("share of time that computes")
-    axes.set_title(f"{SITES} sites, {LINK}, {CONTROL}")
+    axes.set_title(f"{SITES} sites, {LINK}, {uses[0].control}")
     axes.set_ylim(0, 1.02)
     axes.legend()
     figure.savefig(path, dpi=120)
