@@ -145,7 +145,7 @@ def predicted(cases: Sequence[Case]) -> list[Row]:
                         Row(
                             case,
                             fitted.step_s(schedule, links),
-                            fitted.half_width_log,
+                            fitted.half_width_log(schedule, links),
                             unfitted.step_s(schedule, links),
                         )
                     )
