@@ -54,6 +54,7 @@ from tests.sites.conftest import SITE_YAML, job
 from tests.sites.market import Grant, Market
 from tests.sites.waiting import wait_until
 from training.clock import SystemClock
+from training.spec import GpuRequest, Resources
 
 HEARTBEAT_S = 5.0
 IDLE_S = 30.0
@@ -110,6 +111,7 @@ class Served:
         wait_until(lambda: _answers(f"{self.url}/healthz") and _answers(self.bare_url), limit_s=120)
         self.invitations = {f"site{n:04}": invite_site(market, f"site{n:04}") for n in range(agents)}
         self.idle_invitation = invite_site(market, "hamburg")
+        self.seller_invitation = invite_site(market, "lubeck")
         market.database.close()
 
     def close(self) -> None:
@@ -237,13 +239,15 @@ def _beat(served: Served, identity: Identity, site_id: str) -> Callable[[], obje
 
 def submissions(served: Served) -> Iterator[tuple[str, str, str]]:
     """S4: jobs in the database, with hold and event, when the answer comes."""
-    body = spec(2).model_copy(update={"workdir_digest": served.workdir}).model_dump_json()
+    _beat(served, join(served.folder / "lubeck", "lubeck", served.seller_invitation), "lubeck")()
+    wanted = Resources(accelerators=(GpuRequest(gpu_type="A100", count_min=1, count_max=2),))
+    body = spec(2).model_copy(update={"workdir_digest": served.workdir, "resources": wanted}).model_dump_json()
     numbers = iter(range(10**9))
 
     def submit() -> None:
         key = {"Idempotency-Key": f"bench-{next(numbers)}", "Authorization": f"Bearer {served.token}"}
         answer = http.post(f"{served.url}/v1/jobs", content=body, headers={"Content-Type": "application/json", **key})
-        answer.raise_for_status()
+        assert answer.status_code == httpx.codes.CREATED, answer.text
 
     with httpx.Client(timeout=30) as http:
         yield "S4 durable submissions", f"{_rate([[submit]] * 4):.0f} /s", "100 /s"
