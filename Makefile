@@ -4,13 +4,14 @@ SHELL := bash
 BIN := .venv/bin
 TEST_WORKERS ?= 2
 SOAK_MINUTES ?= 10
+FUZZ_REQUESTS ?= 20000
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench bench-market soak clean
+.PHONY: help install demo test lint bench bench-market bench-training soak clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## set up .venv with the hansa command (TORCH_INDEX=… chooses torch's build, PYTHON=… the interpreter)
 	@deploy/install.sh
@@ -40,9 +41,17 @@ bench-market: install ## hold the optimiser against Gavel, Sia, POP and greedy r
 	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.market.bench_market $(if $(QUICK),--quick) \
 		$(if $(TABLE),--table $(TABLE)) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
-soak: install ## run the long kills, then search for broken invariants with new seeds for SOAK_MINUTES
+bench-training: install ## hold training across sites against DDP, fp32 and plain TCP on an emulated network (QUICK=1, ONLY=T1, LONG=1, JSON=out.json)
+	@$(BIN)/hansa market compile
+	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.training.bench_training $(if $(QUICK),--quick) \
+		$(if $(LONG),--long) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
+
+soak: install ## run the long kills, fuzz the API (FUZZ_REQUESTS=…), then search for broken invariants with new seeds for SOAK_MINUTES
 	@$(BIN)/hansa market compile
 	@$(BIN)/pytest -m soak
+	@$(BIN)/python -c 'import schemathesis' 2>/dev/null || \
+		$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint deploy/constraints.txt --editable '.[fuzz]'
+	@PYTHONPATH=. $(BIN)/python -m tests.broker.api.fuzz --requests $(FUZZ_REQUESTS)
 	@$(BIN)/python -m tests.simulation --minutes $(SOAK_MINUTES)
 
 clean: ## remove caches and build outputs; .venv stays

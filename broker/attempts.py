@@ -8,6 +8,7 @@ from its newest checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,6 +48,7 @@ from sites.protocol import (
     ExitCause,
     LeaseOrder,
     LeasePhase,
+    Skill,
 )
 from training.roundlog.signing import SignedDocument
 from training.spec import JobSpec
@@ -68,8 +70,8 @@ class AttemptOverError(ConflictError):
     code = "attempt.over"
 
 
-def order_for(session: Session, market: Market, lease: Lease) -> LeaseOrder:
-    """Return the lease as the broker wants it, with what to run where it is active."""
+def order_for(session: Session, market: Market, lease: Lease, skills: Collection[str] = ()) -> LeaseOrder:
+    """Return the lease as the broker wants it, with what to run where it is active; no more than the agent understands."""
     placement = session.get_one(Placement, lease.placement_id)
     job = session.get_one(Job, lease.job_id)
     spec = JobSpec.model_validate_json(job.spec)
@@ -88,9 +90,16 @@ def order_for(session: Session, market: Market, lease: Lease) -> LeaseOrder:
         price_micros_per_gpu_hour=lease.price_micros_per_gpu_hour,
         term_ends_ms=placement.term_ends_ms or placement.proposal_ends_ms,
         liveness_s=market.settings.liveness_s,
+        peers=_peers(session, lease) if phase is LeasePhase.PROPOSED and Skill.GANG in skills else None,
+        term_s=placement.term_s if Skill.GANG in skills else None,
         spec=spec if phase is LeasePhase.PROPOSED else None,
         attempt=_attempt_order(session, placement, lease, spec) if phase is LeasePhase.ACTIVE else None,
     )
+
+
+def _peers(session: Session, lease: Lease) -> tuple[str, ...]:
+    gang = select(Lease.site_id).where(Lease.placement_id == lease.placement_id, Lease.site_id != lease.site_id)
+    return tuple(session.scalars(gang.order_by(Lease.site_id)))
 
 
 def take_report(session: Session, market: Market, lease: Lease, report: AttemptReport) -> list[str]:

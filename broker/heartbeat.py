@@ -77,7 +77,9 @@ def receive(
             taken.report(report)
         session.flush()
         answer = HeartbeatAnswer(
-            leases=tuple(order_for(session, market, lease) for lease in _standing_leases(session, site_id)),
+            leases=tuple(
+                order_for(session, market, lease, heartbeat.skills) for lease in _standing_leases(session, site_id)
+            ),
             refusals=tuple(taken.refusals),
             usage_acknowledged=taken.acknowledged,
             certificate_pem=_renewed_certificate(session, market, site_id, heartbeat.renewal_csr_pem),

@@ -16,18 +16,17 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import (
-    BarredConfiguration,
     Gpu,
     Job,
     JobArtifact,
     Lease,
     LeasedGpu,
     Placement,
-    Round,
     UsageReport,
 )
 from broker.lease_clock import stamp_active, stamp_ended
 from broker.market import Market
+from broker.refusals import remember
 from broker.terms import begin_first_term, open_first_term
 from broker.transitions import (
     FINAL_JOB_STATES,
@@ -40,7 +39,7 @@ from broker.transitions import (
     record_event,
 )
 from broker.views import issue_first_view
-from sites.protocol import Confirmation, Veto
+from sites.protocol import Confirmation, RefusalScope, Veto
 from training.roundlog.view import GENESIS_HASH
 from training.spec import JobSpec
 
@@ -181,19 +180,17 @@ def renew_certificate(market: Market, lease: Lease) -> None:
 
 
 def veto(session: Session, market: Market, lease: Lease, refusal: Veto) -> list[str]:
-    """Void the whole gang, bar its configuration for some rounds, and return the sites to wake."""
+    """Void the whole gang, keep its next rounds away from what was refused, and return the sites to wake.
+
+    Of an active lease the site refuses the renewal: it runs to the end of its term.
+    """
     placement = session.get_one(Placement, lease.placement_id)
+    if placement.state == PlacementState.ACTIVE and refusal.scope is not RefusalScope.CONFIGURATION:
+        remember(session, market, lease, refusal)
+        return []
     if placement.state != PlacementState.PROPOSED:
         return []
-    newest = session.scalar(select(Round.round_number).order_by(Round.round_number.desc()).limit(1)) or 0
-    session.merge(
-        BarredConfiguration(
-            job_id=lease.job_id,
-            configuration_key=placement.configuration_key,
-            until_round=newest + market.settings.barred_rounds,
-            reason=f"{lease.site_id}: {refusal.reason}"[:1000],
-        )
-    )
+    remember(session, market, lease, refusal)
     reason = f"site {lease.site_id} declined ({refusal.code}): {refusal.reason}"
     return void_proposal(session, market, placement, EndCause.VETOED, reason)
 

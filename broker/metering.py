@@ -121,6 +121,8 @@ def accept_usage(session: Session, market: Market, lease: Lease, usage: Usage, *
         term.charged_micros += charges.charge_micros
         _record(session, lease, usage, part, terms=sold, charges=charges, now_ms=now_ms)
         session.flush()
+    if usage.samples:
+        _pace(lease)
     lease.usage_sequence = usage.sequence
     lease.usage_until_ms = ended_ms
     session.flush()
@@ -437,6 +439,16 @@ def _record(
             received_ms=now_ms,
         )
     )
+
+
+def _pace(lease: Lease) -> None:
+    """Note how far the lease was at its first report with samples, and at this one: training without its start."""
+    if lease.pace_from_gpu_milliseconds is None:
+        lease.pace_from_gpu_milliseconds = lease.delivered_gpu_milliseconds
+        lease.pace_from_samples = lease.delivered_samples
+    else:
+        lease.pace_reports += 1
+    lease.pace_to_gpu_milliseconds = lease.delivered_gpu_milliseconds
 
 
 def _canonical(egress_bytes: Mapping[str, int]) -> str:

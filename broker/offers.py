@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from broker.database.tables import Gpu, Link, Pool, Round, Site
 from broker.errors import RefusedError
+from broker.refusals import forget_refusals
 from broker.transitions import SiteState, note_change
 from sites.protocol import LinkOffer, Offer, PoolOffer
 from training.catalogue import GPU_TYPES
@@ -29,6 +30,8 @@ def apply_offer(session: Session, site: Site, offer: Offer) -> bool:
     if document == site.offer:
         return False
     _check(offer)
+    if site.offer and Offer.model_validate_json(site.offer).policy_digest != offer.policy_digest:
+        forget_refusals(session, site.site_id)
     site.offer = document
     site.version += 1
     pools = {pool.pool_id: pool for pool in session.scalars(select(Pool).where(Pool.site_id == site.site_id))}

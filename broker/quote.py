@@ -7,7 +7,7 @@ Also answers, at submit, whether any state of this federation could ever hold th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Final
@@ -20,8 +20,8 @@ from broker.allocation.snapshot import PoolState
 from broker.allocation.snapshot import SiteState as Listening
 from broker.database.tables import Gpu, Pool, Site
 from broker.market import Market
-from broker.rounds.snapshot import job_state, standing_links, take
-from broker.speeds import read_speeds
+from broker.rounds.snapshot import TakenSnapshot, job_state, standing_links, take
+from broker.speeds import LINKS_HALF_WIDTH_LOG, Speeds, read_speeds
 from broker.transitions import SiteState
 from pricing.money import divide_up
 from sites.protocol import Offer
@@ -36,8 +36,6 @@ from training.speeds import (
 QUOTED_JOB_ID: Final = "quoted"
 # Prices move between a quote and the next round: what is recommended stands a tenth above the last.
 BID_MARGIN_PERCENT: Final = 10
-# What the links add where a configuration spans sites: their bandwidth is probed, not promised.
-LINKS_HALF_WIDTH_LOG: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +60,35 @@ def quote_job(market: Market, spec: JobSpec, tenant_id: str = "") -> list[Quoted
 
     `tenant_id` is whose measured speeds count.
     """
+    return quote_jobs(market, [spec], tenant_id)[0]
 
-    def work(session: Session) -> list[QuotedRow]:
+
+def quote_jobs(market: Market, specs: Sequence[JobSpec], tenant_id: str) -> list[list[QuotedRow]]:
+    """Return the candidates of several jobs in one state of the market, those of each best first."""
+
+    def work(session: Session) -> list[list[QuotedRow]]:
         taken = take(session, market)
         speeds = read_speeds(session)
-        now_ms = market.clock.now_ms()
-        job = job_state(
-            QUOTED_JOB_ID,
-            spec,
-            version=0,
-            submitted_ms=now_ms,
-            hold_left_micros=spec.market.budget_micros,
-            sites=taken.site_versions,
-            speeds=speeds.valued(tenant_id, spec),
-        )
-        known = speeds.of(tenant_id, spec)
-        deadline_ms = spec.market.deadline_ms
-        left_s = None if deadline_ms is None else (deadline_ms - now_ms) / 1000
-        samples = spec.market.workload.samples
-        return [with_interval(row, known, samples=samples, left_s=left_s) for row in quote(taken.snapshot, job)]
+        return [_quoted(taken, speeds, spec, tenant_id, market.clock.now_ms()) for spec in specs]
 
     return market.database.read(work)
+
+
+def _quoted(taken: TakenSnapshot, speeds: Speeds, spec: JobSpec, tenant_id: str, now_ms: int) -> list[QuotedRow]:
+    job = job_state(
+        QUOTED_JOB_ID,
+        spec,
+        version=0,
+        submitted_ms=now_ms,
+        hold_left_micros=spec.market.budget_micros,
+        sites=taken.site_versions,
+        speeds=speeds.valued(tenant_id, spec),
+    )
+    known = speeds.of(tenant_id, spec)
+    deadline_ms = spec.market.deadline_ms
+    left_s = None if deadline_ms is None else (deadline_ms - now_ms) / 1000
+    samples = spec.market.workload.samples
+    return [with_interval(row, known, samples=samples, left_s=left_s) for row in quote(taken.snapshot, job)]
 
 
 def with_interval(

@@ -12,10 +12,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.attempts import Ending, end_job, lose_lease
-from broker.database.tables import BarredConfiguration, Job, Lease, LeasedGpu, Placement, Round, Site
+from broker.database.refusals import BarredConfiguration
+from broker.database.tables import Job, Lease, LeasedGpu, Placement, Round, Site
 from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
 from broker.market import Market
 from broker.offers import note_times_passed
+from broker.refusals import drop_refusals_over
 from broker.rounds.snapshot import renewal_starts_ms
 from broker.terms import release_finished
 from broker.transitions import (
@@ -48,6 +50,7 @@ def reconcile(market: Market) -> bool:
         session.flush()
         _fail_overdue_jobs(session, market)
         _look_again_at_barred_jobs(session)
+        drop_refusals_over(session, market.clock.now_ms())
         note_times_passed(session, market.clock.now_ms())
         return wake, is_round_due(session)
 

@@ -24,6 +24,7 @@ from kombu.connection import Connection
 from broker.bootstrap import open_market
 from broker.celery_doorbell import celery_url
 from broker.celery_guard import guard_redis
+from broker.forecasts import keep_forecasts
 from broker.market import Market
 from broker.reconcile import reconcile
 from broker.retention import sweep
@@ -128,8 +129,9 @@ def clear_task() -> None:
 
 @app.task(name="hansa.reconcile")  # type: ignore[untyped-decorator]  # celery has no types
 def reconcile_task() -> None:
-    """Bring everything that stands to where it should be."""
+    """Bring everything that stands to where it should be, then say when jobs will start and finish."""
     reconcile(_market())
+    keep_forecasts(_market())
 
 
 @app.task(name="hansa.settle")  # type: ignore[untyped-decorator]  # celery has no types

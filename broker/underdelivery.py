@@ -47,6 +47,8 @@ def promised_low_samples(session: Session, job: Job, placement: Placement, lease
     if lease.delivered_samples >= promised * seconds:
         return 0  # what was promised came in full: no need to look at what others measured
     spec = JobSpec.model_validate_json(job.spec)
+    # A profile is the tenant's word: no site answers for it.
+    spec = spec.model_copy(update={"market": spec.market.model_copy(update={"profile": ()})})
     speeds = read_speeds(session, but_site=lease.site_id, before_ms=lease.active_ms)
     known = speeds.of(job.tenant_id, spec).get(lease.gpu_type)
     if known is None or not known.measured:

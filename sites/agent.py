@@ -10,12 +10,14 @@ wardens hold the deadline, so nothing depends on this process being alive.
 
 from __future__ import annotations
 
+import datetime as dt
 import fcntl
 import os
 import secrets
 import shutil
 import socket
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Final, TextIO
@@ -23,9 +25,11 @@ from typing import Final, TextIO
 import structlog
 
 from sites import inventory
+from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempts import Attempt, Services
 from sites.client import Broker
+from sites.devices import mismatches, read_devices
 from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
 from sites.drivers.slurm import SlurmDriver
@@ -46,7 +50,10 @@ from sites.leases import (
     Stop,
     Withdraw,
     decide,
+    refused_renewals,
+    veto,
 )
+from sites.policy import PolicyBook
 from sites.protocol import (
     AttemptPhase,
     Confirmation,
@@ -55,11 +62,13 @@ from sites.protocol import (
     HeartbeatAnswer,
     LeaseOrder,
     LeasePhase,
-    Veto,
+    Offer,
+    Skill,
     Wish,
 )
 from sites.sandbox import Bubblewrap
-from sites.settings import ListenSettings, SiteSettings
+from sites.settings import ListenSettings, SiteSettings, priced
+from sites.statement import STATEMENT_AGE_S, fetch_statement
 from sites.wake import WakeListener
 from sites.wishes import judge, keep_wish, kept_wish
 from training.clock import Clock
@@ -73,6 +82,8 @@ NEWS_INTERVAL_S: Final = 0.2
 # The pace of heartbeats while an attempt's round log waits for the broker.
 HURRY_INTERVAL_S: Final = 0.4
 END_ATTEMPTS_S: Final = 30.0
+# A site that has just started has more urgent things to ask.
+STATEMENT_FIRST_S: Final = 30.0
 DRAINING_FILE: Final = "draining"
 
 _log = structlog.get_logger(__name__)
@@ -109,6 +120,13 @@ class Agent:
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
         self._measured = inventory.measure(settings)
+        self._mismatch = "; ".join(mismatches(settings, read_devices())) if _sells_gpus(settings) else ""
+        if self._mismatch:
+            _log.error("gpus.mismatch", detail=self._mismatch)
+        self._policy = PolicyBook(settings.policy, settings.policy_file)
+        self._asks = AskBook([priced(pool) for pool in settings.pools], settings.folder)
+        self._offered: tuple[Offer, Offer] | None = None
+        self._orders: tuple[LeaseOrder, ...] = ()
         self._wish = kept_wish(settings)
         self._judged = judge(settings, self._wish)
         self._boot = secrets.token_hex(8)
@@ -116,6 +134,7 @@ class Agent:
         self._attempts = {record.key: self._attempt(record) for record in self._journal.attempts()}
         self._told: dict[AttemptKey, object] = {}
         self.heartbeat_s = identity.heartbeat_s
+        self._statement_due_s = clock.monotonic_s() + STATEMENT_FIRST_S
         self.wake = threading.Event()
         self._listener = WakeListener(self.wake, identity.ca_pem)
 
@@ -149,6 +168,9 @@ class Agent:
         self._listener.follow(answer.wake_url)
         self._told = {report.key: _news(report) for report in self._records()}
         self._apply(answer, sent_s)
+        if sent_s >= self._statement_due_s:
+            self._statement_due_s = sent_s + STATEMENT_AGE_S
+            self._threads.submit(fetch_statement, self._broker, self._settings.folder)
         self.attend()
         return True
 
@@ -199,12 +221,16 @@ class Agent:
             agent_version=self._version[:40],
             boot=self._boot,
             sent_ms=self._clock.now_ms(),
-            offer=inventory.offer(self._judged.settings, self._measured, draining=self._is_draining()),
+            offer=self._offer(),
+            skills=tuple(Skill),
             # A lease that runs here is confirmed already; saying it again would only be noise.
             confirmations=tuple(
                 item for key, item in self._journal.confirmations().items() if key not in self._attempts
             ),
-            vetoes=tuple(self._journal.vetoes().values()),
+            vetoes=(
+                *self._journal.vetoes().values(),
+                *refused_renewals(self._orders, self._standing(), self._house()),
+            ),
             attempts=tuple(attempt.report() for _, attempt in sorted(self._attempts.items())),
             usage=tuple(self._journal.usage()),
             renewal_csr_pem=self._identity.renewal_csr_pem(),
@@ -243,13 +269,8 @@ class Agent:
             self._journal.acknowledge(lease_id, sequence)
         for refusal in answer.refusals:
             self._take_refusal(refusal.lease_id, refusal.code, refusal.detail)
-        standing = Standing(
-            attempts={record.key: record for record in self._records()},
-            confirmed=frozenset(self._journal.confirmations()),
-            vetoed=frozenset(self._journal.vetoes()),
-            epochs=self._journal.epochs(),
-        )
-        actions = decide(answer.leases, standing, self._house())
+        self._orders = answer.leases
+        actions = decide(answer.leases, self._standing(), self._house())
         for order in answer.leases:
             if order.phase is not LeasePhase.ENDED:
                 self._journal.fence(order.job_id, order.epoch)
@@ -268,9 +289,9 @@ class Agent:
         match action:
             case Confirm(order):
                 self._confirm(order)
-            case Refuse(order, code, reason):
-                veto = Veto(lease_id=order.lease_id, epoch=order.epoch, code=code, reason=reason)
-                self._journal.reply(order.job_id, veto)
+            case Refuse(order, objection):
+                _log.info("lease.refused", lease=order.lease_id, code=objection.code, reason=objection.reason)
+                self._journal.reply(order.job_id, veto(order, objection))
                 self.wake.set()
             case Withdraw(key):
                 self._journal.forget_reply(key)
@@ -278,7 +299,8 @@ class Agent:
                     shutil.rmtree(AttemptFolder.of(self._settings.folder, key).root, ignore_errors=True)
             case Start(order):
                 deadline_s = sent_s + order.liveness_s
-                self._begin(_record(order).model_copy(update={"deadline_s": deadline_s, "era": self._clock.era()}))
+                began = {"deadline_s": deadline_s, "era": self._clock.era(), "began_ms": self._clock.now_ms()}
+                self._begin(_record(order).model_copy(update=began))
                 if order.attempt is not None:
                     steer = Steer(
                         (order.lease_id, order.epoch),
@@ -359,10 +381,41 @@ class Agent:
         slurm = self._settings.slurm
         return House(
             gpu_ids={pool.gpu_type: frozenset(pool.gpu_ids) for pool in self._settings.pools},
-            asks={pool.gpu_type: pool.ask_curve[0].price for pool in self._judged.settings.pools},
-            policy=self._settings.policy,
+            asks=self._lowest_asks(),
+            policy=self._policy.current(),
             gpus_per_node=None if slurm is None or slurm.fabric == "trusted" else slurm.gpus_per_node,
             draining=self._is_draining(),
+            site_id=self._settings.site_id,
+            now_ms=self._clock.now_ms(),
+        )
+
+    def _offer(self) -> Offer:
+        """Return what is for sale now, and keep the offer before it: a proposal may have been made at its asks."""
+        now = dt.datetime.fromtimestamp(self._clock.now_ms() / 1000, dt.UTC)
+        pools = [priced(pool) for pool in self._judged.settings.pools]
+        asks = {kind: ask.curve for kind, ask in self._asks.asks(pools, now, self._lent_shares()).items()}
+        terms = inventory.Terms(self._policy.current(), asks, self._is_draining(), now, self._mismatch)
+        offer = inventory.offer(self._judged.settings, self._measured, terms)
+        self._offered = (offer if self._offered is None else self._offered[1], offer)
+        return offer
+
+    def _lowest_asks(self) -> dict[str, int]:
+        pools = [pool for offer in self._offered or () for pool in offer.pools]
+        kinds = {pool.gpu_type for pool in pools}
+        return {kind: min(pool.ask_micros_per_gpu_hour for pool in pools if pool.gpu_type == kind) for kind in kinds}
+
+    def _lent_shares(self) -> dict[str, float]:
+        lent: Counter[str] = Counter()
+        for record in self._records():
+            lent[record.gpu_type] += 0 if record.is_over else len(record.gpu_ids)
+        return inventory.lent_shares(self._settings.pools, self._policy.current(), lent)
+
+    def _standing(self) -> Standing:
+        return Standing(
+            attempts={record.key: record for record in self._records()},
+            confirmed=frozenset(self._journal.confirmations()),
+            vetoed=frozenset(self._journal.vetoes()),
+            epochs=self._journal.epochs(),
         )
 
 
@@ -430,6 +483,10 @@ def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
     sandbox = Bubblewrap(settings.python, settings.folder / "sandbox", settings.sandbox_readable)
     sandbox.check()
     return sandbox
+
+
+def _sells_gpus(settings: SiteSettings) -> bool:
+    return any(pool.gpu_type != inventory.CPU_SLOT for pool in settings.pools)
 
 
 def _is_installed() -> bool:

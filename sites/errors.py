@@ -29,6 +29,24 @@ class SettingsError(SiteError):
     code = "settings.invalid"
 
 
+class AskError(SiteError):
+    """An ask, or a file of power prices, that cannot be used."""
+
+    code = "ask.invalid"
+
+
+class StatementError(SiteError):
+    """There is no statement to show."""
+
+    code = "statement.missing"
+
+
+class PolicyError(SiteError):
+    """A policy.yaml that cannot be used; the message lists every fault with its line."""
+
+    code = "policy.invalid"
+
+
 class SandboxError(SiteError):
     """Strangers' code cannot be confined on this host; the message names the remedy."""
 

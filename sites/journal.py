@@ -72,6 +72,7 @@ class AttemptRecord(BaseModel):
     stop: ExitCause | None = None
     released: bool = False
     deadline_s: float = 0.0
+    began_ms: int = 0
     era: str = ""
     gateway_run: int = 1
     ranks_run: int = 1

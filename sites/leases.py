@@ -11,12 +11,14 @@ rules keep a GPU from serving two:
 
 from __future__ import annotations
 
+import datetime as dt
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sites.journal import AttemptKey, AttemptRecord
-from sites.protocol import ExitCause, LeaseOrder, LeasePhase
-from sites.settings import Policy
+from sites.policy import Asked, Objection, Policy, objections, renewal_objection
+from sites.protocol import ExitCause, LeaseOrder, LeasePhase, Veto
 from training.roundlog.signing import SignedDocument
 
 
@@ -32,8 +34,7 @@ class Refuse:
     """Veto the proposal."""
 
     order: LeaseOrder
-    code: str
-    reason: str
+    objection: Objection
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ Action = Confirm | Refuse | Withdraw | Start | Disown | Renew | Steer | Stop | R
 class House:
     """What the operator sells and under which rules; asks in micro-credits per GPU-hour.
 
+    `asks` are the lowest that a proposal may have been made at: those told to the broker when it was made.
     `gpus_per_node` is the most that one job gets where its ranks must stay on one host of several.
     """
 
@@ -108,6 +110,8 @@ class House:
     policy: Policy
     draining: bool
     gpus_per_node: int | None = None
+    site_id: str = ""
+    now_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +131,16 @@ def decide(orders: Sequence[LeaseOrder], standing: Standing, house: House) -> li
     actions: list[Action] = []
     for key, record in sorted(standing.attempts.items()):
         actions += _about_attempt(record, wanted.get(key), orders)
+    lent = _lent(wanted, standing)
     busy = [record for record in standing.attempts.values() if not record.is_over]
     for key, order in sorted(wanted.items()):
         if key in standing.attempts:
             continue
         if order.phase is LeasePhase.PROPOSED:
-            actions += _about_proposal(order, standing, house, epochs)
+            said = _about_proposal(order, standing, house, epochs, lent.get(order.gpu_type, 0))
+            if any(isinstance(action, Confirm) for action in said):
+                lent[order.gpu_type] = lent.get(order.gpu_type, 0) + len(order.gpu_ids)
+            actions += said
         elif order.phase is LeasePhase.ENDED:
             actions.append(Disown(order, ExitCause.ORDERED, "the lease ended before anything was started here"))
         elif order.epoch < epochs[order.job_id]:
@@ -149,46 +157,90 @@ def decide(orders: Sequence[LeaseOrder], standing: Standing, house: House) -> li
     return actions
 
 
-def complaint(order: LeaseOrder, house: House) -> tuple[str, str] | None:
-    """Return the code and the reason for which the operator refuses a proposal, None if welcome."""
-    policy, gpus = house.policy, house.gpu_ids.get(order.gpu_type, frozenset())
+def complaint(order: LeaseOrder, house: House, lent: int = 0) -> Objection | None:
+    """Return why the owner refuses a proposal, None if it is welcome; `lent` GPUs of its pool serve other leases."""
+    gpus = house.gpu_ids.get(order.gpu_type, frozenset())
     unknown = sorted(set(order.gpu_ids) - gpus) or ([] if order.gpu_ids else ["(none)"])
-    rules = (
-        (bool(unknown), "gpu.unknown", f"this site has no {order.gpu_type} named {', '.join(unknown[:5])}"),
-        (house.draining, "policy.draining", "this site is draining and takes nothing new"),
-        (order.tenant_id in policy.tenants_refused, "policy.tenant", "the operator does not serve this tenant"),
-        (
-            len(order.gpu_ids) > policy.gpus_max_per_lease,
-            "policy.gpus_max",
-            f"the operator lends at most {policy.gpus_max_per_lease} GPUs to one job",
-        ),
-        (
-            house.gpus_per_node is not None and len(order.gpu_ids) > house.gpus_per_node,
+    if unknown:
+        return Objection("gpu.unknown", f"this site has no {order.gpu_type} named {', '.join(unknown[:5])}")
+    if house.draining:
+        return Objection("policy.draining", "this site is draining and takes nothing new")
+    asked = Asked(
+        site_id=house.site_id,
+        tenant_id=order.tenant_id,
+        spec=order.spec,
+        gpus=len(order.gpu_ids),
+        pool_gpus=len(gpus),
+        lent=lent,
+        peers=order.peers,
+        term_s=order.term_s,
+    )
+    refused = objections(house.policy, asked, _moment(house.now_ms))
+    if refused:
+        return refused[0]
+    if house.gpus_per_node is not None and len(order.gpu_ids) > house.gpus_per_node:
+        return Objection(
             "policy.gpus_per_node",
             f"this site's jobs stay on one node of {house.gpus_per_node} GPUs: its cluster's network is not trusted to them",
-        ),
-        (
-            order.spec is not None and order.spec.setup is not None and not policy.setup_allowed,
-            "policy.setup",
-            "the operator runs no setup commands; put what is needed into the workdir",
-        ),
-        (
-            order.price_micros_per_gpu_hour < house.asks.get(order.gpu_type, 0),
-            "price.below_ask",
-            "the price is below this site's ask",
-        ),
-    )
-    return next(((code, reason) for broken, code, reason in rules if broken), None)
+        )
+    if order.price_micros_per_gpu_hour < house.asks.get(order.gpu_type, 0):
+        return Objection("price.below_ask", "the price is below this site's ask")
+    return None
 
 
-def _about_proposal(order: LeaseOrder, standing: Standing, house: House, epochs: Mapping[str, int]) -> list[Action]:
+def refused_renewals(orders: Sequence[LeaseOrder], standing: Standing, house: House) -> list[Veto]:
+    """Return the active leases that get no further term here: their job has been here too long, or is no longer welcome."""
+    found = []
+    for order in orders:
+        record = standing.attempts.get((order.lease_id, order.epoch))
+        if order.phase is not LeasePhase.ACTIVE or record is None or record.is_over or not record.began_ms:
+            continue
+        asked = Asked(
+            site_id=house.site_id,
+            tenant_id=order.tenant_id,
+            spec=None if order.attempt is None else order.attempt.spec,
+            gpus=len(order.gpu_ids),
+            pool_gpus=len(order.gpu_ids),
+            term_s=order.term_s,
+        )
+        lasted_h = max(0, order.term_ends_ms - record.began_ms) / 3_600_000
+        against = renewal_objection(house.policy, asked, lasted_h)
+        if against is not None:
+            found.append(veto(order, against))
+    return found
+
+
+def veto(order: LeaseOrder, objection: Objection) -> Veto:
+    """Return a refusal as the broker hears it."""
+    return Veto(lease_id=order.lease_id, epoch=order.epoch, **objection._asdict())
+
+
+def _moment(now_ms: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(now_ms / 1000, dt.UTC)
+
+
+def _about_proposal(
+    order: LeaseOrder, standing: Standing, house: House, epochs: Mapping[str, int], lent: int
+) -> list[Action]:
     key = (order.lease_id, order.epoch)
     if key in standing.confirmed or key in standing.vetoed:
         return []  # said already; it is repeated in every heartbeat
     if order.epoch < epochs[order.job_id]:
-        return [Refuse(order, "epoch.old", f"epoch {epochs[order.job_id]} of this job was seen here already")]
-    reason = complaint(order, house)
-    return [Confirm(order)] if reason is None else [Refuse(order, *reason)]
+        return [
+            Refuse(order, Objection("epoch.old", f"epoch {epochs[order.job_id]} of this job was seen here already"))
+        ]
+    against = complaint(order, house, lent)
+    return [Confirm(order)] if against is None else [Refuse(order, against)]
+
+
+def _lent(wanted: Mapping[AttemptKey, LeaseOrder], standing: Standing) -> dict[str, int]:
+    """Count the GPUs by type that serve leases here, or are promised to them."""
+    held = {
+        (record.gpu_type, gpu) for record in standing.attempts.values() if not record.is_over for gpu in record.gpu_ids
+    }
+    for key in standing.confirmed & wanted.keys():
+        held |= {(wanted[key].gpu_type, gpu) for gpu in wanted[key].gpu_ids}
+    return Counter(gpu_type for gpu_type, _ in held)
 
 
 def _about_attempt(record: AttemptRecord, order: LeaseOrder | None, orders: Sequence[LeaseOrder]) -> list[Action]:

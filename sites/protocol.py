@@ -8,6 +8,7 @@ states what *should be*, so a lost, doubled or late message changes nothing but 
 Routes (all below `/site/v1`):
     POST /enrol                              Enrolment          -> EnrolmentAnswer
     POST /heartbeat                          Heartbeat          -> HeartbeatAnswer
+    GET  /statement?days=                                       -> SiteStatement
     GET  /artifacts/DIGEST                   Range              -> bytes
     PUT  /artifacts/DIGEST?offset=&size=     bytes              -> ArtifactState
     POST /leases/LEASE/EPOCH/streams/NAME?offset=  bytes        -> StreamState (NAME: log, metrics)
@@ -164,6 +165,10 @@ class Offer(Message):
     data_egress_to_continent: Rate = 0
     data_egress_beyond: Rate = 0
     environment: dict[str, str] = Field(default_factory=dict, max_length=50, description="what the site runs, by name")
+    mismatch: Sentence = Field(default="", description="where what is promised is not what the host was found to have")
+    policy_digest: Digest | None = Field(
+        default=None, description="names the owner's policy: when it changes, what was refused is asked again"
+    )
 
 
 class Confirmation(Message):
@@ -176,13 +181,27 @@ class Confirmation(Message):
     gateway_address: Address | None
 
 
+class RefusalScope(enum.StrEnum):
+    """How far a refusal reaches: what of the same kind would be refused too."""
+
+    CONFIGURATION = "configuration"  # this one: so many GPUs here, beside these sites
+    GANGS = "gangs"  # the job beside any other site
+    SITE = "site"  # the job here at all
+
+
 class Veto(Message):
-    """The site refuses a proposed lease by its own policy; the whole gang is void."""
+    """The site refuses a proposed lease by its own policy; the whole gang is void.
+
+    Of an active lease it refuses the renewal: the term runs on to its end. `until_ms` says from when on the site
+    may be asked again; without it the broker waits as long as it is set to.
+    """
 
     lease_id: LeaseId
     epoch: int = Field(ge=1)
     code: str = Field(max_length=64)
     reason: Sentence
+    scope: RefusalScope = RefusalScope.CONFIGURATION
+    until_ms: UtcMs | None = None
 
 
 class AttemptPhase(enum.StrEnum):
@@ -260,6 +279,12 @@ class Usage(Message):
     egress_bytes: dict[SiteId, Annotated[int, Field(ge=0, le=10**18)]] = Field(default_factory=dict, max_length=64)
 
 
+class Skill(enum.StrEnum):
+    """What an agent understands beyond the first protocol: a broker sends an agent nothing that it would refuse."""
+
+    GANG = "gang"  # LeaseOrder.peers and term_s
+
+
 class Wish(Message):
     """What the site's operator asked for in the portal: the agent takes what its own settings allow.
 
@@ -286,6 +311,7 @@ class Heartbeat(Message):
     boot: str = Field(max_length=64)
     sent_ms: int | None = Field(default=None, ge=0, description="the site's own clock, for the age of its reports")
     offer: Offer
+    skills: tuple[str, ...] = Field(default=(), max_length=32, description="see Skill; unknown ones are ignored")
     confirmations: tuple[Confirmation, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
     vetoes: tuple[Veto, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
     attempts: tuple[AttemptReport, ...] = Field(default=(), max_length=LEASES_PER_SITE_MAX)
@@ -345,6 +371,8 @@ class LeaseOrder(Message):
     term_ends_ms: int
     liveness_s: float = Field(gt=0)
     spec: JobSpec | None = Field(default=None, description="with a proposal, for the owner's policy")
+    peers: tuple[SiteId, ...] | None = Field(default=None, max_length=64, description="the gang's other sites")
+    term_s: int | None = Field(default=None, ge=1, description="how long a term is")
     attempt: AttemptOrder | None = None
 
 
@@ -366,6 +394,29 @@ class HeartbeatAnswer(Message):
     heartbeat_s: float = Field(gt=0)
     wake_url: str | None = Field(default=None, max_length=2000, description="a stream that says when to look")
     wish: Wish | None = Field(default=None, description="only for a site that takes wishes, which older agents do not")
+
+
+class SiteStatement(Message):
+    """What a site earned and its own customers spent in a period, and what sharing was worth.
+
+    `worth_…` are of the site's GPUs and its customers' jobs together, over the `rounds_known` that cover `covered_ms` of it:
+    what they had in the federation, and what they would have had in a market of their own.
+    """
+
+    site_id: SiteId
+    since_ms: int
+    until_ms: int
+    leases: int
+    gpu_milliseconds: int
+    payout_micros: int
+    link_revenue_micros: int
+    refunded_micros: int
+    spent_by_customers_micros: int
+    balance_micros: int
+    rounds_known: int
+    covered_ms: int
+    worth_federated_micros: int
+    worth_alone_micros: int
 
 
 class ArtifactState(Message):

@@ -5,6 +5,7 @@ folder: ./hamburg                 # relative to this file; created with mode 700
 pools:
   - {gpu_type: cpu-slot, gpus: 2, ask: 0.20}          # credits per GPU-hour; or a curve, the last GPUs dearer:
   - {gpu_type: A100, gpus: 16, ask: [{gpus: 8, price: 1.10}, {gpus: 8, price: 1.60}], gpus_max_per_job: 8,
+     ask_rules: {schedule: [{days: mon-fri, from: 08:00, to: 20:00, factor: 1.5}]},  # by load and power too: sites/asks.py
      reserved: [{from: 2030-01-05T08:00Z, to: 2030-01-05T18:00Z, gpus: 4}]}
 region: eu-north                  # with continent, for data that may not leave them
 data_egress: {region: 0, continent: 0.02, beyond: 0.08}   # credits per GB of data whose home is here
@@ -12,7 +13,7 @@ drain_at: 2030-02-01T00:00Z       # nothing is for sale from then on
 links:
   - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
 listen: {host: 203.0.113.7, ports: 7600-7699}         # leave out to dial out only
-policy: {tenants_refused: [], gpus_max_per_lease: 8}
+policy_file: policy.yaml          # which leases the owner refuses (sites/policy.py); or here, as policy: {gpus_max_per_lease: 8}
 remote: {asks: {A100: {least: 1.00, most: 2.50}}, drain: true}   # what the portal may set; without it, nothing
 driver: process                   # or slurm, with: slurm: {partition: main, account: market, gpus_per_node: 8, gres: gpu,
                                   #   fabric: none, gateway_host: 10.0.0.5, extra_args: ["--time=24:00:00"]}
@@ -22,18 +23,16 @@ limits: {memory_gb: 48, disk_gb: 100}             # of a whole lease; more below
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
-import yaml
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, model_validator
 
-from pricing.errors import PricingError
-from pricing.money import parse_credits
+from sites.asks import AskPart, AskRules, Credits, Curve, PricedPool, check_curve, parse_price
 from sites.errors import SettingsError
+from sites.policy import Policy
 from sites.protocol import (
     ASK_STEPS_MAX,
     GPUS_PER_POOL_MAX,
@@ -43,22 +42,15 @@ from sites.protocol import (
     Micros,
     PlaceName,
 )
+from sites.yaml_file import Section, read_yaml
 from training.catalogue import GPU_TYPES
 from training.spec import SiteId
 
-SETTINGS_BYTES_MAX: Final = 64 * 1024
 # A Unix socket's path has room for 107 bytes; attempts put theirs some 60 below the site's folder.
 _UNITS: Final = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BANDWIDTH: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(?:bit/s|bps|b/s)")
 _PORTS: Final = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _PORT_MAX: Final = 65_535
-
-
-def _credits(value: object) -> int:
-    try:
-        return parse_credits(str(value))
-    except PricingError as error:
-        raise ValueError(str(error)) from None
 
 
 def _bandwidth(value: object) -> float:
@@ -77,25 +69,10 @@ def _ports(value: object) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,-]{1,200}$")]
 
 
-Credits = Annotated[Micros, BeforeValidator(_credits)]
-"""Credits as a person writes them, kept as micro-credits."""
-
-
-class AskPart(_Section):
-    """A part of an ask curve: so many GPUs, cheapest first, at this price."""
-
-    gpus: int = Field(ge=1, le=GPUS_PER_POOL_MAX)
-    price: Credits
-
-
-class ReservedSettings(_Section):
+class ReservedSettings(Section):
     """GPUs kept from the market for a time."""
 
     begins: AwareDatetime = Field(alias="from")
@@ -111,11 +88,11 @@ class ReservedSettings(_Section):
 
 
 def _curve(value: object) -> object:
-    """Return a flat ask as a curve of one part, whose GPUs are counted later."""
-    return value if isinstance(value, list | tuple) else _credits(value)
+    """Return a curve as it stands and a flat ask in micro-credits; its GPUs are counted later."""
+    return value if isinstance(value, list | tuple) else parse_price(value)
 
 
-class PoolSettings(_Section):
+class PoolSettings(Section):
     """One GPU type. `gpus` is a number, or the names of the devices as the driver knows them."""
 
     gpu_type: str
@@ -124,6 +101,7 @@ class PoolSettings(_Section):
         Annotated[tuple[AskPart, ...], Field(min_length=1, max_length=ASK_STEPS_MAX + 1)] | Micros,
         BeforeValidator(_curve),
     ] = Field(description="credits per GPU-hour, or a curve")
+    ask_rules: AskRules = Field(default=AskRules(), description="when it is another ask: sites/asks.py")
     gpus_max_per_job: int | None = Field(default=None, ge=1, le=GPUS_PER_POOL_MAX)
     reserved: tuple[ReservedSettings, ...] = Field(default=(), max_length=RESERVATIONS_MAX)
 
@@ -135,17 +113,11 @@ class PoolSettings(_Section):
         if len(set(self.gpu_ids)) != len(self.gpu_ids) or not self.gpu_ids:
             message = "gpus must name each device once, and at least one"
             raise ValueError(message)
-        prices = [part.price for part in self.ask_curve]
-        if any(later <= earlier for earlier, later in itertools.pairwise(prices)):
-            message = "ask: each part of a curve must cost more than the one before; the cheapest GPUs are sold first"
-            raise ValueError(message)
-        if sum(part.gpus for part in self.ask_curve) != len(self.gpu_ids):
-            message = f"ask: the parts of the curve must add up to the pool's {len(self.gpu_ids)} GPUs"
-            raise ValueError(message)
+        check_curve(self.ask_curve, len(self.gpu_ids))
         return self
 
     @property
-    def ask_curve(self) -> tuple[AskPart, ...]:
+    def ask_curve(self) -> Curve:
         """The ask as a curve, cheapest first; a flat one has one part."""
         if isinstance(self.ask, tuple):
             return self.ask
@@ -157,7 +129,12 @@ class PoolSettings(_Section):
         return tuple(str(n) for n in range(self.gpus)) if isinstance(self.gpus, int) else self.gpus
 
 
-class LinkSettings(_Section):
+def priced(pool: PoolSettings) -> PricedPool:
+    """Return a pool as far as its ask goes."""
+    return PricedPool(pool.gpu_type, len(pool.gpu_ids), pool.ask_curve, pool.ask_rules)
+
+
+class LinkSettings(Section):
     """What this site may send to another, and what it asks for that."""
 
     target: SiteId
@@ -166,7 +143,7 @@ class LinkSettings(_Section):
     egress_price: Credits = Field(default=0, description="credits per GB")
 
 
-class DataEgressSettings(_Section):
+class DataEgressSettings(Section):
     """What it costs, in credits per GB, when data whose home is this site is read elsewhere."""
 
     region: Credits = 0
@@ -174,7 +151,7 @@ class DataEgressSettings(_Section):
     beyond: Credits = 0
 
 
-class ListenSettings(_Section):
+class ListenSettings(Section):
     """Where other sites' gateways reach this one's; `bind` differs from `host` behind a NAT."""
 
     host: str = Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,255}$")
@@ -184,15 +161,7 @@ class ListenSettings(_Section):
     bind: str | None = None
 
 
-class Policy(_Section):
-    """Which leases the operator refuses."""
-
-    tenants_refused: tuple[str, ...] = Field(default=(), max_length=10_000)
-    gpus_max_per_lease: int = Field(default=GPUS_PER_POOL_MAX, ge=1)
-    setup_allowed: bool = True
-
-
-class AskRange(_Section):
+class AskRange(Section):
     """Between which prices, in credits per GPU-hour, an ask may be set from the market's portal."""
 
     least: Credits
@@ -206,7 +175,7 @@ class AskRange(_Section):
         return self
 
 
-class RemoteSettings(_Section):
+class RemoteSettings(Section):
     """What the site's operator may change from the market's portal, in place of this file. By default nothing."""
 
     asks: dict[str, AskRange] = Field(default_factory=dict, max_length=POOLS_PER_SITE_MAX)
@@ -218,7 +187,7 @@ class RemoteSettings(_Section):
         return bool(self.asks) or self.drain
 
 
-class LimitSettings(_Section):
+class LimitSettings(Section):
     """Limits of each process of a job, and of a lease as a whole."""
 
     open_files: int = Field(default=4096, ge=64)
@@ -239,7 +208,7 @@ class LimitSettings(_Section):
     artifact_cache_gb: float = Field(default=8, gt=0)
 
 
-class SlurmSettings(_Section):
+class SlurmSettings(Section):
     """How runs become jobs of a cluster. The site's folder and `python` are at the same paths on all its nodes."""
 
     partition: SlurmWord | None = None
@@ -263,7 +232,7 @@ class SlurmSettings(_Section):
     )
 
 
-class SiteSettings(_Section):
+class SiteSettings(Section):
     """The whole file."""
 
     site_id: SiteId
@@ -276,6 +245,7 @@ class SiteSettings(_Section):
     data_egress: DataEgressSettings = DataEgressSettings()
     drain_at: AwareDatetime | None = None
     policy: Policy = Policy()
+    policy_file: Path | None = Field(default=None, description="instead of `policy`; read again whenever it changes")
     remote: RemoteSettings = RemoteSettings()
     limits: LimitSettings = LimitSettings()
     driver: Literal["process", "slurm"] = "process"
@@ -307,6 +277,9 @@ class SiteSettings(_Section):
         if self.site_id in [link.target for link in self.links]:
             message = "links: a link leads to another site"
             raise ValueError(message)
+        if self.policy_file is not None and self.policy != Policy():
+            message = "policy and policy_file: the owner's policy stands in one place; write one of them"
+            raise ValueError(message)
         if (self.driver == "slurm") != (self.slurm is not None):
             message = "driver: slurm and the section slurm: {gpus_per_node: …} go together; write both or neither"
             raise ValueError(message)
@@ -324,58 +297,16 @@ def load_settings(path: Path) -> SiteSettings:
 
     Raises SettingsError listing every fault with its line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read ({error}); write a site.yaml there") from None
-    if len(text) > SETTINGS_BYTES_MAX:
-        raise SettingsError(f"{path} is larger than {SETTINGS_BYTES_MAX // 1024} KiB; that is no site.yaml")
-    lines: dict[tuple[str | int, ...], int] = {}
-    try:
-        document = _document(text, lines)
-        settings = SiteSettings.model_validate(document)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise SettingsError("\n".join(_sentence(path, fault, lines) for fault in error.errors())) from None
-    return settings.model_copy(update={"folder": (path.parent / settings.folder).resolve()})
+    settings = read_yaml(path, SiteSettings, SettingsError)
+    places = {name: getattr(settings, name) for name in ("folder", "policy_file")}
+    found = {name: (path.parent / place).resolve() for name, place in places.items() if place is not None}
+    return settings.model_copy(update={**found, "pools": tuple(_located(pool, path.parent) for pool in settings.pools)})
 
 
-def _document(text: str, lines: dict[tuple[str | int, ...], int]) -> Any:  # noqa: ANN401  any YAML value
-    loader = yaml.SafeLoader(text)
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            # An alias of an alias of an alias … is a few hundred bytes here and gigabytes when walked.
-            if isinstance(event, yaml.AliasEvent):
-                raise yaml.YAMLError(f"line {_line(event)}: aliases (*name) are not allowed")
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        _note_lines(node, (), lines)
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _line(place: yaml.Node | yaml.Event) -> int:
-    return 1 + (place.start_mark.line if place.start_mark else 0)
-
-
-def _note_lines(node: yaml.Node, place: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> None:
-    lines[place] = _line(node)
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            _note_lines(value, (*place, str(key.value)), lines)
-            lines[(*place, str(key.value))] = _line(key)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _note_lines(value, (*place, index), lines)
-
-
-def _sentence(path: Path, fault: Any, lines: dict[tuple[str | int, ...], int]) -> str:  # noqa: ANN401  pydantic's ErrorDetails
-    place = tuple(fault["loc"])
-    known = place
-    while known and known not in lines:
-        known = known[:-1]
-    key = ".".join(str(part) for part in place) or "the file"
-    return f"{path}, line {lines.get(known, 1)}, {key}: {fault['msg'].removeprefix('Value error, ')}"
+def _located(pool: PoolSettings, folder: Path) -> PoolSettings:
+    """Return a pool whose power file stands with its whole path."""
+    power = pool.ask_rules.power
+    if power is None:
+        return pool
+    power = power.model_copy(update={"file": (folder / power.file).resolve()})
+    return pool.model_copy(update={"ask_rules": pool.ask_rules.model_copy(update={"power": power})})

@@ -7,6 +7,7 @@ the broker's, so a host in a datacenter needs `hansa[site]` only.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 import signal
 import sys
@@ -19,16 +20,20 @@ from typing import Annotated, Any
 import structlog
 import typer
 
+from sites import asks_cli, policy_cli
 from sites import doctor as diagnosis
 from sites import identity as identities
 from sites.agent import DRAINING_FILE, Agent
 from sites.client import BrokerClient, enrol
-from sites.errors import JoinStringError, SiteError
+from sites.errors import AskError, JoinStringError, SiteError
 from sites.journal import Journal
 from sites.settings import SiteSettings, load_settings
+from sites.statement import kept_statement, lines
 from training.clock import SystemClock
 
 app = typer.Typer(help="Offer a datacenter's GPUs to the market.", no_args_is_help=True)
+
+app.add_typer(policy_cli.app, name="policy")
 
 SettingsOption = Annotated[Path, typer.Option("--settings", help="the site.yaml of this site")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for other programs")]
@@ -108,6 +113,36 @@ def status(*, settings: SettingsOption = Path("site.yaml"), as_json: JsonOption 
             ),
         ]
         _say(found, "\n".join(lines), as_json=as_json)
+
+
+@app.command()
+def ask(
+    gpu_type: Annotated[str | None, typer.Argument(help="the pool whose ask is to be another")] = None,
+    price: Annotated[
+        str | None, typer.Argument(help="credits per GPU-hour, or a curve, cheapest first: 8:1.10,8:1.60")
+    ] = None,
+    *,
+    settings: SettingsOption = Path("site.yaml"),
+    clear: Annotated[bool, typer.Option("--clear", help="take back what was set; site.yaml's ask holds again")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what this site asks now and over the next 24 hours; with a pool and a price, set another base first."""
+    with _errors_told():
+        site = load_settings(settings)
+        if gpu_type is not None and (price is None) == clear:
+            asks_cli.change_ask(site, gpu_type, price)
+        elif gpu_type is not None or price is not None or clear:
+            raise AskError("name a pool with either a price or --clear")
+        pools = asks_cli.asks_ahead(site, dt.datetime.fromtimestamp(SystemClock().now_ms() / 1000, dt.UTC))
+        _say({"pools": pools}, asks_cli.table(pools), as_json=as_json)
+
+
+@app.command()
+def statement(*, settings: SettingsOption = Path("site.yaml"), as_json: JsonOption = False) -> None:
+    """Show what this site earned, what its customers spent, and what it would have been worth alone."""
+    with _errors_told():
+        found = kept_statement(load_settings(settings).folder)
+        _say(found.model_dump(mode="json"), "\n".join(lines(found, SystemClock().now_ms())), as_json=as_json)
 
 
 @app.command()

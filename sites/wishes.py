@@ -14,9 +14,10 @@ import structlog
 from pydantic import ValidationError
 
 from pricing.money import format_credits
+from sites.asks import AskPart
 from sites.identity import write_private
 from sites.protocol import Wish, WishReply
-from sites.settings import AskPart, PoolSettings, SiteSettings
+from sites.settings import PoolSettings, SiteSettings
 
 WISH_FILE: Final = "wish.json"
 _log = structlog.get_logger(__name__)

@@ -27,6 +27,7 @@ from training.codecs import Values
 from training.errors import CheckpointError, ModelError
 from training.exchange import SampleRange
 from training.fragments import Fragment
+from training.parameters import Parameters
 from training.roundlog.view import Hash
 
 NEWEST: Final = "newest.json"
@@ -219,10 +220,11 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[Tensors, str]:
-    """Return an optimizer's state as tensors named `index/key`, and the JSON of all that is no tensor.
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Parameters) -> tuple[Tensors, str]:
+    """Return an optimizer's state as whole tensors named `index/key`, and the JSON of all that is no tensor.
 
-    Raises ModelError where it keeps something that neither tensors nor JSON can hold.
+    A collective where the model is sharded; the tensors are rank 0's, other ranks get none. Raises ModelError where it keeps
+    something that neither tensors nor JSON can hold.
     """
     saved = optimizer.state_dict()
     tensors: Tensors = {}
@@ -231,7 +233,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[Tensors, str]:
         plain[str(index)] = {}
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{key}"] = value.detach().to("cpu").clone()
+                whole = parameters.whole(f"the optimizer's {key}", value)
+                if whole is not None:
+                    tensors[f"{index}/{key}"] = whole
             else:
                 plain[str(index)][key] = value
     groups = [
@@ -245,14 +249,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[Tensors, str]:
         raise ModelError(message) from error
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, document: str) -> None:
-    """Give `optimizer` the state that `optimizer_state` returned. Raises CheckpointError where it does not fit."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Parameters, tensors: Tensors, document: str
+) -> None:
+    """Give `optimizer` the state that `optimizer_state` returned, sharded as its parameters are now.
+
+    Raises CheckpointError where it does not fit.
+    """
     try:
         loaded = json.loads(document)
         state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in loaded["state"].items()}
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for name, tensor in tensors.items():
             index, _, key = name.partition("/")
-            state[int(index)][key] = tensor
+            state[int(index)][key] = parameters.sharded_like(stepped[int(index)], tensor)
         groups = [
             {
                 key: tuple(value) if isinstance(value, list) and key != "params" else value
@@ -261,7 +271,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, docume
             for group in loaded["groups"]
         ]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         message = f"the checkpoint's optimizer state does not fit {type(optimizer).__name__} ({error})"
         raise CheckpointError(message) from error
 

@@ -16,6 +16,7 @@
       data: {home_site: hamburg, residency: region, bytes_per_sample: 4096}
       bid_steps: [{above_samples_per_s: 500, bid: 0.5}]   # what is faster than that is worth less
       workload: {samples: 19200, batch_per_gpu: 16, parameters: 136960, flops_per_sample: 5.3e7}
+      profile: [{gpu_type: T4, batch_per_gpu: 16, steps: 240, step_s: 0.021}]   # as `hansa profile` writes it
       sync: auto                        # or a block: {strategy: streaming, fragments: 4, …}
 
 Reading is strict, since a misspelt key would otherwise cost money: unknown keys, doubled keys, aliases and tags are
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -36,7 +37,7 @@ import yaml
 from pydantic import ValidationError
 
 from training.errors import SpecError
-from training.spec import BUDGET_MICROS_MAX, JobSpec
+from training.spec import BUDGET_MICROS_MAX, JobSpec, ProfileTerms
 
 JOB_FILE_BYTES_MAX: Final = 256 * 1024
 DEPTH_MAX: Final = 12
@@ -44,7 +45,7 @@ MICROS_PER_CREDIT: Final = 1_000_000
 JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "market")
 MARKET_KEYS: Final = (
     *("budget", "bid", "bid_steps", "deadline", "sites_max", "sites_allowed", "mixed_types", "data", "start"),
-    *("workload", "sync"),
+    *("workload", "profile", "sync"),
 )
 # How the file's names stand on the wire, so that a fault found there is reported where the person wrote it.
 WRITTEN_AS: Final[dict[str, str]] = {
@@ -75,6 +76,34 @@ class JobFile:
             return JobSpec.model_validate({**self.document, "workdir_digest": workdir_digest})
         except ValidationError as error:
             raise SpecError([_problem(row) for row in error.errors()], _known_lines(error, self.lines)) from None
+
+
+def with_profile(text: str, rows: Sequence[ProfileTerms]) -> str:
+    """Return a job file's text with these rows in its `market.profile`, everything else as it was written.
+
+    Rows of GPU types that `rows` does not name stay. Raises SpecError where the file cannot be read, or where its
+    market block stands on one line.
+    """
+    file = read_job_file(text)
+    below = sorted(line for place, line in file.lines.items() if place.startswith("/market/"))
+    if not below or below[0] <= file.lines["/market"]:
+        problem = ("/market", "write the block with one key a line, so that a profile can be put into it")
+        raise SpecError([problem], dict(file.lines))
+    lines = text.splitlines(keepends=True)
+    first = lines[below[0] - 1]
+    indent = first[: len(first) - len(first.lstrip())]
+    measured = {row.gpu_type for row in rows}
+    stated = [row for row in file.document["market"].get("profile") or () if row.get("gpu_type") not in measured]
+    entries = [*stated, *(row.model_dump() for row in rows)]
+    flow = (", ".join(f"{name}: {value}" for name, value in entry.items()) for entry in entries)
+    block = [f"{indent}profile:\n", *(f"{indent}  - {{{entry}}}\n" for entry in flow)]
+    start = file.lines.get("/market/profile", below[0]) - 1
+    end = start
+    if "/market/profile" in file.lines:
+        end += 1
+        while end < len(lines) and (not lines[end].strip() or lines[end].startswith((f"{indent} ", f"{indent}-"))):
+            end += 1
+    return "".join([*lines[:start], *block, *lines[end:]])
 
 
 def load_job_file(path: Path) -> JobFile:

@@ -60,8 +60,8 @@ class OuterShare:
         self._key = key
         self.owned: dict[int, OwnedFragment] = {}
         for fragment in self.fragments:
+            theta = parameters.read(fragment, fragment.owner(ranks.world))
             if fragment.owner(ranks.world) == ranks.rank:
-                theta = parameters.read(fragment)
                 owned = OwnedFragment(fragment, theta, np.zeros_like(theta), np.zeros_like(theta))
                 strategy.begin(owned, joined=False)
                 self.owned[fragment.number] = owned
@@ -93,11 +93,13 @@ class OuterShare:
         return [(place, self.owned[number]) for place, number in travelling if number in self.owned]
 
     def contribution(self, codec_name: str, round_number: int) -> dict[int, bytes]:
-        """Encode this rank's fragments of a round, by place, and keep the new carries."""
+        """Encode this rank's fragments of a round, by place, and keep the new carries. A collective."""
         codec = CODECS[codec_name]
         payloads: dict[int, bytes] = {}
+        # All are read before any is encoded: ranks gather together, then each encodes its own.
+        present = self._present(self.travelling(round_number))
         for place, owned in self.owned_places(round_number):
-            moved = self.strategy.moved(owned, self._present(owned))
+            moved = self.strategy.moved(owned, present.pop(owned.fragment.number))
             hint = Hint(self._rounding_key(round_number, owned), self.parameters.shapes(owned.fragment))
             if self.strategy.keeps_carry:
                 payload, _ = codec.encode(moved, owned.carry, hint, owned.carry)
@@ -110,18 +112,32 @@ class OuterShare:
         """Return what was posted for an earlier round that went without it, for this one."""
         return {place: owned.posted for place, owned in self.owned_places(round_number) if owned.posted is not None}
 
-    def _present(self, owned: OwnedFragment) -> Values:
-        reads = self.parameters.read_gradients if self.strategy.gradients else self.parameters.read
-        return reads(owned.fragment)
+    def _present(self, numbers: Sequence[int], *, gradients: bool | None = None) -> dict[int, Values]:
+        """Return what the model holds of those of the fragments that this rank owns. A collective.
+
+        Gradients, where the strategy exchanges them and `gradients` does not say otherwise.
+        """
+        wanted = self.strategy.gradients if gradients is None else gradients
+        reads = self.parameters.read_gradients if wanted else self.parameters.read
+        found: dict[int, Values] = {}
+        for number in numbers:
+            fragment = self.fragments[number]
+            values = reads(fragment, fragment.owner(self._ranks.world))
+            if number in self.owned:
+                found[number] = values
+        return found
 
     def _rounding_key(self, round_number: int, owned: OwnedFragment) -> int:
         name = f"hansa rounding {self._key} {round_number} {owned.fragment.number}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
     def adopt(self) -> None:
-        """Take the model's present parameters as the outer ones, as a `local` job does each round."""
-        for owned in self.owned.values():
-            owned.theta = self.parameters.read(owned.fragment)
+        """Take the model's present parameters as the outer ones. A collective.
+
+        So does a `local` job each round, and any after an optimizer's step on exchanged gradients.
+        """
+        for number, values in self._present(range(len(self.fragments)), gradients=False).items():
+            self.owned[number].theta = values
 
     def shelve(self) -> None:
         """Take back into the carry what was posted for a round that this site will not apply."""
@@ -211,12 +227,13 @@ class OuterShare:
     def _hand_over(self, numbers: Sequence[int]) -> None:
         """Give every rank's model what its owners adopt of these fragments. A collective."""
         writes = self.parameters.write_gradients if self.strategy.gradients else self.parameters.write
+        present = self._present(numbers) if self.strategy.mixes else {}
         for number in numbers:
             fragment, owned = self.fragments[number], self.owned.get(number)
             values = (
                 np.empty(fragment.elements, dtype=np.float32)
                 if owned is None
-                else np.ascontiguousarray(self.strategy.adopted(owned, self._present(owned)))
+                else np.ascontiguousarray(self.strategy.adopted(owned, present.pop(number, None)))
             )
             writes(fragment, self._ranks.broadcast(values, fragment.owner(self._ranks.world)))
 
@@ -241,9 +258,14 @@ class OuterShare:
             parts[name] = dict(self._each(lambda owned, name=name: owned.extra[name]))  # type: ignore[misc]
         return parts if self._ranks.rank == 0 else {}
 
-    def final(self) -> dict[int, Values]:
-        """Return all fragments of the model that the job delivers, on every rank. A collective."""
-        return dict(self._each(self.strategy.final))
+    def inner(self) -> dict[int, Values]:
+        """Return all fragments of the model as it stands on rank 0, empty elsewhere. A collective."""
+        found = {fragment.number: self.parameters.read(fragment) for fragment in self.fragments}
+        return found if self._ranks.rank == 0 else {}
+
+    def final(self) -> Iterator[tuple[int, Values]]:
+        """Yield number and values of all fragments of the model that the job delivers, on every rank. A collective."""
+        return self._each(self.strategy.final)
 
     def _each(self, part: Callable[[OwnedFragment], Values]) -> Iterator[tuple[int, Values]]:
         """Yield each fragment's number and its owner's `part`, on every rank."""
@@ -276,11 +298,6 @@ class OuterShare:
                 setattr(owned, name, np.zeros_like(owned.theta) if values is None else values.copy())
             self.strategy.begin(owned, joined=joined)
         self.scatter()
-
-    def follow(self) -> None:
-        """Take the model's parameters as theta, after an optimizer's step on exchanged gradients."""
-        for owned in self.owned.values():
-            owned.theta = self.parameters.read(owned.fragment)
 
     def carry_norm(self) -> float:
         """Return the Euclidean norm of the site's whole carry. A collective."""

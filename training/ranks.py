@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+Values = npt.NDArray[np.float32]
 # What JSON knows; the runtime checks the shapes of its own documents where it reads them.
 Json = dict[str, Any]
 
@@ -70,6 +71,16 @@ class Ranks:
         received = [torch.empty_like(torch.from_numpy(values)) for _ in range(self.world)]
         self._group.allgather([received], [torch.from_numpy(values)]).wait()
         return [tensor.numpy() for tensor in received]
+
+    def combine(self, values: Values, at: int) -> Values:
+        """Return on rank `at` the values of which each rank has a part, and zeros elsewhere; nothing on other ranks.
+
+        Bit for bit, since whole numbers are added. `values` must be writable and is used up.
+        """
+        if self._group is None:
+            return values
+        self._group.reduce(torch.from_numpy(values).view(torch.int32), at).wait()
+        return values if self.rank == at else values[:0]
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Return, for each flag, whether it is set on any rank."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from training import dealing
+from training import data_seat, dealing
 from training.attempt import AttemptContext, current_attempt
 from training.checkpoint import write_text
 from training.clock import Clock, SystemClock
@@ -34,6 +34,9 @@ from training.ranks import Ranks
 from training.roundlog.client import GatewayClient
 from training.strategies import strategy_of
 from training.synchronizer import Synchronizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 BATCH_ALONE: Final = 16
 _DDP_DIRECTIONS: Final = 2
@@ -77,10 +80,12 @@ def join(
     samples: int | None = None,
     batch: int | None = None,
     collate: Collate | None = None,
+    data_mesh: DeviceMesh | None = None,
 ) -> Session:
     """Join the job that this process is a rank of; alone, train on `data` as it is.
 
-    `model` may be wrapped in DDP. `data` is a map-style dataset, or a DataLoader whose dataset and
+    `model` may be wrapped in DDP, sharded by FSDP2 (`fully_shard`), by tensor parallelism (`parallelize_module`) or by both.
+    `data_mesh` names the ranks that take batches of their own, where the model does not show them. `data` is a map-style dataset, or a DataLoader whose dataset and
     collate function are taken; without it, batches are lists of sample numbers. `samples` and
     `batch` count only alone: one pass over the data, 16 a step. Under an attempt the job's workload
     states both.
@@ -93,10 +98,12 @@ def join(
     context = current_attempt()
     if context is None:
         plan = _AlonePlan(samples=samples, batch=batch or BATCH_ALONE)
-        return Session(model, optimizer, dataset, collate, ranks=_ranks_alone(), alone=plan)
+        return Session(model, optimizer, dataset, collate, ranks=_ranks_alone(), alone=plan, data_mesh=data_mesh)
     ranks = Ranks.of_process(context.sync.patience_s)
     exchange = GatewayClient(context.ranks_socket, context.sync.patience_s)
-    return Session(model, optimizer, dataset, collate, ranks=ranks, context=context, exchange=exchange)
+    return Session(
+        model, optimizer, dataset, collate, ranks=ranks, context=context, exchange=exchange, data_mesh=data_mesh
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +133,13 @@ class Session:
         alone: _AlonePlan | None = None,
         clock: Clock | None = None,
         fragment_elements: int | None = None,
+        data_mesh: DeviceMesh | None = None,
     ) -> None:
         """Prefer `training.join`, which finds out the rest from the process's environment."""
         self._data = data
         self._collate: Collate = collate or (default_collate if data is not None else list)
         self._ranks = ranks
+        self._seat = data_seat.find(model, ranks, data_mesh)
         self._context = context
         self._exchange = exchange
         self._alone = alone or _AlonePlan(samples=None, batch=BATCH_ALONE)
@@ -143,7 +152,7 @@ class Session:
         self._synchronizer: Synchronizer | None = None
         if context is not None:
             assert exchange is not None, "an attempt has a round log"
-            self._parameters = Parameters(model, fragment_elements)
+            self._parameters = Parameters(model, fragment_elements, ranks)
             share = OuterShare(
                 self._parameters,
                 ranks,
@@ -234,7 +243,9 @@ class Session:
             self._samples_alone = min(total, self._samples_alone + self._alone.batch * self._ranks.world)
 
     def _steps(self, block: Sequence[SampleRange], batch: int) -> Iterator[list[int]]:
-        return dealing.steps(tuple(block), batch_per_gpu=batch, rank=self._ranks.rank, world=self._ranks.world)
+        # Ranks that share a batch take one as large as all of theirs, so that a step has the same samples on any mesh.
+        seat = self._seat
+        return dealing.steps(tuple(block), batch_per_gpu=batch * seat.ranks_per_seat, rank=seat.rank, world=seat.world)
 
     def _batch(self, numbers: list[int], seed: int) -> object:
         if self._data is None:
@@ -294,11 +305,11 @@ class Session:
         assert self._context is not None
         synchronizer.save()
         residual = synchronizer.share.carry_norm()
-        final = synchronizer.share.final()
+        state = self._parameters.state(synchronizer.share.final())
         if self._ranks.rank == 0:
             folder = Path(self._context.output_dir)
             part = folder / ".model.safetensors.part"
-            save_file(self._parameters.state(final), part)
+            save_file(state, part)
             part.replace(folder / "model.safetensors")
             write_text(folder / "summary.json", json.dumps(self._summary(synchronizer, residual), indent=2) + "\n")
         self._ranks.barrier()

@@ -21,6 +21,7 @@ GPUS_PER_JOB_MAX: Final = 4096
 SITES_PER_JOB_MAX: Final = 8
 ENVS_MAX: Final = 100
 RUN_LENGTH_MAX: Final = 4096
+PROFILE_ROWS_MAX: Final = 32
 # One credit is a million micro-credits; a job may hold at most a billion credits.
 BUDGET_MICROS_MAX: Final = 10**15
 SAMPLES_MAX: Final = 10**13
@@ -71,11 +72,7 @@ class GpuRequest(_Strict):
     @field_validator("gpu_type")
     @classmethod
     def _known_type(cls, gpu_type: str) -> str:
-        if gpu_type not in GPU_TYPES:
-            known = ", ".join(sorted(GPU_TYPES))
-            message = f"unknown GPU type {gpu_type!r}; the market knows {known}"
-            raise ValueError(message)
-        return gpu_type
+        return _known(gpu_type)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -212,6 +209,23 @@ class BidStepTerms(_Strict):
     bid_micros_per_million_samples: int = Field(ge=0, le=BUDGET_MICROS_MAX)
 
 
+class ProfileTerms(_Strict):
+    """What a step of the script took on one GPU, as `hansa profile` measured it; the market starts from it.
+
+    It is the tenant's word, as `flops_per_sample` is: speeds that sites report soon weigh more, and none answers for it.
+    """
+
+    gpu_type: str
+    batch_per_gpu: int = Field(ge=1, le=1_000_000)
+    steps: int = Field(ge=1, le=1_000_000, description="how many were timed")
+    step_s: float = Field(gt=0, le=1e6, description="the median step")
+
+    @field_validator("gpu_type")
+    @classmethod
+    def _known_type(cls, gpu_type: str) -> str:
+        return _known(gpu_type)
+
+
 class MarketTerms(_Strict):
     """What the tenant offers and where the job may go.
 
@@ -234,6 +248,9 @@ class MarketTerms(_Strict):
     data: DataTerms | None = None
     mixed_types: bool = Field(default=False, description="two sites may give GPUs of different types")
     workload: Workload
+    profile: tuple[ProfileTerms, ...] = Field(
+        default=(), max_length=PROFILE_ROWS_MAX, description="what `hansa profile` measured"
+    )
     sync: SyncPlan = SyncPlan()
 
     @model_validator(mode="after")
@@ -307,6 +324,14 @@ class JobSpec(_Strict):
         if self.market.bid_micros_per_million_samples is not None:
             return self.market.bid_micros_per_million_samples
         return max(1, self.market.budget_micros * 1_000_000 // self.market.workload.samples)
+
+
+def _known(gpu_type: str) -> str:
+    if gpu_type not in GPU_TYPES:
+        known = ", ".join(sorted(GPU_TYPES))
+        message = f"unknown GPU type {gpu_type!r}; the market knows {known}"
+        raise ValueError(message)
+    return gpu_type
 
 
 def split_run(run: str) -> list[str]:

@@ -30,8 +30,14 @@ _PRIOR_RING: Final = 1.2 / _NINE_OF_TEN
 SCATTER: Final = 0.05
 # A lease's time has its start in it: imports, the first batches, a checkpoint read back.
 STARTING_S: Final = 20.0
-# A shorter run says more about starting than about training.
-SECONDS_MIN: Final = 60.0
+# A run shorter than three times what its time is open by says more about that than about training.
+OPEN_SHARE_MAX: Final = 1 / 3
+# The least of a run that is counted with its start, and of one that is counted from report to report.
+SECONDS_MIN: Final = STARTING_S / OPEN_SHARE_MAX
+PACE_SECONDS_MIN: Final = 5.0
+# How far a speed is open that was measured at another batch, for each factor of e between them: what a step
+# costs whatever its batch is not in the form.
+_OTHER_BATCH: Final = 0.25
 # How much further a figure is open once it was carried from another GPU type.
 CARRIED_HALF_WIDTH_LOG: Final = 0.3
 # The market values what is open at this quantile of its speed.
@@ -45,11 +51,23 @@ _OFF_MAX: Final = math.log(4)
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRun:
-    """What `gpus` GPUs of one site did together: samples, and seconds of wall time."""
+    """What `gpus` GPUs of one site did together: samples, and seconds of wall time.
+
+    `open_s` is by how much the time may be off: the start, where it is in it; else about the time between two
+    reports. `batch_per_gpu` is None where it was the workload's own.
+    """
 
     gpus: int
     samples: float
     seconds: float
+    open_s: float = STARTING_S
+    batch_per_gpu: int | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it says something about training."""
+        long_enough = self.seconds >= max(self.open_s / OPEN_SHARE_MAX, PACE_SECONDS_MIN)
+        return long_enough and self.samples > 0 and self.gpus > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +100,10 @@ def cold(gpu_type: str, flops_per_s: float | None = None, ring_bits_per_s: float
 def estimate(workload: Workload, runs: Sequence[MeasuredRun], start: SpeedEstimate) -> SpeedEstimate:
     """Return the two speeds that agree best with `runs`, drawn towards `start` where they leave them open.
 
-    Runs below SECONDS_MIN are left out; without any other, `start` is returned. Gauss-Newton on log
+    Runs that are not usable are left out; without any other, `start` is returned. Gauss-Newton on log
     steps with a pseudo-Huber loss, so that one run beside a noisy neighbour does not move it far.
     """
-    usable = [run for run in runs if run.seconds >= SECONDS_MIN and run.samples > 0 and run.gpus > 0]
+    usable = [run for run in runs if run.is_usable]
     if not usable:
         return start
     at_start = math.log(start.flops_per_s), math.log(start.ring_bits_per_s)
@@ -96,10 +114,11 @@ def estimate(workload: Workload, runs: Sequence[MeasuredRun], start: SpeedEstima
         p = (at_start[0] - log_flops) * a
         q = (at_start[1] - log_ring) * c
         for run in usable:
-            step, computing, moving = _step(workload, run.gpus, math.exp(log_flops), math.exp(log_ring))
-            measured = workload.batch_per_gpu * run.gpus * run.seconds / run.samples
-            residual = math.log(measured / step)
-            sigma = math.hypot(SCATTER, STARTING_S / run.seconds)
+            batch = run.batch_per_gpu or workload.batch_per_gpu
+            step, computing, moving = _step(workload, batch, run.gpus, math.exp(log_flops), math.exp(log_ring))
+            residual = math.log(_measured_step_s(workload, run) / step)
+            unlike = _OTHER_BATCH * math.log(batch / workload.batch_per_gpu)
+            sigma = math.hypot(SCATTER, run.open_s / run.seconds, unlike)
             weight = 1 / sigma**2 / math.sqrt(1 + (residual / (2 * sigma)) ** 2)
             by_flops, by_ring = -computing / step, -moving / step
             a += weight * by_flops**2
@@ -114,7 +133,9 @@ def estimate(workload: Workload, runs: Sequence[MeasuredRun], start: SpeedEstima
         log_ring += max(-1.0, min(1.0, (a * q - b * p) / determinant))
     a, b, c = precision
     largest = max(usable, key=lambda run: (run.gpus, run.seconds))
-    step, computing, moving = _step(workload, largest.gpus, math.exp(log_flops), math.exp(log_ring))
+    step, computing, moving = _step(
+        workload, workload.batch_per_gpu, largest.gpus, math.exp(log_flops), math.exp(log_ring)
+    )
     g, h = computing / step, moving / step
     scatter = max(SCATTER, _scatter(workload, usable, math.exp(log_flops), math.exp(log_ring)))
     open_still = (c * g * g - 2 * b * g * h + a * h * h) / (a * c - b * b)
@@ -127,9 +148,9 @@ def near(workload: Workload, found: SpeedEstimate, runs: Sequence[MeasuredRun], 
 
     The closed form cannot bend everywhere as real scaling does (caches that fit, links that share);
     near a measured count the measurement is the better witness. Both speeds move by one factor, so
-    that the form keeps its shape around it. Long runs count for more.
+    that the form keeps its shape around it. Long runs count for more, those at another batch not at all.
     """
-    usable = [run for run in runs if run.seconds >= SECONDS_MIN and run.samples > 0 and run.gpus > 0]
+    usable = [run for run in runs if run.is_usable and run.batch_per_gpu in {None, workload.batch_per_gpu}]
     if not usable or not found.measured:
         return found
     nearest = min({run.gpus for run in usable}, key=lambda count: (abs(math.log(count / gpus)), -count))
@@ -165,7 +186,8 @@ def ratios_between(families: Sequence[Mapping[str, SpeedEstimate]], from_type: s
 
 def samples_per_s(workload: Workload, gpus: int, speeds: SpeedEstimate) -> float:
     """Return the throughput of `gpus` GPUs of one site."""
-    return workload.batch_per_gpu * gpus / _step(workload, gpus, speeds.flops_per_s, speeds.ring_bits_per_s)[0]
+    step_s, _, _ = _step(workload, workload.batch_per_gpu, gpus, speeds.flops_per_s, speeds.ring_bits_per_s)
+    return workload.batch_per_gpu * gpus / step_s
 
 
 def chance_within(seconds_predicted: float, seconds_allowed: float, half_width_log: float) -> float:
@@ -182,15 +204,23 @@ def _scatter(workload: Workload, runs: Sequence[MeasuredRun], flops_per_s: float
     if len(runs) < _RUNS_FOR_SCATTER:
         return 0.0
     off = [
-        abs(math.log(workload.batch_per_gpu * run.gpus * run.seconds / run.samples / step))
+        abs(math.log(_measured_step_s(workload, run) / step))
         for run in runs
-        for step, _, _ in (_step(workload, run.gpus, flops_per_s, ring_bits_per_s),)
+        for step, _, _ in (
+            _step(workload, run.batch_per_gpu or workload.batch_per_gpu, run.gpus, flops_per_s, ring_bits_per_s),
+        )
     ]
     return 1.4826 * median(off)
 
 
-def _step(workload: Workload, gpus: int, flops_per_s: float, ring_bits_per_s: float) -> tuple[float, float, float]:
+def _measured_step_s(workload: Workload, run: MeasuredRun) -> float:
+    return (run.batch_per_gpu or workload.batch_per_gpu) * run.gpus * run.seconds / run.samples
+
+
+def _step(
+    workload: Workload, batch_per_gpu: int, gpus: int, flops_per_s: float, ring_bits_per_s: float
+) -> tuple[float, float, float]:
     """Return a step's seconds, those of computing, and those that the ring's bandwidth sets."""
-    computing = compute_s(float(workload.batch_per_gpu), workload.flops_per_sample, flops_per_s)
+    computing = compute_s(float(batch_per_gpu), workload.flops_per_sample, flops_per_s)
     reducing = all_reduce_s(float(workload.parameters), gpus, ring_bits_per_s)
     return computing + reducing, computing, reducing - 2 * (gpus - 1) * RING_HOP_S

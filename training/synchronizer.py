@@ -299,7 +299,7 @@ class Synchronizer:
 
     def _stepped_together(self) -> None:
         if not self._rejoined:
-            self.share.follow()
+            self.share.adopt()
         self._rejoined = False
         self._keep()
 
@@ -333,18 +333,18 @@ class Synchronizer:
             self._apply(sealed)
             if self.share.strategy.gradients:
                 self._step_optimizer()
-                self.share.follow()
+                self.share.adopt()
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path, self.share.fragments, self.share.layout)
         is_own = state.header.site_id == self.context.site_id
         if is_own or self.share.strategy.gradients:
-            checkpoint.restore_optimizer(self._optimizer, state.optimizer, state.header.optimizer_groups)
+            self._restore_optimizer(state)
         if is_own:
             buffers = dict(self.share.parameters.module.named_buffers())
             for name, saved in state.buffers.items():
                 if name in buffers:
-                    buffers[name].copy_(saved)
+                    buffers[name].copy_(self.share.parameters.sharded_like(buffers[name], saved))
             checkpoint.restore_random(state, self._ranks.rank)
             self.inner_steps = state.header.inner_steps
             self._owed = ranges_of(state.header.owed)
@@ -356,6 +356,10 @@ class Synchronizer:
             self.share.scatter_inner(inner)
             self._block, self.block_steps = ranges_of(state.header.block), state.header.block_steps
             self._resumed_round = self.share.round_number
+
+    def _restore_optimizer(self, state: State) -> None:
+        parameters, groups = self.share.parameters, state.header.optimizer_groups
+        checkpoint.restore_optimizer(self._optimizer, parameters, state.optimizer, groups)
 
     def _restore(self, state: State, outer: dict[str, dict[int, Values]], path: Path, *, joined: bool) -> None:
         self.share.restore(state.header.round_number, state.done, outer, joined=joined)
@@ -375,7 +379,7 @@ class Synchronizer:
         outer = shared_parts(state.outer)
         self._restore(state, {**outer, "carry": carry}, path, joined=True)
         if self.share.strategy.gradients:
-            checkpoint.restore_optimizer(self._optimizer, state.optimizer, state.header.optimizer_groups)
+            self._restore_optimizer(state)
         if state.header.pending:
             # The offering site trains on these now. This site sits the round out and is dealt to from the next one on.
             self._block, self._resumed_round, self.block_steps = (), self.share.round_number, 0
@@ -454,13 +458,14 @@ class Synchronizer:
         """Return the whole state on rank 0, None elsewhere. A collective."""
         outer = self.share.gathered()
         randoms = self._ranks.gather(checkpoint.torch_random_state())
-        if self._ranks.rank != 0:
-            return None
+        parameters = self.share.parameters
         overlaps = self.share.strategy.overlap_steps > 0
         if overlaps:
-            read = self.share.parameters.read
-            outer[INNER] = {fragment.number: read(fragment) for fragment in self.share.fragments}
-        tensors, groups = checkpoint.optimizer_state(self._optimizer)
+            outer[INNER] = self.share.inner()
+        tensors, groups = checkpoint.optimizer_state(self._optimizer, parameters)
+        buffers = {name: parameters.whole(name, each) for name, each in parameters.module.named_buffers()}
+        if self._ranks.rank != 0:
+            return None
         header = StateHeader(
             format="hansa-state-1",
             site_id=self.context.site_id,
@@ -480,5 +485,5 @@ class Synchronizer:
             posted_bytes=self.posted_bytes,
             complete_round=self.share.complete_round,
         )
-        buffers = {name: each.detach().to("cpu").clone() for name, each in self.share.parameters.module.named_buffers()}
-        return State(header, outer, tensors, buffers, tuple(torch.from_numpy(each) for each in randoms))
+        kept = {name: each for name, each in buffers.items() if each is not None}
+        return State(header, outer, tensors, kept, tuple(torch.from_numpy(each) for each in randoms))

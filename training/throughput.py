@@ -25,9 +25,9 @@ BYTES_PER_PARAMETER: Final = 4
 # How many times smaller than fp32 a contribution is on the wire.
 #   fp32   the parameters themselves
 #   int8   one byte per parameter and one fp32 scale per block of 512: 4 / (1 + 4 / 512) = 3.97
-#   topk2  1 in 64 values, 2 bits each, indices entropy-coded (SparseLoCo, arXiv 2508.15706, with
-#          7.43 index bits per kept value), one fp16 scale per block of 4096: 209 as payload,
-#          195 once framing and acknowledgements are counted
+#   topk2  1 in 64 values, sign and one of two magnitudes, all entropy-coded (SparseLoCo, arXiv 2508.15706,
+#          with 9 bits per kept value in all): 218 as payload, at least 195 once framing, acknowledgements
+#          and the polls of a short round are counted
 #   bf16, int4, fp4, sign: 16, 4, 4 and 1 bits, with one fp32 scale per block of 256 (4 bits) or 1,024 (1 bit)
 #   lowrank depends on the model's matrices; 30 is a transformer of width 256, wider ones gain more
 CODEC_RATIOS: Final[dict[str, float]] = {

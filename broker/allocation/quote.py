@@ -31,7 +31,7 @@ SITES_QUOTED_MAX: Final = 48
 class QuoteRow:
     """One configuration at the last prices; `reason` says why it could not win, None that it could.
 
-    `price_micros_per_hour` has GPUs and predicted egress; `total_micros` is for all samples left.
+    `possible` says whether the rules allow it at all, whatever is bid. `price_micros_per_hour` has GPUs and predicted egress; `total_micros` is for all samples left.
     """
 
     configuration: Configuration
@@ -40,6 +40,7 @@ class QuoteRow:
     price_micros_per_hour: int
     total_micros: int
     value_micros_per_hour: int
+    possible: bool
     reason: str | None
 
 
@@ -147,6 +148,7 @@ def _row(rules: Rules, job: JobState, parts: list[SitePart], plan: SyncPlan, hub
         price_micros_per_hour=price,
         total_micros=divide_up(price * max(1, round(seconds * 1000)), 3_600_000),
         value_micros_per_hour=value,
+        possible=option is not None and sold.key not in job.barred,
         reason=reason,
     )
 

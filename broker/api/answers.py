@@ -11,7 +11,8 @@ from broker.api.problems import Problem
 
 Answers = dict[str | int | HTTPStatus, type[BaseModel] | dict[Any, Any] | None]
 
-_REFUSALS = (400, 401, 403, 404, 409, 413, 415, 422)
+# 429: an empty bucket; 503: the database or a worker too busy. Any route may answer either.
+_REFUSALS = (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
 
 
 def answers(model: type[BaseModel] | None = None, status: int = 200) -> Answers:

@@ -31,6 +31,7 @@ from broker.api import (
     token_routes,
 )
 from broker.api.context import EXTENSION
+from broker.api.documentation import DocumentedApi
 from broker.market import Market
 from sites.protocol import HEARTBEAT_BYTES_MAX
 
@@ -52,7 +53,7 @@ def create_app(market: Market, pages: Sequence[Blueprint] = ()) -> OpenAPI:
 
     `pages` are blueprints with sign-ins of their own (the portal): the table does not guard them.
     """
-    app = OpenAPI(
+    app = DocumentedApi(
         "hansa",
         info=Info(title="Hansa", version=_version(), description="A federated market for GPU datacenters."),
         security_schemes={"token": SecurityScheme(type="http", scheme="bearer")},

@@ -15,7 +15,9 @@ from sqlalchemy.orm import Session
 from broker.allocation.clearing import LinkCharge, PoolCharge
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import Event, Hold, Job, Lease, Placement
+from broker.queries.forecasts import newest_forecasts
 from broker.queries.jobs import ArtifactRow, list_memberships
+from broker.speeds import read_speeds
 from broker.transitions import PlacementState
 from training.spec import JobSpec, SyncPlan
 
@@ -37,6 +39,15 @@ class JobDocument(BaseModel):
     ended_ms: int | None
 
 
+class ForecastDocument(BaseModel):
+    """When a job was said to start or finish: nine of ten fall between `low_ms` and `high_ms`."""
+
+    stated_ms: int
+    low_ms: int
+    middle_ms: int
+    high_ms: int
+
+
 class LeaseDocument(BaseModel):
     """One site's part of a placement, as it stands."""
 
@@ -53,7 +64,11 @@ class LeaseDocument(BaseModel):
 
 
 class PlacementDocument(BaseModel):
-    """What a job won, at which prices and why; predicted and measured speed side by side."""
+    """What a job won, at which prices and why; predicted and measured speed side by side.
+
+    `samples_per_s_predicted` is what it was sold with; `..._expected` what it will reach by all that its family has
+    measured by now, itself included, 90 % of runs between `..._low` and `..._high`; null before the first measurement.
+    """
 
     placement_id: str
     epoch: int
@@ -69,6 +84,9 @@ class PlacementDocument(BaseModel):
     uplift_micros_per_hour: int
     reserved_micros: int
     samples_per_s_predicted: float
+    samples_per_s_expected: float | None
+    samples_per_s_low: float | None
+    samples_per_s_high: float | None
     samples_per_s_measured: float | None
     proposed_ms: int
     active_ms: int | None
@@ -100,6 +118,7 @@ class JobDetail(JobDocument):
     held_micros: int
     placement: PlacementDocument | None
     memberships: list[MembershipDocument]
+    forecasts: dict[str, ForecastDocument] = Field(description="by what is forecast: start and finish, as last stated")
 
 
 class EventDocument(BaseModel):
@@ -160,12 +179,20 @@ def job_detail(session: Session, job: Job, now_ms: int) -> JobDetail:
         held_micros=0 if hold is None else hold.amount_micros - hold.posted_micros - hold.voided_micros,
         placement=None if newest is None else placement_document(session, job, newest, now_ms),
         memberships=[MembershipDocument(**asdict(row)) for row in list_memberships(session, job.job_id)],
+        forecasts={
+            what: ForecastDocument(
+                stated_ms=row.stated_ms, low_ms=row.low_ms, middle_ms=row.middle_ms, high_ms=row.high_ms
+            )
+            for what, row in newest_forecasts(session, job.job_id).items()
+        },
     )
 
 
 def placement_document(session: Session, job: Job, placement: Placement, now_ms: int) -> PlacementDocument:
     """Return a placement as its tenant sees it."""
     award = Award.model_validate_json(placement.award)
+    spec = JobSpec.model_validate_json(job.spec)
+    known = read_speeds(session, tenant_id=job.tenant_id).expected(job.tenant_id, spec, award.configuration)
     leases = session.scalars(select(Lease).where(Lease.placement_id == placement.placement_id).order_by(Lease.site_id))
     return PlacementDocument(
         placement_id=placement.placement_id,
@@ -182,6 +209,9 @@ def placement_document(session: Session, job: Job, placement: Placement, now_ms:
         uplift_micros_per_hour=placement.uplift_micros_per_hour,
         reserved_micros=placement.reserved_micros,
         samples_per_s_predicted=placement.samples_per_s_predicted,
+        samples_per_s_expected=None if known is None else known.samples_per_s,
+        samples_per_s_low=None if known is None else known.low,
+        samples_per_s_high=None if known is None else known.high,
         samples_per_s_measured=_measured(job, placement, now_ms),
         proposed_ms=placement.proposed_ms,
         active_ms=placement.active_ms,

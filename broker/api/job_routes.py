@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, StringConstraints
 from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
+from broker.advice import Advice, advise
 from broker.api.answers import answers
 from broker.api.chunks import OFFSET_MAX, ChunkQuery, artifact_state
 from broker.api.context import the_market, the_tenant_id
@@ -43,6 +44,7 @@ from broker.submit import submit_job
 from broker.transitions import JobState
 from broker.uploads import check_workdir, progress_of, take_chunk, workdir_upload
 from sites.protocol import ArtifactState
+from training.goals import Goal
 from training.spec import Digest, JobSpec, SiteId
 
 # How many attempts of a job one answer of measurements looks through: the newest.
@@ -84,6 +86,12 @@ class WorkdirQuery(BaseModel):
     """The size of the whole, as far as it is known."""
 
     size: int = Field(default=0, ge=0, le=OFFSET_MAX)
+
+
+class QuoteQuery(BaseModel):
+    """What the job is to reach: the quote then also says what to ask for."""
+
+    goal: Goal | None = None
 
 
 class JobsQuery(PageQuery):
@@ -158,10 +166,14 @@ def put_workdir(path: WorkdirPath, query: ChunkQuery) -> Response:
 
 
 @api.post("/quote", responses=answers())
-def post_quote(body: JobSpec) -> Response:
-    """Say what the job could get at the last prices, without any effect."""
+def post_quote(query: QuoteQuery, body: JobSpec) -> Response:
+    """Say what the job could get at the last prices, without any effect; with a goal, also what it should ask for."""
     rows = quote_job(the_market(), body, the_tenant_id())
-    return json_answer({"items": [_quote_row(row) for row in rows]})
+    document: dict[str, object] = {"items": [_quote_row(row) for row in rows]}
+    if query.goal is not None:
+        advice = advise(the_market(), body, the_tenant_id(), query.goal)
+        document["advice"] = None if advice is None else _advice(advice)
+    return json_answer(document)
 
 
 @api.post("/jobs", responses=answers(JobDocument, 201))
@@ -356,6 +368,14 @@ def _read_metrics(market: Market, lease: Lease, offset: int, items: list[dict[st
         if isinstance(row, dict):
             items.append({**row, "site_id": lease.site_id, "epoch": lease.epoch})
     return offset
+
+
+def _advice(advice: Advice) -> dict[str, object]:
+    return {
+        **asdict(advice),
+        "row": _quote_row(advice.row),
+        "sync": advice.sync.model_dump(mode="json"),
+    }
 
 
 def _quote_row(row: QuotedRow) -> dict[str, object]:

@@ -90,12 +90,12 @@ class BrokerClient:
     # --- What a tenant may do ---------------------------------------------------------------------
 
     def account(self) -> Json:
-        """Return the caller's balance and what is held."""
+        """Return the caller's balance, what is held, what its jobs cost in an hour and may cost."""
         return self._get("/v1/account")
 
-    def quote(self, spec: Json) -> Json:
-        """Return what the job could get at the last prices, without any effect."""
-        return self._post("/v1/quote", spec)
+    def quote(self, spec: Json, goal: str | None = None) -> Json:
+        """Return what the job could get at the last prices, without any effect; with a goal, also what to ask for."""
+        return self._post("/v1/quote" if goal is None else f"/v1/quote?goal={_word(goal)}", spec)
 
     def upload_workdir(self, packed: bytes, progress: Callable[[int, int], None] | None = None) -> str:
         """Bring a packed workdir to the broker and return its digest; what it holds already is not sent again."""
@@ -179,6 +179,10 @@ class BrokerClient:
             partial.unlink(missing_ok=True)
         return size
 
+    def set_budget(self, budget_micros_per_hour: int | None) -> Json:
+        """Bound what the caller's jobs may cost in an hour, and return the account; None: no bound."""
+        return self._put("/v1/account/budget", {"budget_micros_per_hour": budget_micros_per_hour})
+
     def tokens(self) -> Json:
         """Return the caller's tokens, newest first, without their secrets."""
         return self._get("/v1/tokens")
@@ -201,6 +205,10 @@ class BrokerClient:
         """Do what the admin route below `/v1/admin` does."""
         return self._post(f"/v1/admin{path}", body, key)
 
+    def admin_put(self, path: str, body: Json) -> Json:
+        """Set what the admin route below `/v1/admin` holds."""
+        return self._put(f"/v1/admin{path}", body)
+
     def admin_list(self, path: str, limit: int = 100) -> list[Json]:
         """Return the rows of a paged admin route."""
         return list(self._pages(f"/v1/admin{path}", limit))
@@ -213,6 +221,10 @@ class BrokerClient:
     def _post(self, path: str, body: Json, key: str | None = None) -> Json:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex, "Content-Type": "application/json"}
         return _document(self._send("POST", path, content=json.dumps(body).encode(), headers=headers))
+
+    def _put(self, path: str, body: Json) -> Json:
+        headers = {"Content-Type": "application/json"}
+        return _document(self._send("PUT", path, content=json.dumps(body).encode(), headers=headers))
 
     def _pages(self, path: str, limit: int, **parameters: str | int) -> Iterator[Json]:
         """Yield at most `limit` rows, page by page."""

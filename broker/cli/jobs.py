@@ -52,7 +52,7 @@ def submit(
 ) -> None:
     """Upload the workdir, show what the job could get, ask, and submit it."""
     if dry_run:
-        quote(job_file, as_json=as_json)
+        quote(job_file, goal=None, as_json=as_json)
         return
     with _client() as client:
         spec = _spec(client, job_file)
@@ -70,17 +70,28 @@ def submit(
         typer.echo(f"{job['job_id']} is {job['state']}; follow it with: hansa watch {job['job_id']}")
 
 
-def quote(job_file: JobFile, as_json: JsonOption = False) -> None:
+def quote(
+    job_file: JobFile,
+    goal: Annotated[
+        str | None, typer.Option(help="also say what to ask for: deadline (in time, cheapest), budget (fastest), value")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a job could get at the last prices, without any effect: its workdir stays here."""
     from broker.cli.job_document import read_job
+    from training.goals import Goal
 
+    if goal is not None and goal not in set(Goal):
+        raise UsageError(f"no goal is called {goal[:40]!r}", next_step=f"known are {', '.join(Goal)}")
     spec = read_job(job_file).spec
     with _client() as client:
-        document = client.quote(spec)
+        document = client.quote(spec, goal)
     if as_json:
         print_json(document)
-    else:
-        _print_quote(document)
+        return
+    _print_quote(document)
+    if goal is not None:
+        _print_advice(goal, document["advice"])
 
 
 def status(
@@ -244,6 +255,30 @@ def _print_quote(document: dict[str, Any]) -> None:
     )
 
 
+def _print_advice(goal: str, advice: dict[str, Any] | None) -> None:
+    if advice is None:
+        typer.echo(f"for {goal}: no site could run this job now")
+        return
+    sold = advice["row"]["configuration"]
+    counts: dict[str, int] = {}
+    for part in sold["parts"]:
+        counts[part["gpu_type"]] = counts.get(part["gpu_type"], 0) + part["gpus"]
+    typer.echo(f"for {goal}, of {advice['candidates']}: {advice['why']}")
+    noise = (
+        "no noise scale was reported" if advice["noise_batch"] is None else f"noise scale {advice['noise_batch']:.0f}"
+    )
+    typer.echo(f"{advice['counts']:.0%} of its samples count ({noise})")
+    asked = ", ".join(f"{gpu_type}:{count}" for gpu_type, count in counts.items())
+    typer.echo(
+        f"to ask for just that: accelerators {asked}, batch_per_gpu {advice['batch_per_gpu']}, sites_max {len(sold['parts'])}"
+    )
+    if len(sold["parts"]) > 1:
+        plan = advice["sync"]
+        typer.echo(
+            f"  sync: {{strategy: {plan['strategy']}, codec: {plan['codec']}, period_steps: {plan['period_steps']}}}"
+        )
+
+
 def _print_jobs(jobs: list[dict[str, Any]]) -> None:
     print_table(
         ("job", "name", "state", ">done", "submitted", "why"),
@@ -274,12 +309,20 @@ def _print_job(job: dict[str, Any]) -> None:
         measured = placement["samples_per_s_measured"]
         typer.echo(
             f"speed    {'-' if measured is None else f'{measured:.1f}'} samples/s measured, "
-            f"{placement['samples_per_s_predicted']:.1f} predicted"
+            f"{placement['samples_per_s_predicted']:.1f} predicted{_expected_text(placement)}"
         )
     typer.echo(
         f"cost     {credits_text(job['cost_micros'])} credits so far, {credits_text(job['held_micros'])} still held "
         f"of {credits_text(job['budget_micros'])}"
     )
+
+
+def _expected_text(placement: dict[str, Any]) -> str:
+    """Return what the family's measurements say of a placement's speed, nothing before the first of them."""
+    if placement["samples_per_s_expected"] is None:
+        return ""
+    low, high = placement["samples_per_s_low"], placement["samples_per_s_high"]
+    return f", {placement['samples_per_s_expected']:.1f} expected by now ({low:.1f} to {high:.1f})"
 
 
 def print_invoice(document: dict[str, Any]) -> None:

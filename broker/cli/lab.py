@@ -8,11 +8,13 @@ from typing import Annotated, Final
 import typer
 
 from broker.cli.errors import UsageError
-from broker.cli.output import print_json, print_table
+from broker.cli.output import JsonOption, print_json, print_table
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
 _ALL: Final = "all"
+_ROWS: Final = 20
+"""Lines of a table that a person reads; the JSON document has all points."""
 
 
 @app.callback()
@@ -21,11 +23,86 @@ def lab() -> None:
 
 
 @app.command()
-def compare(
+def run(
     job: Annotated[Path, typer.Argument(help="the job file; its script must report a loss")],
     *,
     sites: Annotated[int, typer.Option(min=1, max=8, help="sites, each with a gateway and one rank of its own")] = 2,
-    strategies: Annotated[str, typer.Option(help="strategies, joined by commas")] = _ALL,
+    samples: Annotated[int | None, typer.Option(min=1, help="samples of the job, in place of the file's")] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="emulate a network with such links between the sites, as in 100mbit,50ms,0.1%; needs root"),
+    ] = None,
+    congestion: Annotated[
+        str | None, typer.Option(help="TCP's congestion control on that network, as in cubic; else the kernel's own")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of parameters and of the samples' order")] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one job on several sites of this machine as its file says, and print its loss against bytes and wall time.
+
+    Sites are processes that speak through real gateways, on this machine's loopback or over the network that --link
+    describes; the job's setup is not run. Bytes are payload that site-1 posted and fetched.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from training.jobfile import load_job_file
+    from training.lab import compare as comparison
+    from training.lab.link import LinkSpec
+
+    if congestion is not None and link is None:
+        raise UsageError(
+            "--congestion is of the emulated network", next_step="name its links too, as in --link 100mbit"
+        )
+    emulated = None if link is None else LinkSpec.parse(link)
+    file = load_job_file(job)
+    spec = comparison.job_of(file, samples)
+    strategy = "local" if sites == 1 else spec.market.sync.between_sites
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+        task = bars.add_task(strategy, total=spec.market.workload.samples)
+        (outcome,) = comparison.compare(
+            spec,
+            job.parent / file.workdir,
+            [strategy],
+            sites=sites,
+            seed=seed,
+            progress=lambda _, done: bars.update(task, completed=done),
+            link=emulated,
+            congestion_control=congestion,
+        )
+    if as_json:
+        print_json(comparison.as_document(outcome))
+        return
+    title = f"{spec.name} on {sites} sites, {strategy} ({outcome.codec}), {spec.market.workload.samples} samples, seed {seed}"
+    if outcome.network is not None:
+        title += f", links {outcome.network.link} ({outcome.network.congestion_control})"
+    typer.echo(title)
+    print_table(
+        (">samples", f">{'held-out loss' if outcome.held_out else 'loss'}", ">payload bytes", ">seconds"),
+        [
+            (f"{point.samples:,}", f"{point.loss:.4f}", f"{point.payload_bytes:,}", f"{point.seconds:.1f}")
+            for point in comparison.thinned(outcome.points, _ROWS)
+        ],
+    )
+    wire = "" if outcome.network is None else f", {outcome.network.wire_bytes:,} bytes sent on its cable"
+    smaller = "" if outcome.ratio is None else f", {outcome.ratio:.1f} times smaller than fp32"
+    typer.echo(
+        f"{outcome.rounds} rounds, {outcome.payload_bytes:,} payload bytes of site-1{smaller}{wire}; "
+        f"{outcome.seconds:.1f} s, of which it waited {outcome.stall_s:.1f} s"
+    )
+
+
+@app.command()
+def compare(
+    job: Annotated[Path, typer.Argument(help="the job file; its script must report a loss")],
+    *,
+    sites: Annotated[int, typer.Option(min=1, max=8, help="sites, each with a gateway of its own")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, max=16, help="ranks of each site, as torchrun would start them")] = 1,
+    strategies: Annotated[
+        str, typer.Option(help="strategies, joined by commas; auto lets links and step times choose")
+    ] = _ALL,
     samples: Annotated[int | None, typer.Option(min=1, help="samples of the job, in place of the file's")] = None,
     link: Annotated[
         str | None,
@@ -54,8 +131,12 @@ def compare(
     emulated = None if link is None else LinkSpec.parse(link)
     file = load_job_file(job)
     spec = comparison.job_of(file, samples)
-    known = {str(each): each for each in comparison.STRATEGIES}
-    names = list(known) if strategies == _ALL else [name.strip() for name in strategies.split(",")]
+    known = {str(each): each for each in (*comparison.STRATEGIES, *comparison.CHOSEN)}
+    names = (
+        list(map(str, comparison.STRATEGIES))
+        if strategies == _ALL
+        else [name.strip() for name in strategies.split(",")]
+    )
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UsageError(
@@ -77,9 +158,10 @@ def compare(
             seed=seed,
             progress=progress,
             link=emulated,
+            ranks=ranks,
         )
     out.mkdir(parents=True, exist_ok=True)
-    title = f"{spec.name} on {sites} sites, {spec.market.workload.samples} samples, seed {seed}"
+    title = f"{spec.name} on {sites} sites{'' if ranks == 1 else f' of {ranks} ranks'}, {spec.market.workload.samples} samples, seed {seed}"
     if outcomes[0].network is not None:
         title += f", links {outcomes[0].network.link} ({outcomes[0].network.congestion_control})"
     about = "Each run is a federation of its own on one machine; bytes are payload that site-1 posted and fetched."
@@ -130,4 +212,6 @@ def compare(
         rows,
         title=title,
     )
+    for reason in (reason for each in outcomes for reason in each.reasons):
+        typer.echo(f"auto: {reason}")
     typer.echo(f"{out / 'compare.png'}, {out / 'compare.html'} and {out / 'compare.json'} are written")

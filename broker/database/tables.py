@@ -27,13 +27,18 @@ class Table(DeclarativeBase):
 
 
 class Tenant(Table):
-    """A customer: owner of jobs and of a ledger account. `home_site` is the site whose own customer it is."""
+    """A customer: owner of jobs and of a ledger account. `home_site` is the site whose own customer it is.
+
+    `budget_micros_per_hour` bounds what its jobs cost together, `floor_gpus` is what it should have at least.
+    """
 
     __tablename__ = "tenants"
     tenant_id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
     created_ms: Mapped[int]
     home_site: Mapped[str | None]
+    budget_micros_per_hour: Mapped[int | None]
+    floor_gpus: Mapped[int | None]
 
 
 class User(Table):
@@ -280,7 +285,9 @@ class Placement(Table):
 class Lease(Table):
     """One site's part of a placement: proposed, confirmed, active, ended.
 
-    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `liveness_*` is when the
+    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `pace_*` is what had been
+    delivered when the first samples were reported, and the newest, and in how many reports since: the speed of
+    training without its start (`broker.speeds`). `liveness_*` is when the
     broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
     """
 
@@ -311,6 +318,10 @@ class Lease(Table):
     usage_until_ms: Mapped[int | None]
     delivered_gpu_milliseconds: Mapped[int] = mapped_column(default=0)
     delivered_samples: Mapped[int] = mapped_column(default=0)
+    pace_from_gpu_milliseconds: Mapped[int | None]
+    pace_from_samples: Mapped[int] = mapped_column(default=0, server_default="0")
+    pace_to_gpu_milliseconds: Mapped[int] = mapped_column(default=0, server_default="0")
+    pace_reports: Mapped[int] = mapped_column(default=0, server_default="0")
     egress_bytes: Mapped[int] = mapped_column(default=0)
     egress: Mapped[str | None] = mapped_column(Text)
     ended_ms: Mapped[int | None]
@@ -369,16 +380,6 @@ class UsageReport(Table):
             name="usage_balanced",
         ),
     )
-
-
-class BarredConfiguration(Table):
-    """A configuration that a job may not win before `until_round`, because a site vetoed it."""
-
-    __tablename__ = "barred_configurations"
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
-    configuration_key: Mapped[str] = mapped_column(String(500), primary_key=True)
-    until_round: Mapped[int]
-    reason: Mapped[str] = mapped_column(String(1000))
 
 
 class ViewChange(Table):

@@ -13,9 +13,12 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
+from broker.database.forecasts import Forecast
 from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact, Lease, Placement, ViewChange
 from broker.errors import NotFoundError
 from broker.invoices import Invoice, invoice
+from broker.queries.forecasts import newest_forecasts
+from broker.speeds import ExpectedSpeed, read_speeds
 from broker.transitions import FINAL_JOB_STATES, PlacementState
 from sites.protocol import AttemptReport
 from training.spec import SITES_PER_JOB_MAX, JobSpec
@@ -86,7 +89,10 @@ class MembershipRow:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """One job with all that its page shows. Placements, memberships and events come newest first."""
+    """One job with all that its page shows. Placements, memberships and events come newest first.
+
+    `expected` is what its newest placement reaches by what its family has measured; None before the first measurement.
+    """
 
     row: Job
     spec: JobSpec
@@ -96,6 +102,8 @@ class JobView:
     events: tuple[Event, ...]
     artifacts: tuple[ArtifactRow, ...]
     invoice: Invoice
+    forecasts: dict[str, Forecast]
+    expected: ExpectedSpeed | None
 
     @property
     def placement(self) -> PlacementView | None:
@@ -168,15 +176,23 @@ def read_job(session: Session, job_id: str, tenant_id: str | None) -> JobView:
     """Return everything about a job. Raises NotFoundError as `job_row` does."""
     job = job_row(session, job_id, tenant_id)
     events = select(Event).where(Event.job_id == job_id).order_by(Event.event_id.desc()).limit(EVENTS_MAX)
+    spec = JobSpec.model_validate_json(job.spec)
+    placements = _placements(session, job_id)
+    expected = None
+    if placements:
+        speeds = read_speeds(session, tenant_id=job.tenant_id)
+        expected = speeds.expected(job.tenant_id, spec, placements[0].award.configuration)
     return JobView(
         row=job,
-        spec=JobSpec.model_validate_json(job.spec),
+        spec=spec,
         hold=session.get_one(Hold, job_id),
-        placements=_placements(session, job_id),
+        placements=placements,
         memberships=list_memberships(session, job_id),
         events=tuple(session.scalars(events)),
         artifacts=list_artifacts(session, job_id, limit=ARTIFACTS_SHOWN),
         invoice=invoice(session, job_id),
+        forecasts=newest_forecasts(session, job_id),
+        expected=expected,
     )
 
 

@@ -157,6 +157,32 @@ def list_rounds(session: Session, *, before: int | None = None, limit: int = ROU
     return [round_row(row) for row in session.scalars(query)]
 
 
+def rounds_span(session: Session) -> tuple[int, int] | None:
+    """Return the numbers of the first and of the newest round, None before there is one."""
+    first, last = session.execute(select(func.min(Round.round_number), func.max(Round.round_number))).one()
+    return None if first is None else (first, last)
+
+
+def round_near(session: Session, round_number: int) -> RoundRow:
+    """Return the newest round up to a number, else the first. Raises NotFoundError before there is one."""
+    upto = select(Round).where(Round.round_number <= round_number).order_by(Round.round_number.desc()).limit(1)
+    found = session.scalar(upto) or session.scalar(select(Round).order_by(Round.round_number).limit(1))
+    if found is None:
+        raise NotFoundError("no round has been held yet")
+    return round_row(found)
+
+
+def round_history(session: Session) -> dict[str, list[float]]:
+    """Return what the last rounds' certificates state, in credits per hour: uPlot's columns by name."""
+    newest = select(Round.round_number, Round.certificate).order_by(Round.round_number.desc()).limit(PRICED_ROUNDS_MAX)
+    rows = [(number, json.loads(text)) for number, text in reversed(session.execute(newest).all())]
+    names = ("welfare", "bound", "gap", "uplift")
+    return {
+        "round": [float(number) for number, _ in rows],
+        **{name: [stated[f"{name}_micros_per_hour"] / 1e6 for _, stated in rows] for name in names},
+    }
+
+
 def round_row(row: Round) -> RoundRow:
     """Return a round with its certificate read."""
     return RoundRow(row, Certificate.model_validate_json(row.certificate))

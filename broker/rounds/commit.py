@@ -22,6 +22,7 @@ from broker.database.tables import Hold, Job, Lease, MarketState, Placement, Rou
 from broker.errors import ConflictError
 from broker.leases import end_placement, live_placement, propose, requeue
 from broker.market import Market
+from broker.refusals import NOWHERE, read_refusals
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
 from broker.rounds.snapshot import TakenSnapshot, free_equity
@@ -104,10 +105,12 @@ def commit(
             record_event(
                 session, "dropped", now_ms=row.committed_ms, job_id=award.job_id, round_number=number, detail=str(drop)
             )
+    refused = read_refusals(session, row.committed_ms)
     for unplaced in clearing.unplaced:
         job = session.get(Job, unplaced.job_id)
         if job is not None and job.state == JobState.QUEUED:
-            job.reason_code, job.reason = unplaced.code, unplaced.sentence[:1000]
+            declined = refused.get(job.job_id, NOWHERE).reasons
+            job.reason_code, job.reason = unplaced.code, "; ".join((unplaced.sentence, *declined))[:1000]
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)
     session.add(_certificate(market, taken, clearing, row, dropped=len(dropped), phases=phases))

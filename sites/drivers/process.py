@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Final
 
-from sites.drivers import cgroups, rank, warden
+from sites.drivers import cgroups, ranks, warden
 from sites.drivers.interface import EndCause, Placement, Run, RunPhase, RunState
 from sites.errors import DriverError
 from training.clock import Clock
@@ -105,13 +104,9 @@ class ProcessDriver:
         return Placement(gpu_ids, network=False, ranks_socket=gateway_socket)
 
     def ranks_argv(self, gpus: int, words: list[str], folder: Path) -> tuple[str, ...]:
-        """Return the torchrun command for `gpus` ranks of the script and arguments in `words`."""
+        """Return the command for `gpus` ranks of the script and arguments in `words`."""
         return (
-            *(self._python, "-P", "-m", "torch.distributed.run"),
-            *("--nnodes", "1", "--nproc-per-node", str(gpus), "--max-restarts", "0"),
-            *("--master-addr", "127.0.0.1", "--master-port", str(_free_port())),
-            "--no-python",
-            *(self._python, "-I", "-S", rank.__file__, str(folder / "exits")),
+            *(self._python, "-I", "-S", ranks.__file__, str(folder / "exits"), str(gpus)),
             *(self._python, "-P", "-m", "training.launch", *words),
         )
 
@@ -178,12 +173,6 @@ def _kill_marked(mark: str) -> None:
             os.kill(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             continue
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def read_document(path: Path) -> dict[str, Any] | None:

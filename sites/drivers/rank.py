@@ -1,9 +1,9 @@
 """Start one rank and note how it ended: `python -I -S rank.py EXITS PROGRAM ARG…`. Standard library only.
 
-torchrun ends with 1 whatever its ranks ended with, yet the broker's next step depends on it (75:
-the round log was lost, try again). So each rank runs below this small program, which writes the
-exit code and the time to EXITS/RANK; the warden takes the earliest failure, since torchrun ends
-the other ranks because of it.
+Between hosts (`slurm.py`) torchrun starts the ranks, and it ends with 1 whatever its ranks ended
+with, yet the broker's next step depends on it (75: the round log was lost, try again). So each rank
+runs below this small program, which writes the exit code and the time to EXITS/RANK; the warden
+takes the earliest failure, since torchrun ends the other ranks because of it.
 """
 
 from __future__ import annotations

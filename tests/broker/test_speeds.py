@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from broker.allocation.clearing import Placement as Award
+from broker.api.documents import placement_document
+from broker.database.tables import Job, Placement
 from broker.quote import quote_job
 from broker.rounds.snapshot import take
 from broker.speeds import read_speeds
 from sites.protocol import ExitCause, Usage
-from tests.broker.speaking import Scene, spec
+from tests.broker.speaking import Scene, SpeakingSite, spec
 from tests.simulation.founding import TENANT_ID
+from training.spec import ProfileTerms
 from training.speeds import cold
 
 TRAINED_S = 240
@@ -79,6 +85,66 @@ def test_another_tenant_and_another_workload_see_nothing_of_it(market: Scene) ->
     assert speeds.of(TENANT_ID, changed) == {}
 
 
+def report(site: SpeakingSite, sequence: int, seconds: int, samples: int) -> None:
+    """Let a site report what its two slots did in the last seconds."""
+    order = site.order()
+    usage = Usage(
+        lease_id=order.lease_id,
+        epoch=order.epoch,
+        sequence=sequence,
+        gpu_milliseconds=2 * seconds * 1000,
+        samples=samples,
+    )
+    site.usage.setdefault(order.lease_id, []).append(usage)
+    site.beat()
+
+
+def test_a_short_run_counts_without_its_start_while_it_still_runs(market: Scene) -> None:
+    job_id = market.submit(2, sites_max=1)
+    (site,) = market.start(job_id)
+    before = market.read(select(Placement))[0].samples_per_s_predicted
+    # Forty seconds of starting, then half the prediction for ten: the lease as a whole ran at a tenth.
+    for sequence, (seconds, samples) in enumerate([(40, 0)] + [(2, round(before))] * 6, start=1):
+        market.pass_s(seconds, *market.sites)
+        report(site, sequence, seconds, samples)
+    document = market.market.database.read(
+        lambda session: placement_document(session, session.get_one(Job, job_id), newest(session), 0)
+    )
+    assert document.samples_per_s_predicted == before
+    assert document.samples_per_s_expected == pytest.approx(before / 2, rel=0.02)
+    assert document.samples_per_s_low < before / 2 < document.samples_per_s_high
+    # Who comes next is placed on what was measured, not on the catalogue.
+    market.submit(1, sites_max=1)
+    next_one = market.market.database.read(lambda session: take(session, market.market)).snapshot.jobs[-1]
+    assert next_one.speeds[0].flops_per_s < cold("cpu-slot").flops_per_s
+
+
+def newest(session: Session) -> Placement:
+    return session.scalars(select(Placement)).one()
+
+
+def test_a_span_tells_of_its_gpus_what_its_links_leave(market_url: str, tmp_path: Path) -> None:
+    scene = Scene(market_url, tmp_path / "span", {"ada": 2, "bob": 2}, term_s=3600)
+    job_id = scene.submit(4, sites_max=2)
+    sites = scene.start(job_id)
+    assert len(sites) == 2
+    sold = Award.model_validate_json(scene.read(select(Placement))[0].award).configuration
+    assert sold.inter_site_s > 0
+    # Every site's step is as long again as predicted, all of it in its GPUs.
+    step_s = 2 * sold.step_s - sold.inter_site_s
+    rate = 2 * spec(4).market.workload.batch_per_gpu / step_s
+    for sequence in range(1, 9):
+        scene.pass_s(10, *scene.sites)
+        for site in sites:
+            report(site, sequence, 10, round(10 * rate))
+    known = scene.market.database.read(
+        lambda session: read_speeds(session).expected(TENANT_ID, spec(4, sites_max=2), sold)
+    )
+    assert known is not None
+    assert known.samples_per_s == pytest.approx(2 * rate, rel=0.05)
+    scene.close()
+
+
 def test_a_deadline_is_met_with_a_stated_chance_and_a_bid_is_recommended(market: Scene) -> None:
     now_ms = market.clock.now_ms()
     open_row = quote_job(market.market, spec(2, sites_max=1), TENANT_ID)[0]
@@ -94,3 +160,21 @@ def test_a_deadline_is_met_with_a_stated_chance_and_a_bid_is_recommended(market:
     assert chances[0] < chances[1] < chances[2]
     hourly = open_row.recommended_bid_micros_per_million_samples * open_row.samples_per_s * 3600 / 1e6
     assert 1.09 * open_row.price_micros_per_hour <= hourly <= 1.12 * open_row.price_micros_per_hour
+
+
+def test_a_profile_in_the_job_file_stands_in_until_its_family_has_run(market: Scene) -> None:
+    cold_row = quote_job(market.market, spec(2, sites_max=1), TENANT_ID)[0]
+    wanted = spec(2, sites_max=1)
+    batch = wanted.market.workload.batch_per_gpu
+    step_s = 3 * batch * wanted.market.workload.flops_per_sample / cold("cpu-slot").flops_per_s
+    rows = tuple(
+        ProfileTerms(gpu_type="cpu-slot", batch_per_gpu=each, steps=400_000, step_s=step_s * each / batch)
+        for each in (batch // 2, batch)
+    )
+    profiled = wanted.model_copy(update={"market": wanted.market.model_copy(update={"profile": rows})})
+    row = quote_job(market.market, profiled, TENANT_ID)[0]
+    assert row.samples_per_s_expected < 0.7 * cold_row.samples_per_s_expected
+    assert row.samples_per_s_high / row.samples_per_s_low < cold_row.samples_per_s_high / cold_row.samples_per_s_low
+    promised = trained(market, 0.5)
+    after = quote_job(market.market, profiled, TENANT_ID)[0]
+    assert after.samples_per_s_expected == pytest.approx(0.5 * promised, rel=0.12)

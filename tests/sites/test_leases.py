@@ -20,8 +20,8 @@ from sites.leases import (
     Withdraw,
     decide,
 )
+from sites.policy import Policy
 from sites.protocol import AttemptOrder, AttemptPhase, ExitCause, LeaseOrder, LeasePhase
-from sites.settings import Policy
 from training.spec import JobSpec
 
 SPEC = JobSpec.model_validate(
@@ -109,13 +109,13 @@ def test_confirmed_lease_starts_only_when_active() -> None:
 def test_policy_vetoes_with_a_code(changes: dict[str, Any], house: House, code: str) -> None:
     (action,) = decide([order(**changes)], NOTHING, house)
     assert isinstance(action, Refuse)
-    assert action.code == code
+    assert action.objection.code == code
 
 
 def test_older_epoch_is_refused_at_every_door() -> None:
     (proposed,) = decide([order()], replace(NOTHING, epochs={"job_a": 2}), HOUSE)
     assert isinstance(proposed, Refuse)
-    assert proposed.code == "epoch.old"
+    assert proposed.objection.code == "epoch.old"
     seen = replace(NOTHING, epochs={"job_a": 2}, confirmed=frozenset({("lease_b", 1)}))
     old = order("lease_b", phase="active")
     actions = decide([old], seen, HOUSE)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import pytest
 
 from sites.errors import SettingsError
-from sites.inventory import Measured, offer
+from sites.inventory import Measured, Terms, offer
+from sites.policy import Policy
 from sites.settings import load_settings
 
 GOOD = """\
@@ -83,7 +85,11 @@ def test_what_an_owner_asks_beyond_a_price_is_offered(tmp_path: Path) -> None:
         "region: eu-north\ncontinent: eu\ndrain_at: 2030-02-01T00:00Z\n"
         "data_egress: {continent: 0.02, beyond: 0.08}\nlisten:",
     )
-    offered = offer(load_settings(write(tmp_path, text)), Measured(), draining=False)
+    offered = offer(
+        load_settings(write(tmp_path, text)),
+        Measured(),
+        Terms(Policy(), {}, draining=False, now=dt.datetime(2029, 1, 1, tzinfo=dt.UTC)),
+    )
     pool = offered.pools[0]
     assert pool.ask_micros_per_gpu_hour == 250_000
     assert [(step.gpus, step.ask_micros_per_gpu_hour) for step in pool.ask_steps] == [(6, 750_000)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import pytest
 
 from sites import inventory
 from sites.errors import SettingsError
-from sites.inventory import Measured
+from sites.inventory import Measured, Terms
+from sites.policy import Policy
 from sites.protocol import Heartbeat, Wish
 from sites.settings import SiteSettings, load_settings
 from sites.wishes import WISH_FILE, judge, keep_wish, kept_wish
@@ -30,7 +32,9 @@ def settings_of(folder: Path, text: str) -> SiteSettings:
 
 
 def asks(settings: SiteSettings) -> dict[str, list[int]]:
-    offer = inventory.offer(settings, Measured(), draining=False)
+    offer = inventory.offer(
+        settings, Measured(), Terms(Policy(), {}, draining=False, now=dt.datetime(2029, 1, 1, tzinfo=dt.UTC))
+    )
     return {
         pool.gpu_type: [pool.ask_micros_per_gpu_hour, *(step.ask_micros_per_gpu_hour for step in pool.ask_steps)]
         for pool in offer.pools

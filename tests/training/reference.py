@@ -90,7 +90,7 @@ def diloco(problem: Problem, tape: Tape, mean: Mean = plain_mean) -> list[Vector
 
 
 def sparse(problem: Problem, tape: Tape) -> list[Vector]:
-    """Of 21 values one is kept, as fp16 relative to the power of two above it; the carry decays by 0.95."""
+    """Of 21 values one is kept, in 32nds of the power of two above it, at most 31; the carry decays by 0.95."""
     theta, path = problem.start, []
     carries: dict[str, Vector] = {}
     for entries in tape:
@@ -102,7 +102,7 @@ def sparse(problem: Problem, tape: Tape) -> list[Vector]:
             sent = np.zeros_like(theta)
             place = int(np.argmax(np.abs(carry)))
             unit = 2.0 ** np.ceil(np.log2(abs(carry[place])))
-            sent[place] = np.sign(carry[place]) * float(np.float16(abs(carry[place]) / unit)) * unit
+            sent[place] = np.sign(carry[place]) * min(round(32 * abs(carry[place]) / unit), 31) / 32 * unit
             carries[site] = carry - sent
             parts.append((len(samples), sent))
         theta = theta - plain_mean(parts)

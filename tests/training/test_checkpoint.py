@@ -16,6 +16,7 @@ from tests.training.small_job import SAMPLES, Site, model, run, seats, site
 from training import checkpoint
 from training.attempt import NewestCheckpoint
 from training.errors import CheckpointError, ModelError
+from training.parameters import Parameters
 from training.session import Session
 
 
@@ -158,7 +159,7 @@ def test_an_optimizer_takes_the_same_next_step_after_the_round_trip(kind: type[t
         step(first, before, scale)
     after = kind(second.parameters(), lr=0.5, **options)
     second.load_state_dict(first.state_dict())
-    checkpoint.restore_optimizer(after, *checkpoint.optimizer_state(before))
+    checkpoint.restore_optimizer(after, Parameters(second), *checkpoint.optimizer_state(before, Parameters(first)))
     step(first, before, 3.0)
     step(second, after, 3.0)
     for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
@@ -170,7 +171,7 @@ def test_optimizer_state_that_json_cannot_hold_is_refused() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     optimizer.param_groups[0]["schedule"] = object()
     with pytest.raises(ModelError, match="cannot hold"):
-        checkpoint.optimizer_state(optimizer)
+        checkpoint.optimizer_state(optimizer, Parameters(module))
 
 
 def test_random_states_come_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.errors import SpecError
-from training.jobfile import JOB_FILE_BYTES_MAX, load_job_file, read_job_file
-from training.spec import GpuRequest, JobSpec
+from training.jobfile import JOB_FILE_BYTES_MAX, load_job_file, read_job_file, with_profile
+from training.spec import GpuRequest, JobSpec, ProfileTerms
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "training/examples/stdlib_lm/job.yaml"
 DIGEST = "a" * 64
@@ -50,6 +51,18 @@ def test_the_shipped_example_is_a_job() -> None:
     assert spec.resources.accelerators == (GpuRequest(gpu_type="cpu-slot", count_min=4, count_max=4),)
     assert spec.market.workload.flops_per_sample == 5.3e7
     assert (EXAMPLE.parent / spec.run.split()[1]).is_file()
+
+
+def test_the_sharded_example_is_a_job_too_and_takes_three_lines_of_ours() -> None:
+    file = EXAMPLE.parent.parent / "sharded_lm" / "job.yaml"
+    spec = load_job_file(file).spec(DIGEST)
+    lines = (file.parent / spec.run.split()[1]).read_text().split('"""', 2)[2].splitlines()
+    ours = [
+        line.strip() for line in lines if re.search(r"^import training|training\.join|session\.batches", line.strip())
+    ]
+    assert len(ours) == 3
+    # What is reported besides is the author's wish, and the loop needs none of it.
+    assert all("session." in line for line in lines if "session" in line and line.strip() not in ours)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +188,24 @@ def test_bids_for_further_speed_must_fall() -> None:
     rising = "bid: 1\n  bid_steps: [{above_samples_per_s: 10, bid: 0.5}, {above_samples_per_s: 20, bid: 0.7}]"
     with pytest.raises(SpecError, match="must fall below the bid"):
         spec_of(JOB.replace("  workload:", f"  {rising}\n  workload:"))
+
+
+def test_a_profile_is_written_into_the_file_and_nothing_else_changes() -> None:
+    text = EXAMPLE.read_text()
+    slot = ProfileTerms(gpu_type="cpu-slot", batch_per_gpu=16, steps=60, step_s=0.02)
+    card = ProfileTerms(gpu_type="T4", batch_per_gpu=16, steps=60, step_s=0.01)
+    once = with_profile(text, [slot])
+    assert read_job_file(once).spec(DIGEST).market.profile == (slot,)
+    assert [line for line in once.splitlines() if line not in text.splitlines()] == [
+        "  profile:",
+        "    - {gpu_type: cpu-slot, batch_per_gpu: 16, steps: 60, step_s: 0.02}",
+    ]
+    faster = slot.model_copy(update={"step_s": 0.015})
+    again = with_profile(with_profile(once, [card]), [faster])
+    assert read_job_file(again).spec(DIGEST).market.profile == (card, faster)
+    assert again.endswith(text[text.index("  budget") :])
+
+
+def test_a_profile_cannot_be_put_into_a_market_block_on_one_line() -> None:
+    with pytest.raises(SpecError, match="one key a line"):
+        with_profile("name: a\nmarket: {budget: 2}\n", [])

@@ -76,7 +76,7 @@ def outer_hash_of_equal_contributions(folder: Path, world: int) -> str:
 
     def work(each: Ranks) -> str:
         module = sites[each.rank].module
-        share = OuterShare(Parameters(module, 32), each, Diloco(OuterRule(0.7, 0.9)), total_samples=100)
+        share = OuterShare(Parameters(module, 32, each), each, Diloco(OuterRule(0.7, 0.9)), total_samples=100)
         for number in (1, 2):
             with torch.no_grad():
                 for parameter in module.parameters():

@@ -34,12 +34,16 @@ def kernels() -> dict[str, Kernel]:
     """Return the compiled loops by name, none where they are not wanted or cannot be had."""
     if os.environ.get("HANSA_COMPILE") == "0" or find_spec("numba") is None:
         return {}
+    from training.codecs import arithmetic  # noqa: PLC0415 - which asks for its loops here
+
     loops: dict[str, Kernel] = {
         "encode_int8": _encode_int8,
         "decode_int8": _decode_int8,
         "encode_int4": _encode_int4,
         "decode_int4": _decode_int4,
         "select": _select,
+        "write_stream": arithmetic.write_stream,
+        "read_stream": arithmetic.read_stream,
     }
     return {name: _compiled(loop) for name, loop in loops.items()}
 

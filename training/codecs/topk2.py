@@ -2,11 +2,11 @@
 
 The method is SparseLoCo's (arXiv 2508.15706): of each chunk of 4,096 elements the 64 largest are
 sent, the rest waits in the carry, which decays by beta each round and takes the part that outer
-momentum has elsewhere. Added here: positions as Golomb-Rice gaps (training.codecs.golomb), and two
-magnitudes per chunk at the least-squares split of the kept values.
+momentum has elsewhere. Added here: two magnitudes per chunk at the least-squares split of the kept values, and an
+adaptive arithmetic coder for positions, magnitudes and which of the two a value has (training.codecs.arithmetic).
 
-Body: int16 exponent · fp16 magnitudes (two per chunk) · codes (2 bits: sign, which magnitude) ·
-remainders (5 bits) · unary quotients. All lengths but the last follow from the element count.
+Body: int16 exponent · signs (one bit each) · the arithmetic stream. A magnitude is (16 + mantissa) / 32 times
+2**(exponent - its own exponent), mantissa of four bits: a thirty-second off at most, and the carry has the difference.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from training.codecs import arithmetic
+from training.codecs.arithmetic import EXPONENT_ZERO, MANTISSA_BITS
 from training.codecs.compiled import ELEMENTS_MIN, kernels
 from training.codecs.framing import HEADER, MAGNITUDE_MAX, NO_HINT, Hint, Values, body, header, output, unsound
-from training.codecs.golomb import PARAMETER, decode_gaps, encode_gaps, pack, packed_bytes, unary_bits_max, unpack
 from training.errors import CodecError
 
 CHUNK: Final = 4096
@@ -40,10 +41,10 @@ _Indices = npt.NDArray[np.int64]
 
 
 class Topk2:
-    """One element in 64, two bits each: about 1/204 of fp32. Useless without its carry."""
+    """One element in 64, two bits each: about 1/218 of fp32. Useless without its carry."""
 
     name: Final = "topk2"
-    magic: Final = b"HTK1"
+    magic: Final = b"HTK2"
 
     def encode(
         self, values: Values, carry: Values | None, hint: Hint = NO_HINT, out: Values | None = None
@@ -55,59 +56,71 @@ class Topk2:
         else:
             exponent, picks = _picked(_with_decayed(values, carry, left))
         places = _joined([pick.places.reshape(-1) for pick in picks])
-        levels, codes = [], []
+        levels, highs, scales = [], [], []
         for pick in picks:
-            level, high = _two_levels(np.abs(pick.values), exponent)
+            scale, level, high = _two_levels(np.abs(pick.values), exponent)
+            scales.append(scale)
             levels.append(level)
-            codes.append((((pick.values < 0).astype(np.int64) << 1) | high).reshape(-1))
-        code = _joined(codes)
-        remainders, unary = encode_gaps(np.diff(places, prepend=-1) - 1)
+            highs.append(high.reshape(-1))
+        high = _joined(highs)
+        negative = _joined_values(picks) < 0
+        chunk_of = _chunk_of(high.size, -(-left.size // CHUNK))
+        inside = places - chunk_of * CHUNK
+        first = np.diff(chunk_of, prepend=-1) > 0
+        gaps = inside - np.where(first, -1, np.roll(inside, 1)) - 1
         payload = b"".join(
             (
                 header(self.magic, left.size),
                 _EXPONENT.pack(exponent),
-                b"".join(level.astype("<f2").tobytes() for level in levels),
-                pack(code, 2),
-                remainders,
-                unary,
+                np.packbits(negative).tobytes(),
+                arithmetic.encode(
+                    gaps,
+                    high,
+                    np.concatenate([np.zeros((0, 4), np.int64), *scales]),
+                    KEPT_PER_CHUNK,
+                    compiled=values.size >= ELEMENTS_MIN,
+                ),
             )
         )
         # The very magnitudes that a decoder reads, by the same product.
         magnitudes = np.ldexp(np.concatenate([np.zeros((0, 2), np.float32), *levels]), exponent).astype(np.float32)
-        sent = magnitudes[_chunk_of(code.size, len(magnitudes)), code & 1]
-        left[places] -= np.where(code & 2, -sent, sent)
+        sent = magnitudes[chunk_of, high]
+        left[places] -= np.where(negative, -sent, sent)
         return payload, left
 
     def decode(self, payload: bytes, elements: int, out: Values | None = None) -> Values:
         """Return the values. Raises CodecError on anything but a payload of `elements` values."""
         view = body(payload, self.magic, elements)
         chunks, count = _counts(elements)
-        ends = np.cumsum([_EXPONENT.size, 4 * chunks, packed_bytes(count, 2), packed_bytes(count, PARAMETER)])
-        unary_bytes = len(view) - int(ends[-1])
-        if not 0 <= unary_bytes <= -(-unary_bits_max(count, elements) // 8):
+        streams = _EXPONENT.size + -(-count // 8)
+        if not streams <= len(view) <= streams + arithmetic.stream_bytes_max(chunks, count):
             message = (
                 f"a body of {len(view)} bytes is not that of {elements} elements; the payload is damaged or forged"
             )
             raise CodecError(message)
-        levels = _read_levels(view[: ends[1]], chunks)
-        codes = unpack(view[ends[1] : ends[2]], 2, count)
-        places = np.cumsum(decode_gaps(view[ends[2] : ends[3]], view[ends[3] :], count) + 1) - 1
+        (exponent,) = _EXPONENT.unpack_from(view)
+        signs = np.unpackbits(np.frombuffer(view[_EXPONENT.size : streams], dtype=np.uint8))
+        if not _EXPONENT_MIN <= exponent <= _EXPONENT_MAX or signs[count:].any():
+            raise CodecError("the exponent or the signs' padding is out of range; the payload is damaged or forged")
+        widths = np.full(chunks, CHUNK, dtype=np.int64)
+        widths[elements // CHUNK :] = elements % CHUNK
+        kept = -(-widths * KEPT_PER_CHUNK // CHUNK)
+        gaps, high, scales = arithmetic.decode(view[streams:], widths, kept, compiled=elements >= ELEMENTS_MIN)
         chunk_of = _chunk_of(count, chunks)
-        # Places ascend, so the last one tells whether all lie inside a short last chunk.
-        if not bool(np.all(places // CHUNK == chunk_of)) or (count and int(places[-1]) >= elements):
-            message = "a kept position lies outside its chunk; the payload is damaged or forged"
-            raise CodecError(message)
-        magnitudes = levels[chunk_of, codes & 1]
+        # Gaps start anew in each chunk: take off what the chunks before have added up to.
+        steps = np.cumsum(gaps + 1)
+        before = np.concatenate([[0], steps[np.cumsum(kept)[:-1] - 1]]) if chunks else steps
+        places = steps - before[chunk_of] - 1 + chunk_of * CHUNK
+        magnitudes = np.ldexp(_levels_of(scales), exponent).astype(np.float32)[chunk_of, high]
         values = output(out, elements)
         values[:] = 0
-        values[places] = np.where(codes & 2, -magnitudes, magnitudes)
+        values[places] = np.where(signs[:count], -magnitudes, magnitudes)
         return values
 
     def size_bytes_max(self, elements: int) -> int:
         """Return the most bytes that a payload of `elements` values takes."""
         chunks, count = _counts(elements)
-        streams = packed_bytes(count, 2) + packed_bytes(count, PARAMETER) + -(-unary_bits_max(count, elements) // 8)
-        return HEADER.size + _EXPONENT.size + 4 * chunks + streams
+        return HEADER.size + _EXPONENT.size + -(-count // 8) + arithmetic.stream_bytes_max(chunks, count)
 
 
 def _kept(width: int) -> int:
@@ -228,8 +241,8 @@ def _largest(magnitudes: _Grid, count: int) -> tuple[_Indices, np.float32]:
     return candidates.reshape(rows, count) % width, peak
 
 
-def _two_levels(magnitudes: _Grid, exponent: int) -> tuple[_Grid, _Indices]:
-    """Return each row's two fp16-exact magnitudes (in units of 2**exponent) and which one each value takes.
+def _two_levels(magnitudes: _Grid, exponent: int) -> tuple[_Indices, _Grid, _Indices]:
+    """Return each row's two magnitudes, as scales and in units of 2**exponent, and which one each value takes.
 
     Of all splits of a sorted row into low and high, the one with the least squared error is that
     which maximises (sum of low)^2 / n_low + (sum of high)^2 / n_high.
@@ -244,22 +257,39 @@ def _two_levels(magnitudes: _Grid, exponent: int) -> tuple[_Grid, _Indices]:
     low_sum = sums[np.arange(rows), split - 1]
     low = low_sum / split
     high = np.where(split < count, (total[:, 0] - low_sum) / np.maximum(count - split, 1), low)
-    levels = np.stack([low, np.maximum(low, high)], axis=1).astype(np.float16).astype(np.float32)
+    scales = _scales(np.stack([low, np.maximum(low, high)], axis=1))
+    levels = _levels_of(scales)
     middle = (levels[:, 0].astype(np.float64) + levels[:, 1]) / 2
-    return levels, (scaled > middle[:, None]).astype(np.int64)
+    return scales, levels, (scaled > middle[:, None]).astype(np.int64)
 
 
-def _read_levels(view: memoryview, chunks: int) -> _Grid:
-    (exponent,) = _EXPONENT.unpack_from(view)
-    halves = np.frombuffer(view[_EXPONENT.size :], dtype="<f2").astype(np.float32).reshape(chunks, 2)
-    # Scaled magnitudes are at most 1; the comparison is false for NaN too.
-    in_range = bool(np.all((halves >= 0) & (halves <= 1))) and _EXPONENT_MIN <= exponent <= _EXPONENT_MAX
-    if not in_range or not bool(np.all(halves[:, 0] <= halves[:, 1])):
-        message = "a chunk's magnitudes are not two numbers in order; the payload is damaged or forged"
-        raise CodecError(message)
-    levels: _Grid = np.ldexp(halves, exponent).astype(np.float32)
+def _scales(levels: npt.NDArray[np.float64]) -> _Indices:
+    """Return exponent and mantissa of each level (0 to 1), rounded to the nearest: (low's two, high's two) a row."""
+    fraction, power = np.frexp(levels)
+    steps = np.rint(np.ldexp(fraction, MANTISSA_BITS + 1)).astype(np.int64)
+    exponents = -power.astype(np.int64)
+    full = steps == 2 << MANTISSA_BITS
+    exponents, steps = exponents - full, np.where(full, 1 << MANTISSA_BITS, steps)
+    # The largest magnitude may round up to one, which has no scale.
+    steps = np.where(exponents < 0, (2 << MANTISSA_BITS) - 1, steps)
+    exponents = np.maximum(exponents, 0)
+    is_zero = (levels == 0) | (exponents >= EXPONENT_ZERO)
+    mantissas = np.where(is_zero, 0, steps - (1 << MANTISSA_BITS))
+    exponents = np.where(is_zero, EXPONENT_ZERO, exponents)
+    return np.stack([exponents, mantissas], axis=2).reshape(-1, 4)
+
+
+def _levels_of(scales: _Indices) -> _Grid:
+    """Return the two magnitudes of each row of `scales`."""
+    pairs = scales.reshape(-1, 2, 2)
+    steps = np.where(pairs[..., 0] == EXPONENT_ZERO, 0, pairs[..., 1] + (1 << MANTISSA_BITS)).astype(np.float32)
+    levels: _Grid = np.ldexp(steps, -pairs[..., 0] - MANTISSA_BITS - 1).astype(np.float32)
     return levels
 
 
 def _joined(parts: list[_Indices]) -> _Indices:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _joined_values(picks: list[_Pick]) -> Values:
+    return np.concatenate([np.zeros(0, np.float32), *(pick.values.reshape(-1) for pick in picks)])

@@ -107,8 +107,15 @@ class Wan:
 
     def sent_bytes(self, site: str) -> int:
         """Return the bytes on a site's cable so far, headers, acknowledgements and repetitions counted."""
-        told = _run(_tool("ip"), "-n", self._namespace(site), "-s", "-j", "link", "show", "dev", self._cable(site))
-        return int(json.loads(told)[0]["stats64"]["tx"]["bytes"])
+        return self._counted(site, "tx")
+
+    def received_bytes(self, site: str) -> int:
+        """Return the bytes that came in over a site's cable so far, counted as `sent_bytes` counts them."""
+        return self._counted(site, "rx")
+
+    def cable(self, site: str) -> str:
+        """Return the name of a site's network interface, for programs that must be told it."""
+        return f"v{self._index(site)}"
 
     def congestion_control(self) -> str:
         """Return the name of TCP's congestion control at the sites: it decides what loss costs."""
@@ -140,7 +147,7 @@ class Wan:
 
     def _make_site(self, site: str) -> None:
         namespace, router = self._namespace(site), self._router
-        index, cable, port = self._index(site), self._cable(site), self._port(site)
+        index, cable, port = self._index(site), self.cable(site), self._port(site)
         ip = _tool("ip")
         _run(ip, "netns", "add", namespace)
         _run(ip, "link", "add", cable, "netns", namespace, "type", "veth", "peer", "name", port, "netns", router)
@@ -197,14 +204,15 @@ class Wan:
     def _namespace(self, site: str) -> str:
         return f"{self._mark}-{self._index(site)}"
 
-    def _cable(self, site: str) -> str:
-        return f"v{self._index(site)}"
-
     def _port(self, site: str) -> str:
         return f"r{self._index(site)}"
 
     def _rule(self, act: str, source: str, target: str) -> tuple[str, ...]:
         return (act, "FORWARD", "-i", self._port(source), "-o", self._port(target))
+
+    def _counted(self, site: str, direction: str) -> int:
+        told = _run(_tool("ip"), "-n", self._namespace(site), "-s", "-j", "link", "show", "dev", self.cable(site))
+        return int(json.loads(told)[0]["stats64"][direction]["bytes"])
 
     def _in_router(self, *words: str) -> None:
         _run(_tool("nsenter"), f"--net=/run/netns/{self._router}", _tool("iptables"), "-w", *words)

@@ -20,6 +20,7 @@ class Diloco:
 
     gradients = False
     keeps_carry = True
+    mixes = False
     overlap_steps = 0
     deals_apart = False
     waits = True
@@ -61,7 +62,7 @@ class Diloco:
         """Return the mean by samples, or what the plan's robust rule puts in its place."""
         return merged(self._merge, [(each.weight, each.values) for each in received])
 
-    def adopted(self, owned: OwnedFragment, present: Values) -> Values:
+    def adopted(self, owned: OwnedFragment, present: Values | None) -> Values:
         """Return the outer parameters."""
         return owned.theta
 

@@ -34,7 +34,7 @@ class EveryStep(Diloco):
         """Keep the mean gradient."""
         owned.velocity = self.mean(owned, received)
 
-    def adopted(self, owned: OwnedFragment, present: Values) -> Values:
+    def adopted(self, owned: OwnedFragment, present: Values | None) -> Values:
         """Return the mean gradient: the optimizer takes it in place of the site's own."""
         return owned.velocity
 

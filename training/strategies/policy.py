@@ -23,6 +23,11 @@ class Strategy(Protocol):
         ...
 
     @property
+    def mixes(self) -> bool:
+        """Whether what the model takes after a round depends on what it holds then."""
+        ...
+
+    @property
     def overlap_steps(self) -> int:
         """The inner steps taken between posting a round and applying it; 0 waits for the seal."""
         ...
@@ -76,8 +81,8 @@ class Strategy(Protocol):
         """Change the outer state by a sealed round's entries; there is at least one."""
         ...
 
-    def adopted(self, owned: OwnedFragment, present: Values) -> Values:
-        """Return what the model takes after a round, where it holds `present`."""
+    def adopted(self, owned: OwnedFragment, present: Values | None) -> Values:
+        """Return what the model takes after a round, where it holds `present`: told only where the strategy `mixes`."""
         ...
 
     def digest(self, owned: OwnedFragment) -> bytes:

@@ -30,6 +30,7 @@ class Streaming(Diloco):
         super().__init__(rule, merge=merge)
         self._groups = groups
         self._mixing = np.float32(mixing)
+        self.mixes = mixing != 0
         self.overlap_steps = overlap_steps
         # After the last sample every group but the one just sent has work that nobody has seen.
         self.last_rounds = groups - 1
@@ -39,9 +40,9 @@ class Streaming(Diloco):
         groups = min(self._groups, fragments)
         return range((round_number - 1) % groups, fragments, groups)
 
-    def adopted(self, owned: OwnedFragment, present: Values) -> Values:
+    def adopted(self, owned: OwnedFragment, present: Values | None) -> Values:
         """Mix the model's own progress since posting with the outer parameters."""
-        if self._mixing == 0:
+        if present is None:
             return owned.theta
         mixed: Values = self._mixing * present
         mixed += (np.float32(1) - self._mixing) * owned.theta

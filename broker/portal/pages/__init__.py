@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
-from broker.portal.pages import accounts, jobs, market, money, operate, rounds, sign_in, sites, submit
+from broker.portal.pages import (
+    accounts,
+    forecasts,
+    jobs,
+    market,
+    money,
+    operate,
+    replay,
+    rounds,
+    sign_in,
+    sites,
+    submit,
+)
 
-__all__ = ["accounts", "jobs", "market", "money", "operate", "rounds", "sign_in", "sites", "submit"]
+__all__ = [
+    "accounts",
+    "forecasts",
+    "jobs",
+    "market",
+    "money",
+    "operate",
+    "replay",
+    "rounds",
+    "sign_in",
+    "sites",
+    "submit",
+]

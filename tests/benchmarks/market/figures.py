@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-_PACKAGES: Final = ("clarabel", "cvxpy", "ecos", "hansa", "highspy", "numba", "numpy", "pulp", "scipy")
+_PACKAGES: Final = ("clarabel", "cvxpy", "ecos", "hansa", "highspy", "numba", "numpy", "pulp", "scipy", "torch")
 
 
 class Figure(NamedTuple):
@@ -44,12 +44,10 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def show(figures: Iterable[Figure]) -> None:
+def show(figures: Iterable[Figure], *, title: str = "CPU seconds, one thread") -> None:
     """Print the table."""
     colours = {"reached": "green", "behind": "yellow", "loses": "red"}
-    table = Table(
-        "", "figure", "ours", "reference, same run", "ratio", "target", "verdict", title="CPU seconds, one thread"
-    )
+    table = Table("", "figure", "ours", "reference, same run", "ratio", "target", "verdict", title=title)
     for figure in figures:
         colour = colours.get(figure.verdict, "default")
         word = f"[{colour}]{figure.verdict}[/{colour}]"

@@ -152,3 +152,12 @@ def test_every_code_of_the_broker_is_in_the_chapter_with_its_status() -> None:
     assert missing == set()
     listed = set(re.findall(r"^\| `([a-z_.]+)` \| \d+ \|", CHAPTER, re.MULTILINE))
     assert listed == {code for code, _ in rows}
+
+
+def test_refusals_are_documented_as_they_are_sent(world: World) -> None:
+    document = world.client.get("/openapi/openapi.json").get_json()
+    answers = document["paths"]["/v1/jobs/{job_id}"]["get"]["responses"]
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    assert [answers[status]["content"] for status in ("404", "422", "429", "503")] == [problem] * 4
+    sent = world.call("GET", "/v1/jobs/job_nothing", "acme")
+    assert (sent.status_code, sent.content_type) == (404, "application/problem+json")

@@ -25,6 +25,8 @@ ADMIN_PAGES = (
     "/admin/sites/bremen",
     "/admin/rounds",
     "/admin/rounds/1",
+    "/admin/replay",
+    "/admin/forecasts",
     "/admin/tenants",
     "/admin/accounts",
     "/admin/ledger?audit=1",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from sites.drivers import ranks
 from sites.drivers.interface import Driver, EndCause, Limits, Run, RunPhase, RunState
 from sites.drivers.process import ProcessDriver
 from sites.drivers.slurm import SlurmDriver
@@ -255,3 +256,62 @@ def test_first_failing_rank_decides_the_exit_code(folder: Path) -> None:
     )
     driver.start(python(folder, code, str(folder / "exits")))
     assert ended(driver, folder).exit_code == 75
+
+
+RANK = """
+import json, os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else signal.SIG_DFL)
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+seen = {name: os.environ[name] for name in names}
+path = os.path.join(sys.argv[1], "seen-" + seen["RANK"])
+open(path + ".partial", "w").write(json.dumps(seen))
+os.rename(path + ".partial", path)
+others = [os.path.join(sys.argv[1], f"seen-{rank}") for rank in range(int(seen["WORLD_SIZE"]))]
+while not all(map(os.path.exists, others)):
+    time.sleep(0.01)
+if seen["RANK"] == "1" and "fails" in sys.argv:
+    raise SystemExit(75)
+if "waits" in sys.argv:
+    time.sleep(600)
+"""
+
+
+def ranks_of_one_host(folder: Path, *words: str) -> Run:
+    program = folder.parent / "rank.py"
+    program.write_text(RANK)
+    argv = (sys.executable, "-I", "-S", ranks.__file__, str(folder / "exits"), "3")
+    return python(folder, "", argv=(*argv, sys.executable, "-I", "-S", str(program), str(folder.parent), *words))
+
+
+@ON_PROCESSES
+def test_ranks_are_told_who_they_are_as_torchrun_tells_them(driver: Driver, folder: Path) -> None:
+    driver.start(ranks_of_one_host(folder))
+    assert ended(driver, folder).exit_code == 0
+    seen = [json.loads((folder.parent / f"seen-{rank}").read_text()) for rank in range(3)]
+    assert [each["RANK"] for each in seen] == [each["LOCAL_RANK"] for each in seen] == ["0", "1", "2"]
+    assert {(each["WORLD_SIZE"], each["LOCAL_WORLD_SIZE"], each["MASTER_ADDR"]) for each in seen} == {
+        ("3", "3", "127.0.0.1")
+    }
+    assert len({each["MASTER_PORT"] for each in seen}) == 1
+    assert [json.loads((folder / "exits" / str(rank)).read_text())[0] for rank in range(3)] == [0, 0, 0]
+
+
+@ON_PROCESSES
+def test_rank_that_fails_ends_the_others_and_its_exit_code_stands(driver: Driver, folder: Path) -> None:
+    driver.start(ranks_of_one_host(folder, "fails", "waits"))
+    assert ended(driver, folder).exit_code == 75
+    codes = [json.loads((folder / "exits" / str(rank)).read_text())[0] for rank in range(3)]
+    assert codes == [128 + signal.SIGTERM, 75, 128 + signal.SIGTERM]
+
+
+@ON_PROCESSES
+def test_ranks_deaf_to_their_fellows_end_are_killed(
+    driver: Driver, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "__file__", str(folder.parent / "impatient.py"))
+    source = Path(ranks.__spec__.origin or "").read_text()
+    Path(ranks.__file__).write_text(source.replace("GRACE_S: Final = 10", "GRACE_S: Final = 1"))
+    driver.start(ranks_of_one_host(folder, "fails", "waits", "deaf"))
+    assert ended(driver, folder).exit_code == 75
+    codes = [json.loads((folder / "exits" / str(rank)).read_text())[0] for rank in range(3)]
+    assert codes == [128 + signal.SIGKILL, 75, 128 + signal.SIGKILL]
