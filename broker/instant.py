@@ -24,6 +24,7 @@ from broker.leases import propose
 from broker.market import Market
 from broker.rounds.snapshot import free_by_pool, job_state, take
 from broker.speeds import read_speeds
+from broker.tenant_limits import budget_left_micros_per_hour
 from broker.transitions import SiteState, record_event
 from pricing.money import format_credits
 from sites.protocol import Offer
@@ -129,6 +130,12 @@ def _offer(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> I
     found = instant(alone)
     if isinstance(found, NotNow):
         raise InstantRefusedError(f"it cannot start now: {found.sentence}; or {_ADVICE}")
+    left = budget_left_micros_per_hour(session, tenant_id)
+    if left is not None and found.charge_micros_per_hour > left:
+        raise InstantRefusedError(
+            f"it would cost {format_credits(found.charge_micros_per_hour)} credits an hour, and the budget of "
+            f"{tenant_id} has {format_credits(left)} an hour left; raise it (hansa budget), or {_ADVICE}"
+        )
     sites = {part.site_id for part in found.configuration.parts}
     return InstantOffer(found, newest, {site: taken.site_versions[site] for site in sites})
 

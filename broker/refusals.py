@@ -13,7 +13,8 @@ from typing import Final
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from broker.database.tables import BarredConfiguration, Job, Lease, Placement, Round, SiteRefusal
+from broker.database.refusals import BarredConfiguration, SiteRefusal
+from broker.database.tables import Job, Lease, Placement, Round
 from broker.market import Market
 from broker.transitions import FINAL_JOB_STATES, note_change, record_event
 from sites.protocol import RefusalScope, Veto

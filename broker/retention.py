@@ -21,9 +21,9 @@ from typing import Final
 from sqlalchemy import ColumnElement, delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
+from broker.database.refusals import BarredConfiguration
 from broker.database.tables import (
     Artifact,
-    BarredConfiguration,
     BrowserSession,
     IdempotencyKey,
     Job,

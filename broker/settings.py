@@ -11,6 +11,9 @@ from typing import Final, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from broker.allocation.instance import RATE_MICROS_PER_HOUR_MAX
+from broker.allocation.snapshot import SLOT_S_MAX, SLOTS_MAX
+
 # A site's warden takes up to 2 s to kill what expired (`sites.drivers.warden.GRACE_EXPIRED_S`), and must be seen to have
 # done so on another machine's clock: with less a GPU could serve two.
 LIVENESS_MARGIN_S_MIN: Final = 3.0
@@ -65,6 +68,17 @@ class Settings(BaseSettings):
     )
     attempts_max: int = Field(default=5, ge=1, description="lost or broken attempts before a job fails")
     fee_basis_points: int = Field(default=0, ge=0, le=1000)
+    slots: int = Field(
+        default=1, ge=1, le=SLOTS_MAX, description="time slots that a round plans, so that waiting has a price; 1: now"
+    )
+    slot_s: int = Field(default=900, ge=60, le=SLOT_S_MAX, description="length of a slot, where there are several")
+    waiting_discount: float = Field(default=0.01, ge=0, lt=1, description="share of its value that a slot's wait costs")
+    floor_penalty_micros_per_gpu_hour: int = Field(
+        default=0,
+        ge=0,
+        le=RATE_MICROS_PER_HOUR_MAX,
+        description="what a GPU less than a tenant's floor costs the market; 0: no floors",
+    )
 
     requests_per_s: float = Field(
         default=50.0, gt=0, description="of one token, person or address to one API process; ten seconds' worth at once"

@@ -31,6 +31,7 @@ UnplacedCode = Literal[
     "deadline",
     "barred",
     "budget_short",
+    "tenant_budget",
     "bid_below_ask",
     "outbid",
     "fragmented",

@@ -81,8 +81,8 @@ def _least_bid(snapshot: Snapshot, job: JobState, left_out: Unplaced, solve: Sol
             changed, placed = _lowered(snapshot, changed, placed, lost, solve)
             return _told("bid", _bid_sentence(job, changed, placed), changed, placed)
         refused = next((row for row in clearing.unplaced if row.job_id == job.job_id), None)
-        if refused is None:
-            return None
+        if refused is None or refused.code == "tenant_budget":
+            return None  # a higher bid may cost more still
         if refused.code == "budget_short":
             whole = bid * job.samples_left // SAMPLES_PER_BID + 1
             if whole <= changed.hold_left_micros:

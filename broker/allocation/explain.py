@@ -16,7 +16,7 @@ import numpy as np
 from broker.allocation import kernel
 from broker.allocation.clearing import Unplaced, UnplacedCode
 from broker.allocation.configuration import TERM_MARGIN, TERM_S_MIN
-from broker.allocation.instance import NONE, RATE_MICROS_PER_HOUR_MAX, Flag, Int
+from broker.allocation.instance import NONE, RATE_MICROS_PER_HOUR_MAX, SHARES, Flag, Int
 from broker.allocation.rents import supplied
 from broker.allocation.singles import next_count
 from broker.allocation.solver import Outcome, best_columns, used_rows
@@ -133,9 +133,29 @@ class _Explained:
         if self.nearest.form[job] == NONE:
             return self._nothing(job)
         column = self._told(job, self.nearest)
+        if self._is_beyond_tenants_budget(job, column):
+            return self._tenant_budget(job, column)
         if self.nearest.surplus[job] >= 0:
             return self._fragmented(job, column)
         return self._priced_out(job, column)
+
+    def _is_beyond_tenants_budget(self, job: int, column: Won) -> bool:
+        """Return whether the tenant's other placements leave too little of its hourly budget."""
+        jobs = self.market.instance.jobs
+        row = int(jobs.budget_row[job])
+        shares = int(kernel.budget_shares(jobs, job, max(0, column.charge_max + column.egress)))
+        return row >= 0 and shares > int(self.free[row])
+
+    def _tenant_budget(self, job: int, column: Won) -> Unplaced:
+        jobs = self.market.instance.jobs
+        budget = int(jobs.budget[job])
+        left = max(0, int(self.free[int(jobs.budget_row[job])])) * budget // SHARES
+        sentence = (
+            f"the tenant's hourly budget is the limit: {format_credits(left)} of its {format_credits(budget)} credits an "
+            f"hour are left, and {column.configuration.key} may cost {format_credits(column.charge_max + column.egress)}; "
+            "raise it (hansa budget), bid less, or wait until another job ends"
+        )
+        return self._row(job, "tenant_budget", sentence)
 
     def _told(self, job: int, found: object) -> Won:
         form, item, place = (int(getattr(found, name)[job]) for name in ("form", "item", "place"))

@@ -15,6 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker import ledger
+from broker.allocation.instance import RATE_MICROS_PER_HOUR_MAX
 from broker.api.answers import answers
 from broker.api.context import the_actor, the_market
 from broker.api.documents import EventPage, event_document
@@ -39,6 +40,7 @@ from broker.queries.market import find_certificate, find_round
 from broker.queries.money import list_tenants
 from broker.queries.sites import SiteRow, list_sites
 from broker.rounds.replay import replay
+from broker.tenant_limits import FLOOR_GPUS_MAX, set_budget, set_floor
 from broker.tenants import add_equity, create_tenant, deposit
 from pricing.payments import PaymentRule
 from training.spec import BUDGET_MICROS_MAX, SiteId
@@ -74,6 +76,15 @@ class Deposit(_Body):
     """Credits to give."""
 
     amount_micros: int = Field(ge=1, le=BUDGET_MICROS_MAX)
+
+
+class Limits(_Body):
+    """What a tenant may spend over all of its jobs, and the GPUs that it should have at least."""
+
+    budget_micros_per_hour: int | None = Field(
+        default=None, ge=1, le=RATE_MICROS_PER_HOUR_MAX, description="micro-credits per hour; null: no bound"
+    )
+    floor_gpus: int = Field(default=0, ge=0, le=FLOOR_GPUS_MAX, description="0: none")
 
 
 class TokenTerms(_Body):
@@ -171,6 +182,19 @@ def post_deposit(path: TenantPath, header: IdempotencyHeader, body: Deposit) -> 
         return {"tenant_id": path.tenant_id, "balance_micros": balance}
 
     return key.run(lambda: _given(market, key, work))
+
+
+@api.put("/tenants/<string:tenant_id>/limits", responses=answers())
+def put_limits(path: TenantPath, body: Limits) -> Response:
+    """Set a tenant's budget and floor in place of what they were."""
+    market, actor = the_market(), the_actor()
+
+    def work(session: Session) -> dict[str, object]:
+        set_budget(session, market, path.tenant_id, body.budget_micros_per_hour, actor=actor)
+        set_floor(session, market, path.tenant_id, body.floor_gpus, actor=actor)
+        return {"tenant_id": path.tenant_id, **body.model_dump()}
+
+    return json_answer(market.database.write("limits", work))
 
 
 @api.post("/equity", responses=answers())

@@ -81,10 +81,12 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("GET", "/v1/tokens"): _READ,
     ("POST", "/v1/tokens"): Access(Who.TENANT, Scope.TOKENS_WRITE, SMALL_BODY_BYTES_MAX),
     ("POST", "/v1/tokens/<string:token_id>/revoke"): Access(Who.TENANT, Scope.TOKENS_WRITE, SMALL_BODY_BYTES_MAX),
+    ("PUT", "/v1/account/budget"): Access(Who.TENANT, Scope.JOBS_WRITE, SMALL_BODY_BYTES_MAX),
     # Admins.
     ("POST", "/v1/admin/tenants"): _ADMIN,
     ("GET", "/v1/admin/tenants"): _ADMIN_READ,
     ("POST", "/v1/admin/tenants/<string:tenant_id>/deposit"): _ADMIN,
+    ("PUT", "/v1/admin/tenants/<string:tenant_id>/limits"): _ADMIN,
     ("POST", "/v1/admin/equity"): _ADMIN,
     ("POST", "/v1/admin/tenants/<string:tenant_id>/tokens"): _ADMIN,
     ("GET", "/v1/admin/tenants/<string:tenant_id>/tokens"): _ADMIN_READ,
@@ -111,6 +113,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     # Sites; enrolment carries its own one-time token.
     ("POST", "/site/v1/enrol"): Access(Who.ANYONE, body_bytes_max=SMALL_BODY_BYTES_MAX),
     ("POST", "/site/v1/heartbeat"): Access(Who.SITE, body_bytes_max=HEARTBEAT_BYTES_MAX),
+    ("GET", "/site/v1/statement"): Access(Who.SITE),
     ("GET", "/site/v1/artifacts/<digest>"): Access(Who.SITE),
     ("PUT", "/site/v1/artifacts/<digest>"): Access(Who.SITE, body_bytes_max=ARTIFACT_CHUNK_BYTES_MAX),
     ("POST", "/site/v1/leases/<lease_id>/<int:epoch>/streams/<name>"): Access(

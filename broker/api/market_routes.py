@@ -8,20 +8,22 @@ from typing import Final
 from flask import Response
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from broker.allocation.instance import RATE_MICROS_PER_HOUR_MAX
 from broker.api.answers import answers
 from broker.api.chunks import OFFSET_MAX
-from broker.api.context import the_market, the_principal, the_tenant_id
+from broker.api.context import the_actor, the_market, the_principal, the_tenant_id
 from broker.api.pages import CURSOR_LENGTH_MAX, PAGE_ROWS_MAX, PageQuery, decode_cursor, encode_cursor
 from broker.api.problems import json_answer
-from broker.database.tables import Job, MarketState, Placement, Pool, Round, Site
+from broker.database.tables import Job, MarketState, Placement, Pool, Round, Site, Tenant
 from broker.identity.tokens import TokenKind
 from broker.queries.market import RoundRow, find_certificate, find_round, list_rounds, round_row
 from broker.queries.money import tenant_balance
 from broker.rounds.certificate import SignedCertificate, Statement, read_statement
+from broker.tenant_limits import set_budget, spending_micros_per_hour
 from broker.transitions import SiteState
 from training.roundlog.signing import SignedDocument
 
@@ -135,7 +137,19 @@ class AccountDocument(BaseModel):
     tenant_id: str
     balance_micros: int
     held_micros: int
+    budget_micros_per_hour: int | None
+    spending_micros_per_hour: int
     frozen: bool
+
+
+class Budget(BaseModel):
+    """What all jobs of a tenant may cost together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    budget_micros_per_hour: int | None = Field(
+        ge=1, le=RATE_MICROS_PER_HOUR_MAX, description="micro-credits per hour; null: no bound"
+    )
 
 
 @api.get("/prices", responses=answers(PricesDocument))
@@ -185,18 +199,33 @@ def get_certificate(path: RoundPath) -> Response:
 def get_account() -> Response:
     """Show the tenant's balance and what is held for its jobs."""
     tenant_id = the_tenant_id()
+    return json_answer(the_market().database.read(lambda session: _account(session, tenant_id)))
+
+
+@api.put("/account/budget", responses=answers(AccountDocument), security=[{"token": []}])
+def put_budget(body: Budget) -> Response:
+    """Bound what the tenant's jobs may cost together. What runs already runs on; nothing new starts beyond it."""
+    market, tenant_id, actor = the_market(), the_tenant_id(), the_actor()
 
     def work(session: Session) -> AccountDocument:
-        state = session.get(MarketState, 1)
-        balance = tenant_balance(session, tenant_id)
-        return AccountDocument(
-            tenant_id=tenant_id,
-            balance_micros=balance.free_micros,
-            held_micros=balance.held_micros,
-            frozen=state is not None and state.frozen_ms is not None,
-        )
+        set_budget(session, market, tenant_id, body.budget_micros_per_hour, actor=actor)
+        return _account(session, tenant_id)
 
-    return json_answer(the_market().database.read(work))
+    return json_answer(market.database.write("budget", work))
+
+
+def _account(session: Session, tenant_id: str) -> AccountDocument:
+    state = session.get(MarketState, 1)
+    tenant = session.get_one(Tenant, tenant_id)
+    balance = tenant_balance(session, tenant_id)
+    return AccountDocument(
+        tenant_id=tenant_id,
+        balance_micros=balance.free_micros,
+        held_micros=balance.held_micros,
+        budget_micros_per_hour=tenant.budget_micros_per_hour,
+        spending_micros_per_hour=spending_micros_per_hour(session, tenant_id),
+        frozen=state is not None and state.frozen_ms is not None,
+    )
 
 
 def _prices(session: Session, query: PricesQuery, after: str) -> tuple[PricesDocument, bool]:

@@ -232,6 +232,25 @@ def deposit(
         typer.echo(f"{tenant_id} has {credits_text(document['balance_micros'])} credits")
 
 
+@tenant_app.command("limit")
+def limit(
+    tenant_id: TenantId,
+    budget: Annotated[str, typer.Option(metavar="CREDITS|none", help="an hour, over all of its jobs")] = "none",
+    floor: Annotated[int, typer.Option(min=0, help="GPUs that it should have at least; 0: none")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Set a tenant's hourly budget and its floor of GPUs, in place of what they were."""
+    from broker.cli.market_commands import budget_micros, budget_text
+
+    body = {"budget_micros_per_hour": budget_micros(budget), "floor_gpus": floor}
+    with _client() as client:
+        document = client.admin_put(f"/tenants/{tenant_id}/limits", body)
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(f"{tenant_id}: budget {budget_text(document['budget_micros_per_hour'])}, floor {floor} GPUs")
+
+
 @tenant_app.command("token")
 def token(
     tenant_id: TenantId,

@@ -90,7 +90,7 @@ class BrokerClient:
     # --- What a tenant may do ---------------------------------------------------------------------
 
     def account(self) -> Json:
-        """Return the caller's balance and what is held."""
+        """Return the caller's balance, what is held, what its jobs cost in an hour and may cost."""
         return self._get("/v1/account")
 
     def quote(self, spec: Json, goal: str | None = None) -> Json:
@@ -179,6 +179,10 @@ class BrokerClient:
             partial.unlink(missing_ok=True)
         return size
 
+    def set_budget(self, budget_micros_per_hour: int | None) -> Json:
+        """Bound what the caller's jobs may cost in an hour, and return the account; None: no bound."""
+        return self._put("/v1/account/budget", {"budget_micros_per_hour": budget_micros_per_hour})
+
     def tokens(self) -> Json:
         """Return the caller's tokens, newest first, without their secrets."""
         return self._get("/v1/tokens")
@@ -201,6 +205,10 @@ class BrokerClient:
         """Do what the admin route below `/v1/admin` does."""
         return self._post(f"/v1/admin{path}", body, key)
 
+    def admin_put(self, path: str, body: Json) -> Json:
+        """Set what the admin route below `/v1/admin` holds."""
+        return self._put(f"/v1/admin{path}", body)
+
     def admin_list(self, path: str, limit: int = 100) -> list[Json]:
         """Return the rows of a paged admin route."""
         return list(self._pages(f"/v1/admin{path}", limit))
@@ -213,6 +221,10 @@ class BrokerClient:
     def _post(self, path: str, body: Json, key: str | None = None) -> Json:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex, "Content-Type": "application/json"}
         return _document(self._send("POST", path, content=json.dumps(body).encode(), headers=headers))
+
+    def _put(self, path: str, body: Json) -> Json:
+        headers = {"Content-Type": "application/json"}
+        return _document(self._send("PUT", path, content=json.dumps(body).encode(), headers=headers))
 
     def _pages(self, path: str, limit: int, **parameters: str | int) -> Iterator[Json]:
         """Yield at most `limit` rows, page by page."""

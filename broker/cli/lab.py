@@ -98,8 +98,11 @@ def run(
 def compare(
     job: Annotated[Path, typer.Argument(help="the job file; its script must report a loss")],
     *,
-    sites: Annotated[int, typer.Option(min=1, max=8, help="sites, each with a gateway and one rank of its own")] = 2,
-    strategies: Annotated[str, typer.Option(help="strategies, joined by commas")] = _ALL,
+    sites: Annotated[int, typer.Option(min=1, max=8, help="sites, each with a gateway of its own")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, max=16, help="ranks of each site, as torchrun would start them")] = 1,
+    strategies: Annotated[
+        str, typer.Option(help="strategies, joined by commas; auto lets links and step times choose")
+    ] = _ALL,
     samples: Annotated[int | None, typer.Option(min=1, help="samples of the job, in place of the file's")] = None,
     link: Annotated[
         str | None,
@@ -128,8 +131,12 @@ def compare(
     emulated = None if link is None else LinkSpec.parse(link)
     file = load_job_file(job)
     spec = comparison.job_of(file, samples)
-    known = {str(each): each for each in comparison.STRATEGIES}
-    names = list(known) if strategies == _ALL else [name.strip() for name in strategies.split(",")]
+    known = {str(each): each for each in (*comparison.STRATEGIES, *comparison.CHOSEN)}
+    names = (
+        list(map(str, comparison.STRATEGIES))
+        if strategies == _ALL
+        else [name.strip() for name in strategies.split(",")]
+    )
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UsageError(
@@ -151,9 +158,10 @@ def compare(
             seed=seed,
             progress=progress,
             link=emulated,
+            ranks=ranks,
         )
     out.mkdir(parents=True, exist_ok=True)
-    title = f"{spec.name} on {sites} sites, {spec.market.workload.samples} samples, seed {seed}"
+    title = f"{spec.name} on {sites} sites{'' if ranks == 1 else f' of {ranks} ranks'}, {spec.market.workload.samples} samples, seed {seed}"
     if outcomes[0].network is not None:
         title += f", links {outcomes[0].network.link} ({outcomes[0].network.congestion_control})"
     about = "Each run is a federation of its own on one machine; bytes are payload that site-1 posted and fetched."
@@ -204,4 +212,6 @@ def compare(
         rows,
         title=title,
     )
+    for reason in (reason for each in outcomes for reason in each.reasons):
+        typer.echo(f"auto: {reason}")
     typer.echo(f"{out / 'compare.png'}, {out / 'compare.html'} and {out / 'compare.json'} are written")

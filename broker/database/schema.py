@@ -16,7 +16,15 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import text
 
-from broker.database import certificates, forecasts, terms, uploads, wishes  # noqa: F401  their tables belong to the schema
+# Their tables belong to the schema.
+from broker.database import (
+    certificates,  # noqa: F401  see above
+    forecasts,  # noqa: F401
+    refusals,  # noqa: F401
+    terms,  # noqa: F401
+    uploads,  # noqa: F401
+    wishes,  # noqa: F401
+)
 from broker.database.engine import Database
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"

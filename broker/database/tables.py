@@ -27,13 +27,18 @@ class Table(DeclarativeBase):
 
 
 class Tenant(Table):
-    """A customer: owner of jobs and of a ledger account. `home_site` is the site whose own customer it is."""
+    """A customer: owner of jobs and of a ledger account. `home_site` is the site whose own customer it is.
+
+    `budget_micros_per_hour` bounds what its jobs cost together, `floor_gpus` is what it should have at least.
+    """
 
     __tablename__ = "tenants"
     tenant_id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
     created_ms: Mapped[int]
     home_site: Mapped[str | None]
+    budget_micros_per_hour: Mapped[int | None]
+    floor_gpus: Mapped[int | None]
 
 
 class User(Table):
@@ -375,28 +380,6 @@ class UsageReport(Table):
             name="usage_balanced",
         ),
     )
-
-
-class BarredConfiguration(Table):
-    """A configuration that a job may not win before `until_round`, because a site vetoed it."""
-
-    __tablename__ = "barred_configurations"
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
-    configuration_key: Mapped[str] = mapped_column(String(500), primary_key=True)
-    until_round: Mapped[int]
-    reason: Mapped[str] = mapped_column(String(1000))
-
-
-class SiteRefusal(Table):
-    """A job that a site's owner refuses: here at all (`scope` site), or beside other sites (gangs), until a time."""
-
-    __tablename__ = "site_refusals"
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
-    site_id: Mapped[str] = mapped_column(ForeignKey("sites.site_id"), primary_key=True)
-    scope: Mapped[str]
-    code: Mapped[str]
-    reason: Mapped[str] = mapped_column(String(1000))
-    until_ms: Mapped[int]
 
 
 class ViewChange(Table):

@@ -30,9 +30,9 @@ from broker.allocation.snapshot import (
     SiteState,
     Snapshot,
 )
+from broker.database.refusals import BarredConfiguration
 from broker.database.tables import (
     Account,
-    BarredConfiguration,
     Gpu,
     Hold,
     Job,
@@ -52,6 +52,7 @@ from broker.payment_rules import payment_rule
 from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
 from broker.speeds import read_speeds
+from broker.tenant_limits import limited_tenants
 from broker.transitions import JobState as State
 from broker.transitions import LeaseState, PlacementState
 from broker.transitions import SiteState as Hearing
@@ -84,6 +85,8 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         placement.job_id: placement
         for placement in session.scalars(select(Placement).where(Placement.state != PlacementState.ENDED))
     }
+    tenants = limited_tenants(session)
+    limited = {tenant.tenant_id for tenant in tenants}
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -95,8 +98,16 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
         links=tuple(standing_links(session, {site.site_id for site in sites})),
-        jobs=tuple(_jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})),
+        jobs=tuple(
+            job if owner not in limited else job.model_copy(update={"tenant_id": owner})
+            for owner, job in _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
+        ),
         last_prices=_last_prices(session),
+        tenants=tenants,
+        floor_penalty_micros_per_gpu_hour=market.settings.floor_penalty_micros_per_gpu_hour,
+        slots=market.settings.slots,
+        slot_s=market.settings.slot_s,
+        waiting_discount=market.settings.waiting_discount if market.settings.slots > 1 else 0.0,
     )
     return TakenSnapshot(
         snapshot, {site.site_id: site.version for site in sites}, 0 if state is None else state.changes
@@ -211,7 +222,8 @@ def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
 
 def _jobs(  # noqa: PLR0917  what a round's jobs depend on
     session: Session, market: Market, placements: dict[str, Placement], now_ms: int, number: int, sites: set[str]
-) -> list[JobState]:
+) -> list[tuple[str, JobState]]:
+    """Return the jobs that a round may place, each with its tenant."""
     barred: dict[str, list[str]] = {}
     for bar in session.scalars(select(BarredConfiguration).where(BarredConfiguration.until_round >= number)):
         barred.setdefault(bar.job_id, []).append(bar.configuration_key)
@@ -234,24 +246,23 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
         left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
-        states.append(
-            job_state(
-                job.job_id,
-                spec,
-                version=job.version,
-                submitted_ms=job.submitted_ms,
-                samples_done=job.samples_done,
-                # What the running term may still cost is not there for the next one.
-                hold_left_micros=max(0, left - reserved) if up_for_renewal else left,
-                barred=tuple(sorted(barred.get(job.job_id, ()))),
-                incumbent=incumbent,
-                home_site=homes.get(job.tenant_id),
-                sites=sites,
-                # An owner's word is about what comes next: a running term keeps its place.
-                refused=refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE,
-                speeds=speeds.valued(job.tenant_id, spec),
-            )
+        state = job_state(
+            job.job_id,
+            spec,
+            version=job.version,
+            submitted_ms=job.submitted_ms,
+            samples_done=job.samples_done,
+            # What the running term may still cost is not there for the next one.
+            hold_left_micros=max(0, left - reserved) if up_for_renewal else left,
+            barred=tuple(sorted(barred.get(job.job_id, ()))),
+            incumbent=incumbent,
+            home_site=homes.get(job.tenant_id),
+            sites=sites,
+            # An owner's word is about what comes next: a running term keeps its place.
+            refused=refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE,
+            speeds=speeds.valued(job.tenant_id, spec),
         )
+        states.append((job.tenant_id, state))
     return states
 
 

@@ -9,7 +9,8 @@ from cryptography import x509
 from sqlalchemy import select
 
 from broker.cancel import request_cancel
-from broker.database.tables import BarredConfiguration, Event
+from broker.database.refusals import BarredConfiguration
+from broker.database.tables import Event
 from broker.heartbeat import OvertakenError
 from sites.protocol import ExitCause, LeasePhase
 from tests.broker.speaking import LIVENESS_S, MARGIN_S, PROPOSAL_S, Scene

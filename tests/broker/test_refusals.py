@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from broker.database.tables import Event, Lease, SiteRefusal
+from broker.database.refusals import SiteRefusal
+from broker.database.tables import Event, Lease
 from sites.protocol import RefusalScope, Veto
 from tests.broker.speaking import TERM_S, Scene, SpeakingSite
 

@@ -37,7 +37,7 @@ STEP_SAMPLES = 12
 def run_sites(folder: Path, sites: list[dict[str, Any]], **plan: Any) -> dict[str, list[dict[str, Any]]]:
     """Run sites to their end; return each rank's findings by site.
 
-    A site has a name, a mode (see `spread`) and a world, and may have a log and settings of its own.
+    A site has a name, a mode (see `spread`) and a world, and may have a log, a batch for each rank and settings of its own.
     """
     folder.mkdir(parents=True)
     path = folder / "plan.json"
@@ -133,20 +133,21 @@ def train(folder: Path, store: dist.Store, site: dict[str, Any], rank: int, plan
     members = tuple(MemberSeat(each, 1, gpus) for each, gpus in plan.pop("members"))
     base_round, done = plan.pop("base_round", 0), tuple(SampleRange(*each) for each in plan.pop("done", ()))
     attempt = context(folder, name, **plan)
-    batch = STEP_SAMPLES // world
+    # One for all sites of a federation, as in a job; a site alone has the same step whatever its ranks.
+    batch = site.get("batch", STEP_SAMPLES // world)
     attempt = attempt.model_copy(update={"workload": attempt.workload.model_copy(update={"batch_per_gpu": batch})})
     module = spread(model(), site["mode"], world)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
     base_hash = GENESIS_HASH if not base_round else f"{base_round:064x}"
     exchange = StoreExchange(store, name, members, Position(base_round, base_hash, members, done, needs_snapshot=False))
     ranks = Ranks.of_process(60.0)
-    hashes, losses, seen = [], [], []
+    hashes: dict[int, str] = {}
+    losses, seen = [], []
     with Session(
         module, optimizer, Points(), ranks=ranks, context=attempt, exchange=exchange, fragment_elements=32
     ) as session:
         for inputs, targets in session.batches():
-            if session.rounds > len(hashes) + base_round:
-                hashes.append(session.outer_hash)
+            hashes[session.rounds] = session.outer_hash
             loss = torch.nn.functional.mse_loss(module(inputs), targets)
             loss.backward()
             optimizer.step()
@@ -156,8 +157,9 @@ def train(folder: Path, store: dist.Store, site: dict[str, Any], rank: int, plan
                 module(inputs)
             losses.append(loss.item())
             seen.append(inputs.sum().item())
+    hashes[session.rounds] = session.outer_hash
     return {
-        "hashes": [*hashes, session.outer_hash],
+        "hashes": hashes,
         "losses": losses,
         "seen": seen,
         "steps": session.step,

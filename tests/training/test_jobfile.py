@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_the_shipped_example_is_a_job() -> None:
     assert spec.resources.accelerators == (GpuRequest(gpu_type="cpu-slot", count_min=4, count_max=4),)
     assert spec.market.workload.flops_per_sample == 5.3e7
     assert (EXAMPLE.parent / spec.run.split()[1]).is_file()
+
+
+def test_the_sharded_example_is_a_job_too_and_takes_three_lines_of_ours() -> None:
+    file = EXAMPLE.parent.parent / "sharded_lm" / "job.yaml"
+    spec = load_job_file(file).spec(DIGEST)
+    lines = (file.parent / spec.run.split()[1]).read_text().split('"""', 2)[2].splitlines()
+    ours = [
+        line.strip() for line in lines if re.search(r"^import training|training\.join|session\.batches", line.strip())
+    ]
+    assert len(ours) == 3
+    # What is reported besides is the author's wish, and the loop needs none of it.
+    assert all("session." in line for line in lines if "session" in line and line.strip() not in ours)
 
 
 @pytest.mark.parametrize(

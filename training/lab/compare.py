@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 from training.jobfile import JobFile
 from training.lab.federation import Federation, LabError, progress_of, read_rows, site_names
 from training.lab.link import LinkSpec
 from training.lab.wan import Wan
 from training.spec import JobSpec, Strategy, SyncPlan
-from training.throughput import AUTO_CODECS
+from training.sync_choice import ChosenSync, choose_sync
+from training.throughput import AUTO_CODECS, Link, SitePart
 
 STRATEGIES: Final[tuple[Strategy, ...]] = (
     "every_step",
@@ -29,9 +32,15 @@ STRATEGIES: Final[tuple[Strategy, ...]] = (
     "neighbour",
     "async",
 )
+# Asked for by name only: what it runs is one of the above.
+CHOSEN: Final[tuple[Strategy, ...]] = ("auto",)
+# Of two processes on one machine, about.
+_LOOPBACK: Final = Link(bandwidth_bits_per_s=10e9, delay_s=50e-6)
 _NO_DIGEST: Final = "0" * 64
 # A point of the loss on training batches is the mean of so many reports: single batches jump.
 _SMOOTHED: Final = 5
+
+log: Final = structlog.get_logger(__name__)
 
 Progress = Callable[[Strategy, int], None]
 
@@ -69,6 +78,8 @@ class Outcome:
     stall_s: float
     seconds: float
     network: Network | None = None
+    # Why this plan, where `auto` was asked for: a sentence for each way that was weighed.
+    reasons: tuple[str, ...] = ()
 
     @property
     def last_loss(self) -> float:
@@ -110,6 +121,30 @@ def plan_of(asked: SyncPlan, strategy: Strategy, sites: int) -> SyncPlan:
     return plan.model_copy(update={"codec": AUTO_CODECS[0]}) if plan.codec == "auto" else plan
 
 
+def auto_plan(spec: JobSpec, *, sites: int, ranks: int, link: LinkSpec | None) -> ChosenSync:
+    """Return what the job's links and step times ask for, each choice with its reason, which is also logged.
+
+    A step's time is the job file's `market.profile` where `hansa profile` has measured one, else the catalogue's. Without a `link`
+    sites are as far apart as this machine's loopback. Raises LabError where there is one site, and so nothing to choose.
+    """
+    workload, names = spec.market.workload, site_names(sites)
+    gpu_type = spec.resources.accelerators[0].gpu_type
+    measured = [
+        each.batch_per_gpu * workload.flops_per_sample / each.step_s
+        for each in sorted(spec.market.profile, key=lambda each: abs(each.batch_per_gpu - workload.batch_per_gpu))
+        if each.gpu_type == gpu_type
+    ]
+    parts = [SitePart(name, gpu_type, ranks, flops_per_s=measured[0] if measured else None) for name in names]
+    apart = _LOOPBACK if link is None else Link(link.bandwidth_bits_per_s, link.delay_s, link.loss)
+    links = {(one, other): apart for one in names for other in names if one != other}
+    chosen = choose_sync(workload, spec.market.sync, parts, links, frozenset(names[:1]))
+    if chosen is None:
+        raise LabError("auto chooses how several sites keep together, and there is one; run two or more")
+    for reason in chosen.reasons:
+        log.info("sync_weighed", job=spec.name, step="measured" if measured else "catalogue", reason=reason)
+    return chosen
+
+
 def compare(
     spec: JobSpec,
     workdir: Path,
@@ -119,26 +154,31 @@ def compare(
     seed: int,
     progress: Progress,
     link: LinkSpec | None = None,
+    ranks: int = 1,
     congestion_control: str | None = None,
 ) -> list[Outcome]:
-    """Run the job under each strategy and return what came out; each run has a network of its own where `link` is given.
+    """Run the job under each strategy and return what came out.
 
+    A site has `ranks` ranks, and each run has a network of its own where `link` is given.
     There TCP's congestion control is the kernel's, or the one named. Raises LabError where a run fails, WanError where the
     network cannot be made.
     """
     outcomes = []
     for strategy in strategies:
-        plan = plan_of(spec.market.sync, strategy, sites)
+        chosen = auto_plan(spec, sites=sites, ranks=ranks, link=link) if strategy == "auto" else None
+        plan = plan_of(spec.market.sync, strategy, sites) if chosen is None else chosen.plan
         with contextlib.ExitStack() as stack:
             wan = None if link is None else stack.enter_context(Wan(site_names(sites), link, seed=seed))
             if wan is not None and congestion_control is not None:
                 wan.use_congestion_control(congestion_control)
-            federation = stack.enter_context(Federation.of(spec, plan, workdir, sites=sites, seed=seed, wan=wan))
+            federation = stack.enter_context(
+                Federation.of(spec, plan, workdir, sites=sites, seed=seed, wan=wan, ranks=ranks)
+            )
             for done in progress_of(federation):
                 progress(strategy, done)
             rows = read_rows(federation.sites[0].metrics)
             summary = json.loads((federation.sites[0].folder / "output/summary.json").read_text())
-            outcome = outcome_of(strategy, rows, summary)
+            outcome = replace(outcome_of(strategy, rows, summary), reasons=() if chosen is None else chosen.reasons)
             if wan is not None:
                 network = Network(str(link), wan.congestion_control(), wan.sent_bytes(site_names(sites)[0]))
                 outcome = replace(outcome, network=network)

@@ -1,4 +1,4 @@
-"""A federation on this machine: real gateways with mutual TLS, on loopback or an emulated network, and a job's ranks.
+"""A federation on this machine: real gateways with mutual TLS, on loopback or an emulated network, and a job's ranks, several for a site if asked.
 
 What the broker does for a job, here done once at the start: an authority, a certificate for each site, one signed view. Between
 the sites everything is as in the market; there is no market.
@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,6 +38,8 @@ from training.roundlog.view import GENESIS_HASH, Member, View, sign_view
 from training.spec import SITES_PER_JOB_MAX, JobSpec, SyncPlan, split_run
 
 JOB_ID: Final = "lab"
+# Of one site, all on this machine.
+RANKS_MAX: Final = 16
 _READY_S: Final = 30.0
 _END_S: Final = 10.0
 # Every site of an emulated network has all ports to itself.
@@ -55,18 +57,18 @@ class LabError(TrainingError):
 
 @dataclass(slots=True)
 class Site:
-    """One site of the laboratory: its folder, its gateway and its rank."""
+    """One site of the laboratory: its folder, its gateway and its ranks."""
 
     site_id: str
     folder: Path
     key: Ed25519PrivateKey
     address: str
     gateway: subprocess.Popen[bytes] | None = None
-    rank: subprocess.Popen[bytes] | None = None
+    ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def metrics(self) -> Path:
-        """What its rank reported, one JSON object a line."""
+        """What its first rank reported, one JSON object a line."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -75,9 +77,9 @@ class Site:
         return GatewayControl(str(self.folder / "agent.sock"))
 
     def log_tail(self) -> str:
-        """Return the end of what its rank and its gateway printed."""
+        """Return the end of what its ranks and its gateway printed."""
         parts = []
-        for name in ("rank.log", "gateway.log"):
+        for name in (*(_rank_log(rank) for rank in range(len(self.ranks))), "gateway.log"):
             path = self.folder / name
             text = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace") if path.exists() else ""
             if text.strip():
@@ -94,6 +96,7 @@ class Federation:
     workdir: Path
     seed: int
     wan: Wan | None = None
+    ranks: int = 1
     connections: int | None = None
     sites: list[Site] = field(default_factory=list)
     _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hansa-lab-")))
@@ -109,15 +112,17 @@ class Federation:
         sites: int,
         seed: int,
         wan: Wan | None = None,
+        ranks: int = 1,
         connections: int | None = None,
     ) -> Self:
-        """Prepare `sites` sites of one rank each, named as `site_names` says, with folders and credentials.
+        """Prepare `sites` sites of `ranks` ranks each, named as `site_names` says, with folders and credentials.
 
         They speak over loopback, or over `wan`, which has sites of those names; a gateway moves a blob over so many
         `connections`, else over as many as in the market.
         """
         assert 1 <= sites <= SITES_PER_JOB_MAX, sites
-        federation = cls(spec, plan, workdir, seed, wan, connections)
+        assert 1 <= ranks <= RANKS_MAX, ranks
+        federation = cls(spec, plan, workdir, seed, wan, ranks, connections)
         authority = _Authority()
         for site_id in site_names(sites):
             federation.sites.append(federation._site(site_id, authority))
@@ -153,11 +158,23 @@ class Federation:
         """Start the script at every site; the gateways run."""
         script = split_run(self.spec.run)
         for site in self.sites:
-            site.rank = self._process(site, "rank.log", "-P", "-m", "training.launch", *script)
+            seats = self._seats()
+            for rank, seat in enumerate(seats):
+                log = _rank_log(rank)
+                site.ranks.append(self._process(site, log, "-P", "-m", "training.launch", *script, seat=seat))
+
+    def _seats(self) -> list[dict[str, str]]:
+        """Return what torchrun would tell each rank of one site."""
+        if self.ranks == 1:
+            return [{}]
+        # In an emulated network each site has a loopback of its own.
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(self.ranks)}
+        group["GLOO_SOCKET_IFNAME"] = "lo"
+        return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(self.ranks)]
 
     def close(self) -> None:
         """End every process and remove the folder."""
-        running = [each for site in self.sites for each in (site.rank, site.gateway) if each is not None]
+        running = [each for site in self.sites for each in (*site.ranks, site.gateway) if each is not None]
         for process in running:
             if process.poll() is None:
                 process.terminate()
@@ -173,13 +190,14 @@ class Federation:
         """Return whether a rank still runs. Raises LabError where one, or a gateway that is needed, failed."""
         alive = False
         for site in self.sites:
-            assert site.rank is not None
+            assert site.ranks
             assert site.gateway is not None
-            code = site.rank.poll()
-            alive = alive or code is None
-            if code not in {None, 0}:
-                raise LabError(f"the script of {site.site_id} ended with exit code {code}\n{site.log_tail()}")
-            if code is None and site.gateway.poll() is not None:
+            codes = [rank.poll() for rank in site.ranks]
+            alive = alive or None in codes
+            failed = [code for code in codes if code]
+            if failed:
+                raise LabError(f"the script of {site.site_id} ended with exit code {failed[0]}\n{site.log_tail()}")
+            if None in codes and site.gateway.poll() is not None:
                 raise LabError(f"the gateway of {site.site_id} ended before its job did\n{site.log_tail()}")
         return alive
 
@@ -206,7 +224,7 @@ class Federation:
             job_id=JOB_ID,
             site_id=site_id,
             epoch=1,
-            gpus=1,
+            gpus=self.ranks,
             seed=self.seed,
             workload=workload,
             sync=self.plan,
@@ -245,10 +263,10 @@ class Federation:
             Member(
                 site_id=site.site_id,
                 epoch=1,
-                gpus=1,
+                gpus=self.ranks,
                 attempt_key=public_hex(site.key),
                 address=site.address,
-                weight_max=self.plan.period_steps * workload.batch_per_gpu,
+                weight_max=self.plan.period_steps * workload.batch_per_gpu * self.ranks,
             )
             for site in self.sites
         )
@@ -280,7 +298,9 @@ class Federation:
                 return
         raise LabError(f"the gateway of {site.site_id} did not start\n{site.log_tail()}")
 
-    def _process(self, site: Site, log: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _process(
+        self, site: Site, log: str, *arguments: str, seat: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         roots = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
         environment = {
             **os.environ,
@@ -288,6 +308,7 @@ class Federation:
             "PYTHONPATH": roots,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             ATTEMPT_ENVIRONMENT: str(site.folder / "attempt.json"),
+            **(seat or {}),
         }
         command = (sys.executable, *arguments)
         with (site.folder / log).open("wb") as output:
@@ -298,6 +319,10 @@ class Federation:
                 stdout=output,
                 stderr=output,
             )
+
+
+def _rank_log(rank: int) -> str:
+    return f"rank-{rank}.log" if rank else "rank.log"
 
 
 def site_names(count: int) -> list[str]:

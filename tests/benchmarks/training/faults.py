@@ -49,13 +49,13 @@ def site_dies() -> Iterator[Figure]:
             running.running()
             running.wait(_ASK_S)
         lost = running.sites[2]
-        for process in (lost.rank, lost.gateway):
+        for process in (*lost.ranks, lost.gateway):
             assert process is not None
             process.kill()
         died_ms = time.time() * 1000
         survivors = range(2)
         while min(len(_since(rounds(running, site), died_ms)) for site in survivors) < ROUNDS_AFTER:
-            if any((rank := running.sites[site].rank) is None or rank.poll() is not None for site in survivors):
+            if any(rank.poll() is not None for site in survivors for rank in running.sites[site].ranks):
                 raise LabError(f"a survivor ended too\n{running.sites[0].log_tail()}")
             running.wait(_ASK_S)
         rows = [rounds(running, site) for site in survivors]

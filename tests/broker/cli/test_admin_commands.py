@@ -119,3 +119,12 @@ def test_unknown_context_and_unknown_key_are_wrong_usage(hansa: Hansa, tmp_path:
     outcome = hansa("account")
     assert outcome.code == 2
     assert "urll" in outcome.err
+
+
+def test_a_tenants_budget_and_floor_are_set_and_lifted(hansa: Hansa) -> None:
+    hansa("admin", "tenant", "create", "bounded", who="admin")
+    set_to = hansa("admin", "tenant", "limit", "bounded", "--budget", "2", "--floor", "3", "--json", who="admin")
+    assert json.loads(set_to.out) == {"tenant_id": "bounded", "budget_micros_per_hour": 2_000_000, "floor_gpus": 3}
+    assert "no bound, floor 0 GPUs" in hansa("admin", "tenant", "limit", "bounded", who="admin").out
+    assert hansa("admin", "tenant", "limit", "nobody", who="admin").code == 4
+    assert hansa("admin", "tenant", "limit", "bounded", "--floor=-1", who="admin").code == 2

@@ -190,3 +190,11 @@ def test_explain_says_what_would_have_placed_a_job_and_that_is_true(
     hold_round(broker.market)
     assert json.loads(hansa("show", again, "--json").out)["state"] == "proposed"
     hansa("cancel", again)
+
+
+def test_a_budget_is_set_shown_and_lifted(hansa: Hansa) -> None:
+    assert "budget   1.5 credits an hour" in hansa("budget", "1.5").out
+    assert json.loads(hansa("account", "--json").out)["budget_micros_per_hour"] == 1_500_000
+    assert "budget   no bound" in hansa("budget", "none").out
+    for amount in ("0", "-1", "much"):
+        assert hansa("budget", amount).code == 2

@@ -12,8 +12,9 @@ import pytest
 
 from training.jobfile import read_job_file
 from training.lab import chart
-from training.lab.compare import STRATEGIES, Outcome, Point, compare, job_of, outcome_of, plan_of
+from training.lab.compare import STRATEGIES, Outcome, Point, auto_plan, compare, job_of, outcome_of, plan_of
 from training.lab.federation import LabError
+from training.lab.link import LinkSpec
 from training.spec import SyncPlan
 
 SCRIPT = """
@@ -43,6 +44,19 @@ market:
   workload: {samples: 64, batch_per_gpu: 4, parameters: 5, flops_per_sample: 10}
   sync: {period_steps: 2, patience_s: 30}
 """
+
+
+def test_auto_follows_the_link_and_the_measured_step() -> None:
+    job = JOB.replace("parameters: 5", "parameters: 2000000").replace("samples: 64", "samples: 64000")
+    job = job.replace("period_steps: 2, ", "")
+    profile = "  profile: [{gpu_type: cpu-slot, batch_per_gpu: 4, steps: 50, step_s: 0.05}]\n"
+    spec = job_of(read_job_file(job + profile), None)
+    near = auto_plan(spec, sites=2, ranks=1, link=LinkSpec.parse("100gbit"))
+    far = auto_plan(spec, sites=2, ranks=1, link=LinkSpec.parse("20mbit,50ms"))
+    assert (near.plan.strategy, far.plan.strategy) == ("every_step", "sparse")
+    assert "of 50 ms" in far.reasons[-1]
+    with pytest.raises(LabError, match="one"):
+        auto_plan(spec, sites=1, ranks=1, link=None)
 
 
 def test_two_strategies_of_one_job_are_run_and_drawn(tmp_path: Path) -> None:
