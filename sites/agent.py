@@ -29,6 +29,7 @@ from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempts import Attempt, Services
 from sites.client import Broker
+from sites.devices import mismatches, read_devices
 from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
 from sites.drivers.slurm import SlurmDriver
@@ -67,6 +68,7 @@ from sites.protocol import (
 )
 from sites.sandbox import Bubblewrap
 from sites.settings import ListenSettings, SiteSettings, priced
+from sites.statement import STATEMENT_AGE_S, fetch_statement
 from sites.wake import WakeListener
 from sites.wishes import judge, keep_wish, kept_wish
 from training.clock import Clock
@@ -80,6 +82,8 @@ NEWS_INTERVAL_S: Final = 0.2
 # The pace of heartbeats while an attempt's round log waits for the broker.
 HURRY_INTERVAL_S: Final = 0.4
 END_ATTEMPTS_S: Final = 30.0
+# A site that has just started has more urgent things to ask.
+STATEMENT_FIRST_S: Final = 30.0
 DRAINING_FILE: Final = "draining"
 
 _log = structlog.get_logger(__name__)
@@ -116,6 +120,9 @@ class Agent:
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
         self._measured = inventory.measure(settings)
+        self._mismatch = "; ".join(mismatches(settings, read_devices())) if _sells_gpus(settings) else ""
+        if self._mismatch:
+            _log.error("gpus.mismatch", detail=self._mismatch)
         self._policy = PolicyBook(settings.policy, settings.policy_file)
         self._asks = AskBook([priced(pool) for pool in settings.pools], settings.folder)
         self._offered: tuple[Offer, Offer] | None = None
@@ -127,6 +134,7 @@ class Agent:
         self._attempts = {record.key: self._attempt(record) for record in self._journal.attempts()}
         self._told: dict[AttemptKey, object] = {}
         self.heartbeat_s = identity.heartbeat_s
+        self._statement_due_s = clock.monotonic_s() + STATEMENT_FIRST_S
         self.wake = threading.Event()
         self._listener = WakeListener(self.wake, identity.ca_pem)
 
@@ -160,6 +168,9 @@ class Agent:
         self._listener.follow(answer.wake_url)
         self._told = {report.key: _news(report) for report in self._records()}
         self._apply(answer, sent_s)
+        if sent_s >= self._statement_due_s:
+            self._statement_due_s = sent_s + STATEMENT_AGE_S
+            self._threads.submit(fetch_statement, self._broker, self._settings.folder)
         self.attend()
         return True
 
@@ -383,7 +394,7 @@ class Agent:
         now = dt.datetime.fromtimestamp(self._clock.now_ms() / 1000, dt.UTC)
         pools = [priced(pool) for pool in self._judged.settings.pools]
         asks = {kind: ask.curve for kind, ask in self._asks.asks(pools, now, self._lent_shares()).items()}
-        terms = inventory.Terms(self._policy.current(), asks, self._is_draining(), now)
+        terms = inventory.Terms(self._policy.current(), asks, self._is_draining(), now, self._mismatch)
         offer = inventory.offer(self._judged.settings, self._measured, terms)
         self._offered = (offer if self._offered is None else self._offered[1], offer)
         return offer
@@ -472,6 +483,10 @@ def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
     sandbox = Bubblewrap(settings.python, settings.folder / "sandbox", settings.sandbox_readable)
     sandbox.check()
     return sandbox
+
+
+def _sells_gpus(settings: SiteSettings) -> bool:
+    return any(pool.gpu_type != inventory.CPU_SLOT for pool in settings.pools)
 
 
 def _is_installed() -> bool:

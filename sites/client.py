@@ -30,6 +30,7 @@ from sites.protocol import (
     EnrolmentAnswer,
     Heartbeat,
     HeartbeatAnswer,
+    SiteStatement,
     StreamState,
 )
 
@@ -49,6 +50,10 @@ class Broker(Protocol):
 
     def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatAnswer:
         """Say what is and hear what should be."""
+        ...
+
+    def statement(self, days: int) -> SiteStatement:
+        """Return what this site earned in the last days."""
         ...
 
     def fetch_artifact(self, digest: str, path: Path, *, bytes_max: int) -> None:
@@ -91,6 +96,10 @@ class BrokerClient:
         body = heartbeat.model_dump_json(exclude_defaults=True).encode()
         assert len(body) <= HEARTBEAT_BYTES_MAX, "a heartbeat is bounded by the limits of its parts"
         return _parsed(HeartbeatAnswer, self._send("POST", "/heartbeat", body))
+
+    def statement(self, days: int) -> SiteStatement:
+        """Return what this site earned in the last days."""
+        return _parsed(SiteStatement, self._send("GET", f"/statement?days={days}", b""))
 
     def fetch_artifact(self, digest: str, path: Path, *, bytes_max: int) -> None:
         """Write the artifact to `path`, verified; goes on where a former try broke off.

@@ -21,6 +21,7 @@ from typing import Final
 
 from sites import identity as identities
 from sites.client import greet
+from sites.devices import mismatches, read_devices
 from sites.drivers import cgroups
 from sites.drivers.slurm_outcome import cluster_gpus
 from sites.drivers.slurm_queue import run_slurm
@@ -210,6 +211,7 @@ def _driver(settings: SiteSettings, _clock: Clock) -> Iterator[Finding]:
     slurm = settings.slurm
     if slurm is None:
         yield Finding("driver", Level.OK, "process: runs are processes of this host")
+        yield from _devices(settings)
         return
     options = ["--noheader", "--Node", "--format=%N|%G|%T"]
     try:
@@ -246,6 +248,22 @@ def _driver(settings: SiteSettings, _clock: Clock) -> Iterator[Finding]:
             "nodes that are other hosts do not reach the gateways of this one",
             "set slurm.gateway_host to this host's address on the cluster's network",
         )
+
+
+def _devices(settings: SiteSettings) -> Iterator[Finding]:
+    """Hold what site.yaml promises against what NVML finds on this host."""
+    devices = read_devices()
+    faults = list(mismatches(settings, devices))
+    for fault in faults:
+        remedy = "mend the driver or the card, or lower the pool in site.yaml to what is there"
+        yield Finding("gpus", Level.FAULT, fault, remedy)
+    if faults:
+        return
+    if devices.absence:
+        yield Finding("gpus", Level.OK, f"none promised, none seen: {devices.absence}")
+    else:
+        names = ", ".join(f"{device.name} ({device.power_w or 0:.0f} W)" for device in devices.found[:8])
+        yield Finding("gpus", Level.OK, f"driver {devices.driver}: {names or 'no GPUs'}")
 
 
 def _gres(settings: SiteSettings, gpus_per_node: int, nodes: dict[str, int]) -> Iterator[Finding]:

@@ -35,6 +35,12 @@ class AskError(SiteError):
     code = "ask.invalid"
 
 
+class StatementError(SiteError):
+    """There is no statement to show."""
+
+    code = "statement.missing"
+
+
 class PolicyError(SiteError):
     """A policy.yaml that cannot be used; the message lists every fault with its line."""
 

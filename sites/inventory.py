@@ -84,6 +84,7 @@ class Terms:
     asks: Mapping[str, Curve]
     draining: bool
     now: dt.datetime
+    mismatch: str = ""
 
 
 def measure(settings: SiteSettings) -> Measured:
@@ -145,6 +146,7 @@ def offer(settings: SiteSettings, measured: Measured, terms: Terms) -> Offer:
         data_egress_to_continent=settings.data_egress.continent,
         data_egress_beyond=settings.data_egress.beyond,
         environment=measured.environment,
+        mismatch=terms.mismatch[:1000],
         policy_digest=None if policy == Policy() else policy.digest,
     )
 

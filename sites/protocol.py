@@ -8,6 +8,7 @@ states what *should be*, so a lost, doubled or late message changes nothing but 
 Routes (all below `/site/v1`):
     POST /enrol                              Enrolment          -> EnrolmentAnswer
     POST /heartbeat                          Heartbeat          -> HeartbeatAnswer
+    GET  /statement?days=                                       -> SiteStatement
     GET  /artifacts/DIGEST                   Range              -> bytes
     PUT  /artifacts/DIGEST?offset=&size=     bytes              -> ArtifactState
     POST /leases/LEASE/EPOCH/streams/NAME?offset=  bytes        -> StreamState (NAME: log, metrics)
@@ -164,6 +165,7 @@ class Offer(Message):
     data_egress_to_continent: Rate = 0
     data_egress_beyond: Rate = 0
     environment: dict[str, str] = Field(default_factory=dict, max_length=50, description="what the site runs, by name")
+    mismatch: Sentence = Field(default="", description="where what is promised is not what the host was found to have")
     policy_digest: Digest | None = Field(
         default=None, description="names the owner's policy: when it changes, what was refused is asked again"
     )
@@ -392,6 +394,29 @@ class HeartbeatAnswer(Message):
     heartbeat_s: float = Field(gt=0)
     wake_url: str | None = Field(default=None, max_length=2000, description="a stream that says when to look")
     wish: Wish | None = Field(default=None, description="only for a site that takes wishes, which older agents do not")
+
+
+class SiteStatement(Message):
+    """What a site earned and its own customers spent in a period, and what sharing was worth.
+
+    `worth_…` are of the site's GPUs and its customers' jobs together, over the `rounds_known` that cover `covered_ms` of it:
+    what they had in the federation, and what they would have had in a market of their own.
+    """
+
+    site_id: SiteId
+    since_ms: int
+    until_ms: int
+    leases: int
+    gpu_milliseconds: int
+    payout_micros: int
+    link_revenue_micros: int
+    refunded_micros: int
+    spent_by_customers_micros: int
+    balance_micros: int
+    rounds_known: int
+    covered_ms: int
+    worth_federated_micros: int
+    worth_alone_micros: int
 
 
 class ArtifactState(Message):

@@ -28,6 +28,7 @@ from sites.client import BrokerClient, enrol
 from sites.errors import AskError, JoinStringError, SiteError
 from sites.journal import Journal
 from sites.settings import SiteSettings, load_settings
+from sites.statement import kept_statement, lines
 from training.clock import SystemClock
 
 app = typer.Typer(help="Offer a datacenter's GPUs to the market.", no_args_is_help=True)
@@ -134,6 +135,14 @@ def ask(
             raise AskError("name a pool with either a price or --clear")
         pools = asks_cli.asks_ahead(site, dt.datetime.fromtimestamp(SystemClock().now_ms() / 1000, dt.UTC))
         _say({"pools": pools}, asks_cli.table(pools), as_json=as_json)
+
+
+@app.command()
+def statement(*, settings: SettingsOption = Path("site.yaml"), as_json: JsonOption = False) -> None:
+    """Show what this site earned, what its customers spent, and what it would have been worth alone."""
+    with _errors_told():
+        found = kept_statement(load_settings(settings).folder)
+        _say(found.model_dump(mode="json"), "\n".join(lines(found, SystemClock().now_ms())), as_json=as_json)
 
 
 @app.command()

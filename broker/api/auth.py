@@ -113,6 +113,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     # Sites; enrolment carries its own one-time token.
     ("POST", "/site/v1/enrol"): Access(Who.ANYONE, body_bytes_max=SMALL_BODY_BYTES_MAX),
     ("POST", "/site/v1/heartbeat"): Access(Who.SITE, body_bytes_max=HEARTBEAT_BYTES_MAX),
+    ("GET", "/site/v1/statement"): Access(Who.SITE),
     ("GET", "/site/v1/artifacts/<digest>"): Access(Who.SITE),
     ("PUT", "/site/v1/artifacts/<digest>"): Access(Who.SITE, body_bytes_max=ARTIFACT_CHUNK_BYTES_MAX),
     ("POST", "/site/v1/leases/<lease_id>/<int:epoch>/streams/<name>"): Access(

@@ -21,6 +21,7 @@ from broker.api.errors import MalformedRequestError, MediaTypeError, RouteError
 from broker.api.problems import invalid, json_answer
 from broker.artifacts import ArtifactMissingError
 from broker.database.tables import JobArtifact, Lease, LeasedGpu
+from broker.earnings import site_statement
 from broker.enrol import enrol
 from broker.errors import NotFoundError, StaleEpochError
 from broker.heartbeat import receive
@@ -43,6 +44,12 @@ class StreamQuery(BaseModel):
     offset: int = Field(ge=0, le=OFFSET_MAX)
 
 
+class StatementQuery(BaseModel):
+    """How far back a statement reaches."""
+
+    days: int = Field(default=30, ge=1, le=366)
+
+
 @blueprint.post("/enrol")
 def post_enrol() -> Response:
     """Let a new site in by its one-time token."""
@@ -63,6 +70,16 @@ def post_heartbeat() -> Response:
     )
     # Without what is not said: an agent of an older version refuses a field that it does not know.
     return json_answer(answer.model_dump(mode="json", exclude_none=True))
+
+
+@blueprint.get("/statement")
+def get_statement() -> Response:
+    """Tell a site what it earned, what its customers spent, and what sharing was worth."""
+    query = _query(StatementQuery)
+    market = the_market()
+    _spend(market)
+    site_id = the_site_request().site_id
+    return json_answer(market.database.read(lambda session: site_statement(session, market, site_id, days=query.days)))
 
 
 @blueprint.get("/artifacts/<digest>")

@@ -279,3 +279,14 @@ def test_streams_take_each_byte_once_and_no_old_epoch(trading: World) -> None:
     assert send("oslo", f"{path}11", b"x").status_code == 404
     assert send("lyon", path.replace("/log", "/passwords") + "0", b"x").status_code == 404
     assert send("lyon", path.replace(lease_id, "lease_none") + "0", b"x").status_code == 404
+
+
+def test_a_site_is_told_its_own_money_once_for_each_signature(world: World) -> None:
+    world.join("lyon")
+    world.beat("lyon")
+    answer = world.signed("lyon", "GET", "/site/v1/statement?days=7")
+    assert answer.status_code == 200, answer.text
+    told = answer.get_json()
+    assert (told["site_id"], told["payout_micros"], told["until_ms"] - told["since_ms"]) == ("lyon", 0, 7 * 86_400_000)
+    assert world.signed("lyon", "GET", "/site/v1/statement?days=0").status_code == 422
+    assert world.call("GET", "/site/v1/statement", "admin").status_code == 401
