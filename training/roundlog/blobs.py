@@ -1,6 +1,6 @@
 """Immutable blobs on disk by digest, and the ones that are still arriving in chunks.
 
-A blob arrives in chunks of `CHUNK_BYTES` at offsets of its grid, in any order and over any number
+A blob arrives in chunks of `chunk_bytes` at offsets of its grid, in any order and over any number
 of connections; it counts as held only after its digest was verified. Chunks of an unfinished
 blob are forgotten when the gateway restarts: the sender asks what is missing and resumes.
 """
@@ -18,9 +18,24 @@ from typing import Final
 from training.roundlog.errors import Reason, Refusal
 
 CHUNK_BYTES: Final = 1 << 20
+"""The largest chunk; one of a small blob is smaller, down to a quarter of it."""
+_CHUNKS_WANTED: Final = 64
+_CHUNK_BYTES_MIN: Final = 1 << 18
 # One contribution of each member for this round and the next, and a snapshot.
 ARRIVING_MAX: Final = 32
 _HASH_READ_BYTES: Final = 1 << 22
+
+
+def chunk_bytes(size_bytes: int) -> int:
+    """Return the chunk of a blob of this size: both ends know it, so nobody needs to say it.
+
+    Some 64 chunks let the connections that a lossy link slows down leave their share to the others; a chunk costs
+    a round trip, so none is smaller than 256 KiB.
+    """
+    chunk = _CHUNK_BYTES_MIN
+    while chunk < CHUNK_BYTES and chunk * _CHUNKS_WANTED < size_bytes:
+        chunk *= 2
+    return chunk
 
 
 @dataclass(slots=True)
@@ -104,7 +119,7 @@ class BlobStore:
             self._begin_empty(digest)
             return
         descriptor = os.open(self._part(digest), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        self._arrivals[digest] = Arrival(size_bytes, descriptor, set(range(-(-size_bytes // CHUNK_BYTES))))
+        self._arrivals[digest] = Arrival(size_bytes, descriptor, set(range(-(-size_bytes // chunk_bytes(size_bytes)))))
 
     def missing(self, digest: str) -> tuple[int, ...]:
         """Return the chunks that a blob still lacks, none where it is held. Raises Refusal if unexpected."""
@@ -115,13 +130,15 @@ class BlobStore:
     def chunk_span(self, digest: str, chunk: int) -> tuple[int, int]:
         """Return where a chunk of an arriving blob starts and stops, in bytes."""
         size = self._arriving(digest).size_bytes
-        return chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, size)
+        length = chunk_bytes(size)
+        return chunk * length, min((chunk + 1) * length, size)
 
     def check_span(self, digest: str, offset: int, length: int) -> None:
         """Check that `length` bytes at `offset` are one chunk of an arriving blob. Raises Refusal."""
         size = self._arriving(digest).size_bytes
-        expected = min(CHUNK_BYTES, size - offset)
-        if offset < 0 or offset % CHUNK_BYTES or offset >= size or length != expected:
+        chunk = chunk_bytes(size)
+        expected = min(chunk, size - offset)
+        if offset < 0 or offset % chunk or offset >= size or length != expected:
             message = f"{length} bytes at offset {offset} are no chunk of a blob of {size} bytes"
             raise Refusal(Reason.OFFSET, message)
 
@@ -129,7 +146,7 @@ class BlobStore:
         """Write one chunk. A repeat of a chunk that is here changes nothing."""
         self.check_span(digest, offset, len(payload))
         arrival = self._arriving(digest)
-        chunk = offset // CHUNK_BYTES
+        chunk = offset // chunk_bytes(arrival.size_bytes)
         if chunk in arrival.missing:
             os.pwrite(arrival.descriptor, payload, offset)
             arrival.missing.discard(chunk)

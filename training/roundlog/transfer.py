@@ -1,6 +1,6 @@
 """A member's line to its hub: requests over mutual TLS, and ranged transfers over several connections.
 
-A blob travels as chunks of 1 MiB. Several connections take chunks from one list, so a long fat
+A blob travels as chunks of 256 KiB to 1 MiB. Several connections take chunks from one list, so a long fat
 link is filled and a lost connection costs one chunk; what the other side has already is asked
 first, so a transfer resumes where it broke off. Payload bytes are counted per peer.
 """
@@ -15,7 +15,7 @@ from typing import Final, Self, TypeVar
 import aiohttp
 from pydantic import BaseModel
 
-from training.roundlog.blobs import CHUNK_BYTES
+from training.roundlog.blobs import chunk_bytes
 from training.roundlog.credentials import client_context, peer_uri, pinned
 from training.roundlog.errors import Reason, Refusal, read_refusal
 from training.roundlog.hub_wire import BODY_BYTES_MAX, BlobState, HubState, SnapshotNote
@@ -104,9 +104,10 @@ class HubLink:
         """Send the chunks `missing` of a blob that is held here."""
         blobs = self._replica.blobs
         size = blobs.size_bytes(digest)
+        length = chunk_bytes(size)
 
         async def send(chunk: int) -> None:
-            start, stop = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, size)
+            start, stop = chunk * length, min((chunk + 1) * length, size)
             payload = blobs.read(digest, start, stop)
             await self._request("PUT", f"/blobs/{digest}?offset={start}", payload, wait_s=_CHUNK_WAIT_S)
             self._replica.count_sent(self._hub.site_id, len(payload))

@@ -46,7 +46,7 @@ def groups(*, quick: bool, chart: Path | None) -> dict[str, Group]:
             wire.measured, period_steps=2 if quick else wire.PERIOD_STEPS, more_sites=() if quick else (3, 8)
         ),
         "T4": partial(
-            utilisation.measured, cases=_CURVE[-1:] if quick else _CURVE, blocks=3 if quick else 6, chart=chart
+            utilisation.measured, cases=_CURVE[-1:] if quick else _CURVE, blocks=4 if quick else 8, chart=chart
         ),
         "T5": partial(
             link_fill.measured,

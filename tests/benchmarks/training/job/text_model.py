@@ -38,7 +38,9 @@ def example() -> ModuleType:
 
 
 def optimizer_of(model: torch.nn.Module, text: ModuleType) -> torch.optim.Optimizer:
-    """Return the optimizer of every run here."""
+    """Return the optimizer of every run here: the example's, or plain SGD where only the pace matters."""
+    if number("PLAIN_SGD", 0):
+        return torch.optim.SGD(model.parameters(), lr=0.01, foreach=True)
     return torch.optim.AdamW(model.parameters(), lr=text.LEARNING_RATE, weight_decay=text.WEIGHT_DECAY, foreach=True)
 
 
