@@ -3,8 +3,9 @@
 A whole choice far from the bound is mostly right: what is wrong is that some job sits beside the pool
 that it should be in, because jobs there that could as well be elsewhere came first. Moving it takes
 several moves at once, each of which alone costs welfare. So all jobs in the pools that it wants most are
-freed together with it, everyone else stays, and a small mixed-integer programme places the freed ones anew
-among their columns that are close to best at the prices.
+freed together with it, some hundred in all, and everyone else stays. The LP over the freed ones' columns close to best
+tells who of them is in a good place: who has in it what it holds stays too (relaxation-induced neighbourhoods, Danna,
+Rothberg and Le Pape 2005). A mixed-integer programme of one node places the others anew.
 
 `finish` does the same for all jobs of a small round, with a proof.
 """
@@ -20,20 +21,41 @@ from broker.allocation.finish import placed_anew, problem_of, staying
 from broker.allocation.instance import Choice, Flag, Instance, Int, Real
 from broker.allocation.listing import near_singles
 from broker.allocation.occupancy import Occupancy, Others
-from broker.allocation.selection import select
+from broker.allocation.selection import Problem, relaxed, select
 
 # The pools of so many of a job's best columns are opened for it.
 WISHES: Final = 3
-# Further jobs are looked after in the same programme until so many are freed.
-FREED: Final = 60
-# So many of those who regret most are looked at for one programme.
-TARGETS_MAX: Final = 8
-# Columns take part that regret at most this share of the mean best surplus.
-WIDTH: Final = 0.001
+TARGETS_AT_ONCE: Final = 8
+# Columns take part that regret at most this share of the mean best surplus; of the targets all better than what they have.
+WIDTH: Final = 0.01
+# Programmes with more columns than this are cut down by their LP first, and not begun where still more than
+# the second are left: the search has other places to gain.
+COLUMNS_UNCUT: Final = 2_000
+COLUMNS_MAX: Final = 8_000
+# The LP is not begun with more.
+COLUMNS_LISTED_MAX: Final = 40_000
+# Holding what is held is worth this share of the mean best surplus in the LP: it moves nobody for nothing.
+HELD_BONUS: Final = 1e-4
+# Columns are left out whose reduced cost in the LP is above this share of the mean best surplus.
+REDUCED_COST_MAX: Final = 0.1
+_WHOLE: Final = 1 - 1e-6
 # Relative to what a neighbourhood is worth.
 GAP: Final = 1e-4
-# Programmes with more columns are not begun: the search has other places to gain.
-COLUMNS_MAX: Final = 2_000
+
+
+class Size(NamedTuple):
+    """How far a neighbourhood reaches: among so many of those who regret most, until so many jobs are freed.
+
+    Where no more than `nothing` jobs hold nothing, they take part too: they fill what the others leave.
+    """
+
+    targets: int
+    freed: int
+    nothing: int
+
+
+WIDE: Final = Size(160, 700, 10_000)
+NARROW: Final = Size(8, 60, 0)
 
 
 class Whole(NamedTuple):
@@ -55,10 +77,10 @@ class Neighbourhood(NamedTuple):
     targets: Int
 
 
-def around(whole: Whole, targets: Int) -> Neighbourhood:
+def around(whole: Whole, targets: Int, size: Size) -> Neighbourhood:
     """Return a neighbourhood of the first of `targets`, and of further ones while it is small."""
     instance, state = whole.instance, whole.state
-    targets = targets[:TARGETS_MAX]
+    targets = targets[: size.targets]
     freed = np.zeros(instance.job_count, np.bool_)
     wanted = _near(whole, targets)
     surplus = wanted.surplus(state.price)
@@ -66,20 +88,29 @@ def around(whole: Whole, targets: Int) -> Neighbourhood:
     first = np.searchsorted(wanted.job[order], targets)
     last = np.searchsorted(wanted.job[order], targets, side="right")
     taken = 0
-    for target, begin, end in zip(targets, first, last, strict=True):
-        if taken and np.count_nonzero(freed) >= FREED:
-            break
-        taken += 1
-        freed[target] = True
+    while taken < len(targets) and np.count_nonzero(freed) < size.freed:
         rows = np.zeros(instance.row_count, np.bool_)
-        for column in order[begin : min(end, begin + WISHES)]:
-            rows[wanted.row[wanted.start[column] : wanted.start[column + 1]]] = True
+        step = TARGETS_AT_ONCE if size.targets > TARGETS_AT_ONCE else 1
+        for index in range(taken, min(len(targets), taken + step)):
+            for column in order[first[index] : min(last[index], first[index] + WISHES)]:
+                rows[wanted.row[wanted.start[column] : wanted.start[column + 1]]] = True
         rows[instance.links.first_row :] = False
-        if state.pool[target] >= 0:
-            rows[state.pool[target]] = True
+        now = targets[taken : taken + step]
+        rows[state.pool[now[state.pool[now] >= 0]]] = True
+        freed[now] = True
         freed |= _inside(whole, rows)
+        taken += len(now)
+    nothing = whole.holds.form < 0
+    if np.count_nonzero(nothing) <= size.nothing:
+        freed |= nothing
     freed &= ~staying(instance, state, whole.holds)
-    return Neighbourhood(freed, _near(whole, np.flatnonzero(freed)), targets[:taken])
+    targets = targets[:taken]
+    free = targets[freed[targets]]
+    regret = (whole.best - state.surplus)[free]
+    wide = near_singles(instance, state.price, whole.best, float(regret.max(initial=0.0)), free)
+    better = wide.surplus(state.price) > state.surplus[wide.job]
+    columns = joined(_near(whole, np.flatnonzero(freed)), wide.take(np.flatnonzero(better)))
+    return Neighbourhood(freed, columns, targets)
 
 
 def choose_anew(whole: Whole, held: Columns, area: Neighbourhood, *, nodes_max: int) -> tuple[Choice | None, int]:
@@ -89,16 +120,34 @@ def choose_anew(whole: Whole, held: Columns, area: Neighbourhood, *, nodes_max: 
     """
     columns = joined(held, area.columns)
     columns = columns.take(_distinct(columns))
-    start = np.isin(_keys(columns), _keys(held))
-    if not 0 < len(columns.job) <= COLUMNS_MAX:
+    if not 0 < len(columns.job) <= COLUMNS_LISTED_MAX:
         return None, 0
+    start = np.isin(_keys(columns), _keys(held))
     use = whole.state.use.copy()
     np.subtract.at(use, held.row, held.use)
     problem = problem_of(whole.instance, whole.state, columns, use)
+    good = np.zeros(len(whole.best), np.bool_)
+    if len(columns.job) > COLUMNS_UNCUT:
+        good, chosen = _cut(whole, problem, columns, start)
+        stays = columns.take(np.flatnonzero(start & good[columns.job]))
+        np.add.at(use, stays.row, stays.use)
+        columns, start = columns.take(chosen), start[chosen]
+        if not 0 < len(chosen) <= COLUMNS_MAX:
+            return None, 0
+        problem = problem_of(whole.instance, whole.state, columns, use)
     found = select(problem, nodes_max=nodes_max, gap=GAP, start=start, heuristics=False)
     if found.chosen is None or np.array_equal(found.chosen, start):
         return None, found.nodes
-    return placed_anew(whole.holds, area.freed, columns.take(np.flatnonzero(found.chosen))), found.nodes
+    return placed_anew(whole.holds, area.freed & ~good, columns.take(np.flatnonzero(found.chosen))), found.nodes
+
+
+def _cut(whole: Whole, problem: Problem, columns: Columns, start: Flag) -> tuple[Flag, Int]:
+    """Return who has in the LP what it holds, `start` among the columns, and the columns of the others worth a look."""
+    mean, jobs = float(whole.best.mean()), len(whole.best)
+    x, reduced_cost = relaxed(problem, np.where(start, HELD_BONUS * mean, 0.0))
+    good: Flag = np.bincount(columns.job, (x > _WHOLE) & start, minlength=jobs) > 0
+    good |= (whole.holds.form < 0) & (np.bincount(columns.job, x, minlength=jobs) < 1 - _WHOLE)
+    return good, np.flatnonzero(~good[columns.job] & (start | (reduced_cost <= REDUCED_COST_MAX * mean)))
 
 
 def _near(whole: Whole, jobs: Int) -> Columns:

@@ -25,7 +25,7 @@ from broker.allocation.finish import PROVED_GAP, finish
 from broker.allocation.instance import BUNDLE, NONE, SINGLE, SPAN, Choice, Flag, Instance, Int, Real
 from broker.allocation.knapsack import cells_of, new_desk, seated_by_cell, suitors_by_cell, sweep
 from broker.allocation.listing import Names, described, near
-from broker.allocation.neighbourhoods import Whole, around, choose_anew
+from broker.allocation.neighbourhoods import NARROW, WIDE, Whole, around, choose_anew
 from broker.allocation.nodes import market_nodes
 from broker.allocation.occupancy import (
     Occupancy,
@@ -74,7 +74,7 @@ class Limits(NamedTuple):
     keep_regret: float = KEEP_REGRET
     sweeps: int = 14
     crossing_nodes: int = 200
-    neighbourhoods: int = 12
+    neighbourhoods: int = 7
     neighbourhood_nodes: int = 1
     finish_jobs: int = 500
     finish_nodes: int = 4000
@@ -373,7 +373,7 @@ class _Search:
         gained = looked = nodes = 0
         tried = np.zeros(instance.job_count, np.bool_)
         least = _REGRETFUL * float(self.best.mean()) if len(self.best) else 0.0
-        for _ in range(limits.neighbourhoods):
+        for number in range(limits.neighbourhoods):
             regret = np.where(tried, 0.0, self.restless())
             targets = np.flatnonzero(regret > least)
             if not len(targets):
@@ -381,8 +381,9 @@ class _Search:
             targets = targets[np.lexsort((targets, -regret[targets]))]
             holds = choice_of(state, self.others)
             everyone = Whole(instance, self.others, state, holds, self.crossing, self.best)
-            area = around(everyone, targets)
-            tried[area.targets] = True
+            area = around(everyone, targets, NARROW if number else WIDE)
+            if number:
+                tried[area.targets] = True
             freed = np.flatnonzero(area.freed)
             held = _held(instance, holds._replace(form=np.where(area.freed, holds.form, NONE).astype(np.int8)))
             chosen, used = choose_anew(everyone, held, area, nodes_max=limits.neighbourhood_nodes)

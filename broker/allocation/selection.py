@@ -61,35 +61,8 @@ def select(
     problem: Problem, *, nodes_max: int, gap: float = _GAP, start: Flag | None = None, heuristics: bool = True
 ) -> Selection:
     """Solve a selection problem, from the columns of `start` if given; `heuristics` take half of the time."""
-    columns, steps, rows = len(problem.job), len(problem.step_units), len(problem.base)
-    groups = len(problem.must)
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = columns + steps, groups + rows
-    lp.sense_ = highspy.ObjSense.kMaximize
-    lp.col_cost_ = np.concatenate([problem.value, -problem.step_cost]) * _MONEY
-    lp.col_lower_ = np.zeros(columns + steps)
-    lp.col_upper_ = np.concatenate([np.ones(columns), problem.step_units])
-    lp.row_lower_ = np.concatenate([np.where(problem.must, 1.0, -highspy.kHighsInf), np.full(rows, -highspy.kHighsInf)])
-    lp.row_upper_ = np.concatenate([np.ones(groups), problem.base])
-    # One entry in the job's row ahead of each column's own entries, then one entry per step.
-    counts = np.diff(problem.entry_start) + 1
-    starts = np.concatenate([[0], np.cumsum(counts), np.cumsum(counts)[-1:].repeat(steps) + np.arange(1, steps + 1)])
-    if columns == 0:
-        starts = np.arange(steps + 1)
-    index = np.empty(int(starts[-1]), np.int32)
-    entry = np.empty(int(starts[-1]))
-    head = starts[:columns]
-    index[head], entry[head] = problem.job, 1.0
-    body = np.ones(len(index), np.bool_)
-    body[head] = False
-    body[len(index) - steps :] = False
-    index[body], entry[body] = groups + problem.entry_row, problem.entry_use
-    step_row = np.repeat(np.arange(rows), np.diff(problem.step_start))
-    index[len(index) - steps :], entry[len(index) - steps :] = groups + step_row, -1.0
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_ = starts
-    lp.a_matrix_.index_ = index
-    lp.a_matrix_.value_ = entry
+    columns, steps = len(problem.job), len(problem.step_units)
+    lp = _model(problem, np.zeros(columns))
     lp.integrality_ = [highspy.HighsVarType.kInteger] * columns + [highspy.HighsVarType.kContinuous] * steps
     engine: Any = cast("Any", highspy.Highs)()
     for option, setting in (
@@ -116,6 +89,55 @@ def select(
         return Selection(None, bound, int(info.mip_node_count))
     x = np.array(engine.getSolution().col_value[:columns])
     return Selection(x > _WHOLE, bound, int(info.mip_node_count))
+
+
+def relaxed(problem: Problem, extra: Real) -> tuple[Real, Real]:
+    """Return how much of every column the problem takes where none need be whole, and each one's reduced cost (>= 0).
+
+    `extra` is added to the columns' values: among equal solutions the one with most of it is found.
+    """
+    engine: Any = cast("Any", highspy.Highs)()
+    for option, setting in (("output_flag", False), ("threads", 1), ("random_seed", 0)):
+        engine.setOptionValue(option, setting)
+    engine.passModel(_model(problem, extra))
+    engine.run()
+    solution, columns = engine.getSolution(), len(problem.job)
+    x = np.array(solution.col_value[:columns])
+    return x, np.maximum(0.0, -np.array(solution.col_dual[:columns]) / _MONEY)
+
+
+def _model(problem: Problem, extra: Real) -> Any:  # noqa: ANN401 - highspy has no types
+    """Return the programme with `extra` added to the columns' values, nothing whole yet."""
+    columns, steps, rows = len(problem.job), len(problem.step_units), len(problem.base)
+    groups = len(problem.must)
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = columns + steps, groups + rows
+    lp.sense_ = highspy.ObjSense.kMaximize
+    lp.col_cost_ = np.concatenate([problem.value + extra, -problem.step_cost]) * _MONEY
+    lp.col_lower_ = np.zeros(columns + steps)
+    lp.col_upper_ = np.concatenate([np.ones(columns), problem.step_units])
+    lp.row_lower_ = np.concatenate([np.where(problem.must, 1.0, -highspy.kHighsInf), np.full(rows, -highspy.kHighsInf)])
+    lp.row_upper_ = np.concatenate([np.ones(groups), problem.base])
+    # One entry in the job's row ahead of each column's own entries, then one entry per step.
+    counts = np.diff(problem.entry_start) + 1
+    starts = np.concatenate([[0], np.cumsum(counts), np.cumsum(counts)[-1:].repeat(steps) + np.arange(1, steps + 1)])
+    if columns == 0:
+        starts = np.arange(steps + 1)
+    index = np.empty(int(starts[-1]), np.int32)
+    entry = np.empty(int(starts[-1]))
+    head = starts[:columns]
+    index[head], entry[head] = problem.job, 1.0
+    body = np.ones(len(index), np.bool_)
+    body[head] = False
+    body[len(index) - steps :] = False
+    index[body], entry[body] = groups + problem.entry_row, problem.entry_use
+    step_row = np.repeat(np.arange(rows), np.diff(problem.step_start))
+    index[len(index) - steps :], entry[len(index) - steps :] = groups + step_row, -1.0
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    lp.a_matrix_.start_ = starts
+    lp.a_matrix_.index_ = index
+    lp.a_matrix_.value_ = entry
+    return lp
 
 
 def _steps_for(problem: Problem, chosen: Flag) -> Real:

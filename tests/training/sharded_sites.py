@@ -107,7 +107,7 @@ class StoreExchange:
 
 
 def spread(module: nn.Module, mode: str, world: int) -> nn.Module:
-    """Return the model as a site has it in mode plain, ddp, fsdp, tp or tp+fsdp."""
+    """Return the model as a site has it in mode plain, ddp, fsdp, hsdp, tp or tp+fsdp."""
     if mode == "plain":
         return module
     if mode == "ddp":
@@ -120,6 +120,8 @@ def spread(module: nn.Module, mode: str, world: int) -> nn.Module:
         parallelize_module(module, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     if mode != "tp":
         options = {"mesh": mesh["dp"]} if mesh is not None else {}
+        if mode == "hsdp":
+            options = {"mesh": init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))}
         # The last layer is the root's own: what FSDP2 gathers of the root stays gathered after a forward pass.
         for each in (module[0], module):  # type: ignore[index]
             fully_shard(each, **options)

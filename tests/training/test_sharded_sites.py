@@ -82,11 +82,12 @@ def test_every_strategy_runs_on_shards(tmp_path: Path, strategy: str) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_three_ranks_of_uneven_shards_follow_three_replicas(tmp_path: Path) -> None:
-    """Gloo sums three gradients in another order for shards than for replicas, so these agree to rounding only."""
-    found = run_sites(tmp_path / "run", [alone("ddp", 3), alone("fsdp", 3)])
-    hashes(found["fsdp-3"])
-    for sharded, replicated in zip(found["fsdp-3"], found["ddp-3"], strict=True):
+@pytest.mark.parametrize(("mode", "world"), [("fsdp", 3), ("hsdp", 4)])
+def test_more_than_two_ranks_follow_as_many_replicas(tmp_path: Path, mode: str, world: int) -> None:
+    """Gloo sums their gradients in another order for shards than for replicas, so these agree to rounding only."""
+    found = run_sites(tmp_path / "run", [alone("ddp", world), alone(mode, world)])
+    hashes(found[f"{mode}-{world}"])
+    for sharded, replicated in zip(found[f"{mode}-{world}"], found[f"ddp-{world}"], strict=True):
         assert sharded["losses"] == pytest.approx(replicated["losses"], rel=1e-5)
 
 
