@@ -22,7 +22,7 @@ from typing import Final
 from rich.console import Console
 
 from tests.benchmarks.market.figures import Figure, show, write
-from tests.benchmarks.training import faults, link_fill, utilisation, wire
+from tests.benchmarks.training import faults, link_fill, quality, utilisation, wire
 from tests.benchmarks.training.utilisation import Case
 
 Group = Callable[[], Iterator[Figure]]
@@ -39,7 +39,7 @@ _CURVE: Final = (
 )
 
 
-def groups(*, quick: bool, chart: Path | None) -> dict[str, Group]:
+def groups(*, quick: bool, long: bool, chart: Path | None) -> dict[str, Group]:
     """Return the parts by their names in the targets."""
     return {
         "T1, T2": partial(
@@ -56,6 +56,7 @@ def groups(*, quick: bool, chart: Path | None) -> dict[str, Group]:
         ),
         "T7": faults.site_dies,
         "T8": faults.hub_dies,
+        **({"T3": partial(quality.measured, steps=40 if quick else 6000, seeds=1 if quick else 3)} if long else {}),
     }
 
 
@@ -63,6 +64,7 @@ def main() -> None:
     """Measure the chosen parts, print the table, write the record."""
     parser = argparse.ArgumentParser(description="Training across sites, measured.")
     parser.add_argument("--quick", action="store_true", help="small sizes, some three minutes")
+    parser.add_argument("--long", action="store_true", help="T3 too: hours, if its budget is to mean something")
     parser.add_argument("--only", default="", help="parts whose name contains this")
     parser.add_argument("--chart", type=Path, default=Path("bench-training-t4.png"), help="T4's curve")
     parser.add_argument("--json", type=Path, help="where to write everything measured")
@@ -70,7 +72,7 @@ def main() -> None:
     console = Console(stderr=True)
     figures: list[Figure] = []
     failed = False
-    for name, group in groups(quick=arguments.quick, chart=arguments.chart).items():
+    for name, group in groups(quick=arguments.quick, long=arguments.long, chart=arguments.chart).items():
         if arguments.only not in name:
             continue
         started = time.perf_counter()
