@@ -157,6 +157,7 @@ class Gpu(Table):
     gpu_id: Mapped[str] = mapped_column(primary_key=True)
     pool_id: Mapped[str] = mapped_column(ForeignKey("pools.pool_id"))
     present: Mapped[bool] = mapped_column(Boolean)
+    __table_args__ = (Index("gpus_by_pool", "pool_id", "present"),)
 
 
 class Link(Table):

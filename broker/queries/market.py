@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import case, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Certificate
@@ -108,14 +108,12 @@ def list_pools(
 
 def list_types(session: Session) -> list[TypeRow]:
     """Return capacity and use by GPU type."""
+    # Counted by pool first: in one join each GPU's row would carry its pool's name through a sort.
+    present = select(Gpu.pool_id, func.count().label("gpus")).where(Gpu.present).group_by(Gpu.pool_id).subquery()
     rows = session.execute(
-        select(
-            Pool.gpu_type,
-            func.count(Pool.pool_id.distinct()),
-            func.count(case((Gpu.present, 1))),
-        )
+        select(Pool.gpu_type, func.count(), func.coalesce(func.sum(present.c.gpus), 0))
         .join(Site, Site.site_id == Pool.site_id)
-        .join(Gpu, Gpu.pool_id == Pool.pool_id, isouter=True)
+        .join(present, present.c.pool_id == Pool.pool_id, isouter=True)
         .where(Site.state != SiteState.REMOVED)
         .group_by(Pool.gpu_type)
         .order_by(Pool.gpu_type)
@@ -128,7 +126,7 @@ def list_types(session: Session) -> list[TypeRow]:
             .group_by(Lease.gpu_type)
         ).all()
     )
-    return [TypeRow(gpu_type, pools, gpus, taken.get(gpu_type, 0)) for gpu_type, pools, gpus in rows]
+    return [TypeRow(gpu_type, pools, int(gpus), taken.get(gpu_type, 0)) for gpu_type, pools, gpus in rows]
 
 
 def price_history(session: Session, pool_ids: list[str]) -> dict[str, list[float | None]]:
