@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     )
     attempts_max: int = Field(default=5, ge=1, description="lost or broken attempts before a job fails")
     fee_basis_points: int = Field(default=0, ge=0, le=1000)
+    lp_engine: Literal["highs", "clp"] = Field(
+        default="highs", description="what solves a round's LP; clp: the extra clp"
+    )
     slots: int = Field(
         default=1, ge=1, le=SLOTS_MAX, description="time slots that a round plans, so that waiting has a price; 1: now"
     )

@@ -145,6 +145,40 @@ class HighsEngine:
         )
 
 
+class Skeleton(NamedTuple):
+    """A PuLP problem as arrays: bounds [0, column_upper], rows <= row_upper, entries row by row."""
+
+    cost: Real
+    column_upper: Real
+    row_upper: Real
+    start: Int
+    column: Index
+    value: Real
+
+
+def skeleton(problem: pulp.LpProblem, variables: Sequence[pulp.LpVariable]) -> Skeleton:
+    """Return the arrays of a minimisation whose rows are all `<=`; columns in the order of `variables`."""
+    place = {id(variable): number for number, variable in enumerate(variables)}
+    constraints = problem.constraints()
+    start, column, value = [0], [], []
+    for constraint in constraints:
+        for variable, factor in constraint.items():
+            column.append(place[id(variable)])
+            value.append(factor)
+        start.append(len(column))
+    cost = np.zeros(len(variables))
+    for variable, factor in problem.objective.items():
+        cost[place[id(variable)]] = factor
+    return Skeleton(
+        cost=cost,
+        column_upper=np.array([highspy.kHighsInf if each.upBound is None else each.upBound for each in variables]),
+        row_upper=np.array([-float(constraint.constant) for constraint in constraints]),
+        start=np.array(start, np.int64),
+        column=np.array(column, np.int32),
+        value=np.array(value, np.float64),
+    )
+
+
 class _PulpHighs(pulp.HiGHS):  # type: ignore[misc]  # pulp ships no types
     """PuLP's HiGHS adapter, handing its rows over as one array instead of one call each."""
 
@@ -155,29 +189,18 @@ class _PulpHighs(pulp.HiGHS):  # type: ignore[misc]  # pulp ships no types
 
     def buildSolverModel(self, lp: pulp.LpProblem) -> None:  # noqa: N802 - PuLP's name
         """Leave a loaded HiGHS in lp.solverModel; columns in the order given."""
-        variables = self._variables
-        place = {id(variable): index for index, variable in enumerate(variables)}
-        constraints = lp.constraints()
-        start, index, value = [0], [], []
-        for constraint in constraints:
-            for variable, factor in constraint.items():
-                index.append(place[id(variable)])
-                value.append(factor)
-            start.append(len(index))
+        first = skeleton(lp, self._variables)
         model = highspy.HighsLp()
-        model.num_col_, model.num_row_ = len(variables), len(constraints)
-        cost = np.zeros(len(variables))
-        for variable, factor in lp.objective.items():
-            cost[place[id(variable)]] = factor
-        model.col_cost_ = cost
-        model.col_lower_ = np.zeros(len(variables))
-        model.col_upper_ = np.array([highspy.kHighsInf if v.upBound is None else v.upBound for v in variables])
-        model.row_lower_ = np.full(len(constraints), -highspy.kHighsInf)
-        model.row_upper_ = np.array([-float(constraint.constant) for constraint in constraints])
+        model.num_col_, model.num_row_ = len(first.cost), len(first.row_upper)
+        model.col_cost_ = first.cost
+        model.col_lower_ = np.zeros(len(first.cost))
+        model.col_upper_ = first.column_upper
+        model.row_lower_ = np.full(len(first.row_upper), -highspy.kHighsInf)
+        model.row_upper_ = first.row_upper
         model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        model.a_matrix_.start_ = np.array(start, np.int32)
-        model.a_matrix_.index_ = np.array(index, np.int32)
-        model.a_matrix_.value_ = np.array(value, np.float64)
+        model.a_matrix_.start_ = first.start.astype(np.int32)
+        model.a_matrix_.index_ = first.column
+        model.a_matrix_.value_ = first.value
         highs: Any = highspy.Highs
         lp.solverModel = highs()
         lp.solverModel.setOptionValue("output_flag", False)

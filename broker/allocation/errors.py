@@ -17,6 +17,12 @@ class DocumentError(AllocationError):
     code: ClassVar[str] = "allocation.document_invalid"
 
 
+class EngineMissingError(AllocationError):
+    """An LP engine that is asked for and not installed, or not known."""
+
+    code: ClassVar[str] = "allocation.engine_missing"
+
+
 class SolverError(AllocationError):
     """The solver stopped without an answer that stands up to our own check."""
 

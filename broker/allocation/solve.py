@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-import highspy
 import numpy as np
 
 from broker.allocation.clearing import Clearing
 from broker.allocation.compile import compile_market
+from broker.allocation.engines import HIGHS, engine_maker, engine_version
 from broker.allocation.following import follow
 from broker.allocation.instance import Int
 from broker.allocation.snapshot import Snapshot
@@ -32,26 +32,29 @@ ALGORITHM: Final = "configuration-lp/2"
 def clear(
     snapshot: Snapshot,
     *,
+    engine: str = HIGHS,
     tick: Callable[[], float] = lambda: 0.0,
     watch: Callable[[Outcome], object] = id,
 ) -> Clearing:
     """Return the clearing of a snapshot; `watch` sees the outcome with its times by phase, counted by `tick`.
 
+    `engine` is the LP solver by name (`engines`). Another one may find other prices on the same optimal face.
     Raises broker.allocation.errors.AllocationError where the market is too large to state, or the
     solver gives nothing that stands up to our own check; then the round should be recorded as
     failed and the snapshot kept.
     """
-    return clear_tables(from_snapshot(snapshot), tick=tick, watch=watch)
+    return clear_tables(from_snapshot(snapshot), engine=engine, tick=tick, watch=watch)
 
 
 def clear_tables(
     tables: Tables,
     *,
+    engine: str = HIGHS,
     tick: Callable[[], float] = lambda: 0.0,
     watch: Callable[[Outcome], object] = id,
 ) -> Clearing:
     """Return the clearing of a snapshot in columns; `watch` sees the outcome with its times by phase."""
-    started = tick()
+    started, make_engine = tick(), engine_maker(engine)
     compiled = compile_market(tables)
     market = Market(tables, compiled)
     compiled_s = tick() - started
@@ -60,14 +63,14 @@ def clear_tables(
     if last is not None:
         outcome = follow(compiled.instance, last, equity_micros=equity_micros, tick=tick)
     if outcome is None:
-        outcome = solve(compiled.instance, equity_micros=equity_micros, tick=tick)
+        outcome = solve(compiled.instance, equity_micros=equity_micros, engine=make_engine, tick=tick)
     started = tick()
     clearing = written(
         market,
         outcome,
         round_number=int(tables.market("round_number")),
         snapshot_digest=tables.digest(),
-        solver=solver_version(),
+        solver=solver_version(engine),
     )
     outcome.seconds["compile"], outcome.seconds["write"] = compiled_s, tick() - started
     watch(outcome)
@@ -102,7 +105,6 @@ def _prices_to_follow(market: Market) -> Int | None:
     return prices
 
 
-def solver_version() -> str:
+def solver_version(engine: str = HIGHS) -> str:
     """Return the name under which a clearing can be replayed to the bit."""
-    highs = highspy.Highs()  # type: ignore[no-untyped-call]  # highspy's own signature lacks types
-    return f"{ALGORITHM} highs/{highs.version()} numpy/{np.__version__}"
+    return f"{ALGORITHM} {engine_version(engine)} numpy/{np.__version__}"

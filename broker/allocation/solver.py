@@ -20,6 +20,7 @@ import numpy as np
 from broker.allocation import rounding
 from broker.allocation.clearing import Status
 from broker.allocation.columns import Columns, describe
+from broker.allocation.engine import Engine, HighsEngine
 from broker.allocation.instance import NONE, Choice, Instance, Int, Real, capacity
 from broker.allocation.master import PERTURBATION
 from broker.allocation.nodes import market_nodes
@@ -62,16 +63,17 @@ def solve(
     last_prices: Real | None = None,
     limits: RelaxationLimits | None = None,
     rounding_limits: RoundingLimits | None = None,
+    engine: Callable[[], Engine] = HighsEngine,
     tick: Callable[[], float] = lambda: 0.0,
 ) -> Outcome:
-    """Return prices and whole placements of a market.
+    """Return prices and whole placements of a market, the LP solved by what `engine` makes.
 
     `last_prices` [rows] are where the search for prices begins; `equity_micros` bounds what the
     market may add over all placements' terms; `tick` counts seconds for the phases' times only.
     """
     if instance.row_count == 0:
         return _nothing(instance)
-    relaxed = relax(instance, last_prices=last_prices, limits=limits, tick=tick)
+    relaxed = relax(instance, last_prices=last_prices, limits=limits, engine=engine(), tick=tick)
     started = tick()
     whole = rounding.whole(
         instance, relaxed.prices, best=relaxed.best, limits=rounding_limits or RoundingLimits(), tick=tick

@@ -122,7 +122,14 @@ def generate(  # noqa: PLR0917  typer's parameters are options, named by whoever
 
 
 @market_app.command()
-def solve(snapshot: SnapshotFile, output: Output, as_json: JsonOption = False) -> None:
+def solve(
+    snapshot: SnapshotFile,
+    output: Output,
+    engine: Annotated[
+        str, typer.Option(help="what solves the LP: highs, or clp where the extra clp is installed")
+    ] = "highs",
+    as_json: JsonOption = False,
+) -> None:
     """Clear a snapshot and write the clearing; the same snapshot gives the same bytes."""
     from broker.allocation.errors import AllocationError
 
@@ -135,7 +142,7 @@ def solve(snapshot: SnapshotFile, output: Output, as_json: JsonOption = False) -
 
     try:
         with phases.phase("solve"):
-            cleared = clear_tables(tables, tick=time.perf_counter, watch=phases.took)
+            cleared = clear_tables(tables, engine=engine, tick=time.perf_counter, watch=phases.took)
     except AllocationError as error:
         raise CliError(str(error), code=error.code) from None
     with phases.phase("write"):

@@ -29,7 +29,10 @@ def hold_round(market: Market) -> Round | None:
     started_s = market.clock.monotonic_s()
     phases: dict[str, float] = {}
     clearing = clear(
-        taken.snapshot, tick=market.clock.monotonic_s, watch=lambda outcome: phases.update(outcome.seconds)
+        taken.snapshot,
+        engine=market.settings.lp_engine,
+        tick=market.clock.monotonic_s,
+        watch=lambda outcome: phases.update(outcome.seconds),
     )
     solve_s = market.clock.monotonic_s() - started_s
     snapshot_digest = keep_document(market, taken.snapshot)

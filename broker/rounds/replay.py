@@ -45,7 +45,7 @@ def replay(market: Market, round_number: int) -> Replay:
         raise NotFoundError(message)
     snapshot = Snapshot.from_json(market.artifacts.get_bytes(row.snapshot_digest))
     recorded = Clearing.from_json(market.artifacts.get_bytes(row.clearing_digest))
-    again = clear(snapshot)
+    again = clear(snapshot, engine=market.settings.lp_engine)
     return Replay(
         round_number=round_number,
         identical=again.digest() == row.clearing_digest,
