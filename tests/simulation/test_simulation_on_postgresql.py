@@ -16,6 +16,7 @@ from tests.simulation.founding import make_template
 from tests.simulation.seeds import run_seed
 
 STEPS = 150
+STORY_STEPS = 80
 CONTESTED = 0.2
 
 Open = Callable[[int, float], Callable[[CommitHook], ContestedDatabase]]
@@ -65,11 +66,11 @@ def test_no_seed_breaks_an_invariant_on_postgresql(
 @pytest.mark.timeout(300)
 def test_a_seed_tells_one_story_on_either_database(template: Path, open_contested: Open) -> None:
     """What is read without an order would come in another one here."""
-    told = run_seed(4, STEPS, template, tell=True)
+    told = run_seed(4, STORY_STEPS, template, tell=True)
     assert not told.failure
     assert len(told.story) > 10
     # Nothing contested: a write that runs again draws new names, which a tie would fall to.
-    assert run_seed(4, STEPS, template, tell=True, open_database=open_contested(4, 0.0)).story == told.story
+    assert run_seed(4, STORY_STEPS, template, tell=True, open_database=open_contested(4, 0.0)).story == told.story
 
 
 def test_a_contested_write_runs_twice_and_commits_once(open_contested: Open) -> None:

@@ -88,10 +88,11 @@ def test_attempt_runs_from_proposal_to_done(
     [
         ("{processes_in_all: 100}", "import os\nwhile True: os.fork()", "processes"),
         ("{memory_gb: 1}", "held = bytearray(4_000_000_000)\nheld[::4096] = b'x' * len(held[::4096])", "memory"),
-        (
+        pytest.param(
             "{disk_gb: 0.2}",
             "import time\nfor n in range(500): open(f'fill-{n}', 'wb').write(b'x' * 1_000_000)\ntime.sleep(600)",
             "disk",
+            marks=pytest.mark.soak,
         ),
     ],
     ids=["fork bomb", "memory hog", "disk filler"],

@@ -40,9 +40,9 @@ GOLDEN = {
     "sign payloads": "0f24e0782013c5a3b0367f95b80d3a0bb134717c9fb72e26de547d00fd7a2f98",
     "sign norm": "0x1.ab5731a150b08p+8",
     "lowrank decoded": "398733adc752cba91b85db1df28fd16e7c632dad14732d2fbaad7aee6f90aace",
-    "topk2": "136c64e2413470daccc4b670892f5e879aa4c80ec5a25c1899a7a26dbf664110",
-    "topk2 payloads": "558e04005b05f4d7684d809b9dfada7b33084c9894aaba259674c86959336f9e",
-    "topk2 norm": "0x1.b8fdb5bdd54fdp+6",
+    "topk2": "02009fc4102cae644deb20520c49bec497fded045a3f84e22f046f9687e0c6c6",
+    "topk2 payloads": "0452368aa1ffcfcf7937f3d301e87cb98abef99fbcf4f07c40ef7cae10b0e3af",
+    "topk2 norm": "0x1.b921418ad92fap+6",
 }
 
 
