@@ -40,6 +40,7 @@ def members(market: RunningMarket, job_id: str) -> tuple[str, list[str]]:
     return view.hub, [member.site_id for member in view.members if member.site_id != view.hub]
 
 
+@pytest.mark.soak  # `tests/sites/test_recovery.py` has the agent alone
 def test_killed_agent_adopts_its_attempt_and_restarts_a_killed_gateway(market: RunningMarket) -> None:
     chain = Chain()
     job_id = market.submit(slots=2, seconds=24)
