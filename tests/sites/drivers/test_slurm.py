@@ -205,7 +205,15 @@ def test_second_job_of_one_run_gives_way(site: Site) -> None:
     folder = site.start(driver, "print('once', flush=True)\n" + WAIT, gpus=1)
     running(driver, folder)
     run_slurm(
-        ["sbatch", "--wait", "--mem=100M", f"--job-name={job_name(folder)}", str(folder / "job.sh")], timeout_s=20
+        [
+            "sbatch",
+            "--wait",
+            "--output=/dev/null",
+            "--mem=100M",
+            f"--job-name={job_name(folder)}",
+            str(folder / "job.sh"),
+        ],
+        timeout_s=20,
     )
     # Its further nodes give way too, else two jobs would share one gang.
     other = {"PATH": os.defpath, "SLURM_JOB_ID": "999999", "SLURM_NODEID": "1"}
