@@ -16,7 +16,6 @@ import ipaddress
 import os
 import shutil
 import signal
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -89,7 +88,7 @@ def serve(
         certificate = market.authority.server_certificate(names)
         options |= {"certfile": str(certificate.certificate_path), "keyfile": str(certificate.key_path)}
     market.database.close()
-    _serve_with_gunicorn(options | _shared_figures())
+    _serve_with_gunicorn(options | _shared_figures(settings.home))
 
 
 @app.command()
@@ -181,16 +180,32 @@ def _die_with_master(_arbiter: object, worker: Any) -> None:  # noqa: ANN401  gu
         os._exit(0)
 
 
-def _shared_figures() -> dict[str, Any]:
+def _shared_figures(home: Path) -> dict[str, Any]:
     """Give the workers a folder for the figures that they count together, and return gunicorn's option to remove it.
 
-    Set before a worker imports prometheus_client, which looks for it then.
+    Set before a worker imports prometheus_client, which looks for it then. It lies in the broker's home: a master that
+    is killed leaves it there, for the next one to remove.
     """
     if FIGURES_FOLDER in os.environ:
         return {}
-    folder = tempfile.mkdtemp(prefix="hansa-figures-")
-    os.environ[FIGURES_FOLDER] = folder
+    for left in home.glob("figures-[0-9]*"):
+        if not _lives(int(left.name.partition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = home.resolve() / f"figures-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a master that had our number before a reboot
+    folder.mkdir(mode=0o700, parents=True)
+    os.environ[FIGURES_FOLDER] = str(folder)
     return {"on_exit": lambda _arbiter: shutil.rmtree(folder, ignore_errors=True)}
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _serve_with_gunicorn(options: dict[str, Any]) -> None:

@@ -30,9 +30,11 @@ def test_figures_are_of_all_workers_and_never_fall(tmp_path: Path) -> None:
 
     bind = ("--bind", f"127.0.0.1:{port}", "--workers", str(WORKERS), "--threads", "1", "--plain-http")
     argv = (sys.executable, "-m", "broker.cli.main", "broker", "serve", *bind)
-    folder = tmp_path / "figures"
-    folder.mkdir()
-    env = {"HANSA_HOME": str(tmp_path / "home"), "HANSA_PUBLIC_URL": url, "TMPDIR": str(folder)}
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    killed = home / "figures-4194305"  # no process has a number beyond the kernel's most: its master was killed
+    for folder in (killed, elsewhere):
+        folder.mkdir(parents=True)
+    env = {"HANSA_HOME": str(home), "HANSA_PUBLIC_URL": url, "TMPDIR": str(elsewhere)}
     supervisor = Supervisor(tmp_path / "logs")
     try:
         supervisor.start(
@@ -44,9 +46,12 @@ def test_figures_are_of_all_workers_and_never_fall(tmp_path: Path) -> None:
             assert httpx.get(f"{url}/healthz", trust_env=False, timeout=30).status_code == 200
         counts = [_answered(httpx.get(f"{url}/metrics", trust_env=False, timeout=30).text) for _ in range(4 * WORKERS)]
         assert counts == [REQUESTS] * len(counts)
+        assert len(list(home.glob("figures-*"))) == 1
+        assert not killed.exists()
     finally:
         supervisor.stop()
-    assert not [path for path in folder.iterdir() if path.name.startswith("hansa-figures")]
+    assert not list(home.glob("figures-*"))
+    assert not list(elsewhere.glob("*figures*"))
 
 
 def test_states_that_are_gone_are_no_longer_shown(world: World) -> None:
