@@ -15,7 +15,6 @@ import fcntl
 import os
 import secrets
 import shutil
-import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from typing import Final, TextIO
 import structlog
 
 from sites import inventory
+from sites.addresses import bound_address, free_address
 from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempts import Attempt, Services
@@ -53,6 +53,7 @@ from sites.leases import (
     refused_renewals,
     veto,
 )
+from sites.links.prober import Prober
 from sites.policy import PolicyBook
 from sites.protocol import (
     AttemptPhase,
@@ -63,11 +64,10 @@ from sites.protocol import (
     LeaseOrder,
     LeasePhase,
     Offer,
-    Skill,
     Wish,
 )
 from sites.sandbox import Bubblewrap
-from sites.settings import ListenSettings, SiteSettings, priced
+from sites.settings import SiteSettings, priced
 from sites.statement import STATEMENT_AGE_S, fetch_statement
 from sites.wake import WakeListener
 from sites.wishes import judge, keep_wish, kept_wish
@@ -119,6 +119,7 @@ class Agent:
         )
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
+        self._prober = Prober(settings, identity.ca_pem, local, clock)
         self._measured = inventory.measure(settings)
         self._mismatch = "; ".join(mismatches(settings, read_devices())) if _sells_gpus(settings) else ""
         if self._mismatch:
@@ -217,12 +218,13 @@ class Agent:
     def _heartbeat(self) -> Heartbeat:
         for attempt in self._attempts.values():
             attempt.cut_usage()
+        probe_replies, probe_reports = self._prober.speak()
         return Heartbeat(
             agent_version=self._version[:40],
             boot=self._boot,
             sent_ms=self._clock.now_ms(),
             offer=self._offer(),
-            skills=tuple(Skill),
+            skills=self._prober.skills,
             # A lease that runs here is confirmed already; saying it again would only be noise.
             confirmations=tuple(
                 item for key, item in self._journal.confirmations().items() if key not in self._attempts
@@ -236,6 +238,9 @@ class Agent:
             renewal_csr_pem=self._identity.renewal_csr_pem(),
             takes_wishes=self._settings.remote.allows_any,
             wish_reply=self._judged.reply,
+            probe_terms=self._prober.terms,
+            probe_replies=probe_replies,
+            probe_reports=probe_reports,
         )
 
     def _pause_s(self) -> float:
@@ -246,7 +251,7 @@ class Agent:
         return min(HURRY_INTERVAL_S, self.heartbeat_s) if hurries else self.heartbeat_s
 
     def _has_news(self) -> bool:
-        return any(self._told.get(record.key) != _news(record) for record in self._records())
+        return self._prober.has_news or any(self._told.get(item.key) != _news(item) for item in self._records())
 
     def _records(self) -> list[AttemptRecord]:
         return [attempt.record for _, attempt in sorted(self._attempts.items())]
@@ -269,6 +274,8 @@ class Agent:
             self._journal.acknowledge(lease_id, sequence)
         for refusal in answer.refusals:
             self._take_refusal(refusal.lease_id, refusal.code, refusal.detail)
+        taken = {item.gateway_address for item in self._journal.confirmations().values()}
+        self._prober.follow(answer, taken, sent_s)
         self._orders = answer.leases
         actions = decide(answer.leases, self._standing(), self._house())
         for order in answer.leases:
@@ -330,7 +337,7 @@ class Agent:
         address = None
         if self._settings.listen is not None:
             taken = {item.gateway_address for item in self._journal.confirmations().values()}
-            address = _free_address(self._settings.listen, taken)
+            address = free_address(self._settings.listen, taken | self._prober.addresses)
         confirmation = Confirmation(
             lease_id=order.lease_id,
             epoch=order.epoch,
@@ -350,8 +357,7 @@ class Agent:
         listen = None
         confirmation = self._journal.confirmations().get(record.key)
         if self._settings.listen is not None and confirmation is not None and confirmation.gateway_address:
-            port = confirmation.gateway_address.rpartition(":")[2]
-            listen = f"{self._settings.listen.bind or self._settings.listen.host}:{port}"
+            listen = bound_address(self._settings.listen, confirmation.gateway_address)
         return Attempt(record, self._services, listen)
 
     def _forget(self, key: AttemptKey, attempt: Attempt) -> None:
@@ -439,24 +445,6 @@ def _record(order: LeaseOrder) -> AttemptRecord:
 def _news(record: AttemptRecord) -> object:
     """Return what of an attempt the broker should hear at once when it changes."""
     return record.phase, record.promise, record.checkpoint
-
-
-def _free_address(listen: ListenSettings, taken: set[str | None]) -> str | None:
-    """Return an address for one more gateway, None where every port is in use: it then only dials out."""
-    bind = (listen.bind or listen.host).strip("[]")
-    first, last = listen.ports or (0, 0)
-    for port in range(first, last + 1):
-        address = f"{listen.host}:{port}"
-        if address in taken:
-            continue
-        with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((bind, port))
-            except OSError:
-                continue
-            return f"{listen.host}:{probe.getsockname()[1]}"
-    return None
 
 
 def _locked(settings: SiteSettings) -> TextIO:

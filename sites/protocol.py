@@ -23,6 +23,7 @@ from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from sites.links.messages import PROBES_PER_SITE_MAX, ProbeOrder, ProbeReply, ProbeReport, ProbeTerms
 from training.attempt import NewestCheckpoint
 from training.roundlog.signing import SignedDocument
 from training.roundlog.view import Address, Hash, ViewReport
@@ -283,6 +284,7 @@ class Skill(enum.StrEnum):
     """What an agent understands beyond the first protocol: a broker sends an agent nothing that it would refuse."""
 
     GANG = "gang"  # LeaseOrder.peers and term_s
+    PROBE = "probe"  # HeartbeatAnswer.probes; an owner who wants none leaves it out
 
 
 class Wish(Message):
@@ -323,6 +325,9 @@ class Heartbeat(Message):
         default=False, description="the owner's settings allow some wishes; without it the answer holds none"
     )
     wish_reply: WishReply | None = None
+    probe_terms: ProbeTerms = ProbeTerms()
+    probe_replies: tuple[ProbeReply, ...] = Field(default=(), max_length=PROBES_PER_SITE_MAX)
+    probe_reports: tuple[ProbeReport, ...] = Field(default=(), max_length=PROBES_PER_SITE_MAX)
 
 
 class LeasePhase(enum.StrEnum):
@@ -394,6 +399,9 @@ class HeartbeatAnswer(Message):
     heartbeat_s: float = Field(gt=0)
     wake_url: str | None = Field(default=None, max_length=2000, description="a stream that says when to look")
     wish: Wish | None = Field(default=None, description="only for a site that takes wishes, which older agents do not")
+    probes: tuple[ProbeOrder, ...] | None = Field(
+        default=None, max_length=PROBES_PER_SITE_MAX, description="only for a site that can be probed (Skill.PROBE)"
+    )
 
 
 class SiteStatement(Message):
