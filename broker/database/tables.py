@@ -107,7 +107,8 @@ class IdempotencyKey(Table):
 class Site(Table):
     """A datacenter. `state` is live, silent or removed; `version` guards its offer; `boot` tells a restarted agent.
 
-    `sequence_seen` is a bit mask of the request numbers below and at `sequence_max`: the replay window.
+    `sequence_seen` is a bit mask of the request numbers below and at `sequence_max`: the replay window. `probe_terms` is
+    what its owner allows probes of its links (`sites.links.messages.ProbeTerms`, JSON), None where it takes no part in any.
     """
 
     __tablename__ = "sites"
@@ -124,6 +125,7 @@ class Site(Table):
     heard_ms: Mapped[int | None]
     heard_monotonic_ms: Mapped[int | None]
     heard_era: Mapped[str | None]
+    probe_terms: Mapped[str | None] = mapped_column(Text)
 
 
 class SiteCertificate(Table):

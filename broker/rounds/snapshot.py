@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from sqlalchemy import func, select
@@ -47,6 +47,8 @@ from broker.database.tables import (
     Tenant,
 )
 from broker.ledger import EQUITY
+from broker.links.estimate import Figures, counted
+from broker.links.estimates import read_estimates, read_withheld
 from broker.market import Market
 from broker.payment_rules import payment_rule
 from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
@@ -97,7 +99,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
-        links=tuple(standing_links(session, {site.site_id for site in sites})),
+        links=tuple(counted_links(session, market, {site.site_id for site in sites})),
         jobs=tuple(
             job if owner not in limited else job.model_copy(update={"tenant_id": owner})
             for owner, job in _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
@@ -204,8 +206,24 @@ def _drains(site: Site) -> bool:
     return Offer.model_validate_json(site.offer).draining
 
 
-def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
-    """Return the links between `sites`, in order."""
+def counted_links(session: Session, market: Market, sites: set[str]) -> list[LinkState]:
+    """Return the links between `sites`, in order: no more than is declared, nor than was measured."""
+    declared = declared_links(session, sites)
+    found = read_estimates(session, market.settings.link_half_life_s, market.clock.now_ms())
+    if not found:
+        return declared
+    withheld = read_withheld(session, found)
+    states = []
+    for link in declared:
+        way = (link.from_site, link.to_site)
+        stated = Figures(link.bandwidth_bits_per_s, link.delay_s, link.loss)
+        figures = counted(stated, found.get(way), withheld=way in withheld)
+        states.append(link.model_copy(update=asdict(figures)))
+    return states
+
+
+def declared_links(session: Session, sites: set[str]) -> list[LinkState]:
+    """Return the links between `sites` as their owners declare them, in order."""
     return [
         LinkState(
             from_site=link.source,

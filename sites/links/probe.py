@@ -24,8 +24,8 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
 from sites.identity import write_private
-from sites.links.stream import Allowance, Hello, Passed, Stream, Word, flow_of
 from sites.links.messages import PROBE_BYTES_MAX, PROBE_STREAMS_MAX, ProbeId, ProbeReport
+from sites.links.stream import Allowance, Hello, Passed, Stream, Word, flow_of
 from training.roundlog.credentials import client_context, is_peer, peer_uri, server_context
 from training.roundlog.errors import Reason, Refusal
 from training.roundlog.view import Hash

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sites.links.messages import Flow, ProbeId
 from sites.links.tcp_info import TcpInfo, read_tcp_info
-
 from training.roundlog.errors import Reason, Refusal
 
 CHUNK_BYTES: Final = 64 * 1024

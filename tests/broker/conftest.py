@@ -22,6 +22,7 @@ ON_POSTGRESQL_IN_THE_SOAK: Final = frozenset(
         "test_memberships",
         "test_offered_terms",
         "test_offers",
+        "test_probes",
         "test_refusals",
         "test_speeds",
         "test_tenant_limits",
