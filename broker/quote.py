@@ -20,7 +20,8 @@ from broker.allocation.snapshot import PoolState
 from broker.allocation.snapshot import SiteState as Listening
 from broker.database.tables import Gpu, Pool, Site
 from broker.market import Market
-from broker.rounds.snapshot import TakenSnapshot, declared_links, job_state, take
+from broker.rounds.round_links import declared_links
+from broker.rounds.snapshot import TakenSnapshot, job_state, take
 from broker.speeds import LINKS_HALF_WIDTH_LOG, Speeds, read_speeds
 from broker.transitions import SiteState
 from pricing.money import divide_up

@@ -6,9 +6,8 @@ from: the commit checks them again and drops what has changed meanwhile.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import func, select
@@ -24,7 +23,6 @@ from broker.allocation.snapshot import (
     Incumbent,
     JobSpeed,
     JobState,
-    LinkState,
     PoolState,
     Reservation,
     SiteState,
@@ -38,7 +36,6 @@ from broker.database.tables import (
     Job,
     Lease,
     LeasedGpu,
-    Link,
     MarketState,
     Placement,
     Pool,
@@ -47,12 +44,12 @@ from broker.database.tables import (
     Tenant,
 )
 from broker.ledger import EQUITY
-from broker.links.estimate import Figures, counted
-from broker.links.estimates import read_estimates, read_withheld
 from broker.market import Market
 from broker.payment_rules import payment_rule
 from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
+from broker.rounds.last_round import may_follow, read_last_round
+from broker.rounds.round_links import counted_links
 from broker.speeds import read_speeds
 from broker.tenant_limits import limited_tenants
 from broker.transitions import JobState as State
@@ -70,11 +67,12 @@ RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 @dataclass(frozen=True, slots=True)
 class TakenSnapshot:
-    """A snapshot and what its commit must find unchanged. `changes` is the market's counter then."""
+    """A snapshot and what its commit must find unchanged; `changes` and `events_seen` are the market's counters then."""
 
     snapshot: Snapshot
     site_versions: dict[str, int]
     changes: int
+    events_seen: int = 0
 
 
 def take(session: Session, market: Market) -> TakenSnapshot:
@@ -89,6 +87,8 @@ def take(session: Session, market: Market) -> TakenSnapshot:
     }
     tenants = limited_tenants(session)
     limited = {tenant.tenant_id for tenant in tenants}
+    last = read_last_round(session, market.settings)
+    jobs = _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -99,12 +99,10 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
-        links=tuple(counted_links(session, market, {site.site_id for site in sites})),
-        jobs=tuple(
-            job if owner not in limited else job.model_copy(update={"tenant_id": owner})
-            for owner, job in _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
-        ),
-        last_prices=_last_prices(session),
+        links=tuple(counted_links(session, market, {site.site_id for site in sites}, last.link_prices)),
+        jobs=tuple(job if owner not in limited else job.model_copy(update={"tenant_id": owner}) for owner, job in jobs),
+        last_prices=last.prices,
+        follow_last_prices=may_follow(last, jobs=len(jobs), settings=market.settings),
         tenants=tenants,
         floor_penalty_micros_per_gpu_hour=market.settings.floor_penalty_micros_per_gpu_hour,
         slots=market.settings.slots,
@@ -112,7 +110,10 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         waiting_discount=market.settings.waiting_discount if market.settings.slots > 1 else 0.0,
     )
     return TakenSnapshot(
-        snapshot, {site.site_id: site.version for site in sites}, 0 if state is None else state.changes
+        snapshot,
+        {site.site_id: site.version for site in sites},
+        changes=0 if state is None else state.changes,
+        events_seen=last.events_seen,
     )
 
 
@@ -204,38 +205,6 @@ def free_by_pool(session: Session) -> dict[str, int]:
 
 def _drains(site: Site) -> bool:
     return Offer.model_validate_json(site.offer).draining
-
-
-def counted_links(session: Session, market: Market, sites: set[str]) -> list[LinkState]:
-    """Return the links between `sites`, in order: no more than is declared, nor than was measured."""
-    declared = declared_links(session, sites)
-    found = read_estimates(session, market.settings.link_half_life_s, market.clock.now_ms())
-    if not found:
-        return declared
-    withheld = read_withheld(session, found)
-    states = []
-    for link in declared:
-        way = (link.from_site, link.to_site)
-        stated = Figures(link.bandwidth_bits_per_s, link.delay_s, link.loss)
-        figures = counted(stated, found.get(way), withheld=way in withheld)
-        states.append(link.model_copy(update=asdict(figures)))
-    return states
-
-
-def declared_links(session: Session, sites: set[str]) -> list[LinkState]:
-    """Return the links between `sites` as their owners declare them, in order."""
-    return [
-        LinkState(
-            from_site=link.source,
-            to_site=link.target,
-            bandwidth_bits_per_s=link.bandwidth_bits_per_s,
-            delay_s=link.delay_s,
-            loss=link.loss,
-            egress_price_micros_per_gb=link.egress_price_micros_per_gb,
-        )
-        for link in session.scalars(select(Link).order_by(Link.source, Link.target))
-        if link.source in sites and link.target in sites and link.source != link.target
-    ]
 
 
 def _jobs(  # noqa: PLR0917  what a round's jobs depend on
@@ -403,8 +372,3 @@ def free_equity(session: Session, now_ms: int) -> int:
         ends_ms = placement.term_ends_ms or now_ms + placement.term_s * 1000
         promised += placement.uplift_micros_per_hour * max(0, ends_ms - now_ms) // 3_600_000 + 1
     return max(0, balance - promised)
-
-
-def _last_prices(session: Session) -> dict[str, int]:
-    newest = session.scalar(select(Round).order_by(Round.round_number.desc()).limit(1))
-    return {} if newest is None else {pool: int(price) for pool, price in json.loads(newest.prices).items()}
