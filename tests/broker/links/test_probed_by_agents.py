@@ -139,7 +139,7 @@ def test_two_agents_measure_their_link_and_the_market_counts_with_it(market: Mar
         probe = market.database.read(lambda session: session.scalars(select(LinkProbe)).one())
         return probe if probe.ended_ms is not None else None
 
-    probe = wait_until(is_over, limit_s=30)
+    probe = wait_until(is_over, limit_s=90)
     assert (probe.state, probe.bytes_max) == ("done", PROBE_BYTES), probe.detail
     assert probe.bytes_charged == 2 * PROBE_BYTES
     rows = market.database.read(lambda session: list(session.scalars(select(LinkMeasurement))))
