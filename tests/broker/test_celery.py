@@ -149,10 +149,11 @@ def test_a_ring_leads_to_a_round_and_what_strangers_push_to_nothing(
     assert not marker.exists()
     assert len(scene.events("job")) == events + 2  # submitted and proposed, nothing besides
     assert scene.rounds() == 2
-    log = worker.log.read_text()
-    assert "Traceback" not in log
-    told = [reason for reason in ("not JSON", "no id", "unknown task", "arguments", "too large") if reason in log]
-    assert told == ["not JSON", "no id", "unknown task", "arguments", "too large"], log[-3000:]
+    # A ring from before may place the second job while some of the hostile messages still wait.
+    for reason in ("not JSON", "no id", "unknown task", "arguments", "too large"):
+        _until(lambda reason=reason: reason in worker.log.read_text(), f"the log says {reason!r}")
+    assert not worker.is_over()
+    assert "Traceback" not in worker.log.read_text()
 
 
 def test_keys_of_another_kind_and_orders_to_workers_stop_no_worker(
