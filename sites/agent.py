@@ -27,7 +27,8 @@ from sites import inventory
 from sites.addresses import bound_address, free_address
 from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
-from sites.attempts import Attempt, Services
+from sites.attempt_runs import Services
+from sites.attempts import Attempt
 from sites.client import Broker
 from sites.devices import mismatches, read_devices
 from sites.drivers.interface import Driver
@@ -64,9 +65,11 @@ from sites.protocol import (
     LeaseOrder,
     LeasePhase,
     Offer,
+    Skill,
     Wish,
 )
 from sites.sandbox import Bubblewrap
+from sites.secrets_in_hand import keeps_secrets
 from sites.settings import SiteSettings, priced
 from sites.statement import STATEMENT_AGE_S, fetch_statement
 from sites.wake import WakeListener
@@ -224,7 +227,7 @@ class Agent:
             boot=self._boot,
             sent_ms=self._clock.now_ms(),
             offer=self._offer(),
-            skills=self._prober.skills,
+            skills=_skills(self._settings),
             # A lease that runs here is confirmed already; saying it again would only be noise.
             confirmations=tuple(
                 item for key, item in self._journal.confirmations().items() if key not in self._attempts
@@ -392,6 +395,7 @@ class Agent:
             gpus_per_node=None if slurm is None or slurm.fabric == "trusted" else slurm.gpus_per_node,
             draining=self._is_draining(),
             site_id=self._settings.site_id,
+            keeps_secrets=keeps_secrets(self._settings),
             now_ms=self._clock.now_ms(),
         )
 
@@ -471,6 +475,12 @@ def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
     sandbox = Bubblewrap(settings.python, settings.folder / "sandbox", settings.sandbox_readable)
     sandbox.check()
     return sandbox
+
+
+def _skills(settings: SiteSettings) -> tuple[Skill, ...]:
+    """Return what this agent understands and this site can keep."""
+    able = {Skill.SECRETS: keeps_secrets(settings), Skill.PROBE: settings.probes.allowed}
+    return tuple(skill for skill in Skill if able.get(skill, True))
 
 
 def _sells_gpus(settings: SiteSettings) -> bool:

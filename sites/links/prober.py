@@ -23,7 +23,7 @@ from sites.errors import DriverError
 from sites.identity import attempt_uri, certificate_request_pem, private_key_pem, write_private
 from sites.links.messages import ProbeOrder, ProbeReply, ProbeReport, ProbeTerms
 from sites.links.probe import PROBE_EPOCH, ProbeConfig
-from sites.protocol import HeartbeatAnswer, LeasePhase, Skill
+from sites.protocol import HeartbeatAnswer, LeasePhase
 from sites.settings import SiteSettings
 from training.clock import Clock
 from training.roundlog.credentials import new_attempt_key
@@ -75,11 +75,6 @@ class Prober:
         self._said: set[tuple[str, bool]] = set()
         for left in self._folder.glob("*"):
             self._drop(left)
-
-    @property
-    def skills(self) -> tuple[str, ...]:
-        """What the agent understands, as far as the owner allows it."""
-        return tuple(skill for skill in Skill if skill is not Skill.PROBE or self._settings.probes.allowed)
 
     @property
     def terms(self) -> ProbeTerms:

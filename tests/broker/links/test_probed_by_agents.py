@@ -166,7 +166,7 @@ def test_two_agents_measure_their_link_and_the_market_counts_with_it(market: Mar
 def test_an_owner_who_allows_no_probes_is_sent_no_field_of_them(market: Market, pair: Pair) -> None:
     for agent in pair.agents:
         probes = agent._settings.probes.model_copy(update={"allowed": False})
-        agent._prober._settings = agent._settings.model_copy(update={"probes": probes})
+        agent._settings = agent._settings.model_copy(update={"probes": probes})
     pair.beat()
     assert plan_probes(market) == 0
     assert "probes" not in pair.wires[0].answers[0]

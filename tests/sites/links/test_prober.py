@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sites.agent import _skills
 from sites.doctor import Level, examine
 from sites.drivers.process import ProcessDriver
 from sites.links.messages import Flow, ProbeOrder, ProbeReport
@@ -67,8 +68,8 @@ def test_an_owner_s_terms_are_kept(tmp_path: Path) -> None:
 
 
 def test_an_owner_who_allows_none_says_no_skill(tmp_path: Path) -> None:
-    assert Skill.PROBE in prober(site(tmp_path)).skills
-    assert Skill.PROBE not in prober(site(tmp_path, "probes: {allowed: false}\n")).skills
+    assert Skill.PROBE in _skills(site(tmp_path))
+    assert Skill.PROBE not in _skills(site(tmp_path, "probes: {allowed: false}\n"))
 
 
 def test_a_heartbeat_beside_no_probe_says_nothing_that_an_older_broker_would_refuse(tmp_path: Path) -> None:
