@@ -229,10 +229,9 @@ def test_a_hello_beyond_the_order_is_refused(ends: Ends, stream: Any) -> None:
 
 def test_a_probe_that_expired_is_refused(ends: Ends, stream: Any) -> None:
     listening = listen(ends, deadline_s=time.monotonic() + 0.2)
-    dialler = stream(listening.address)
     listening.end()
     with pytest.raises((Refusal, OSError)):
-        _greet(dialler)
+        _greet(stream(listening.address))
 
 
 def _greet(dialler: Stream) -> None:
