@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.database.forecasts import Forecast
-from broker.database.tables import Gpu, Job, Lease, LeasedGpu, Placement, Pool, Site
+from broker.database.tables import PLACEMENT_STANDS, Gpu, Job, Lease, LeasedGpu, Placement, Pool, Site
 from broker.intervals import Interval, Outcome, interval
 from broker.market import Market
 from broker.transitions import FINAL_JOB_STATES, JobState, PlacementState, SiteState
@@ -218,7 +218,7 @@ def _running(session: Session) -> list[_Running]:
         select(Placement, Job, Lease.gpu_type, Lease.gpus)
         .join(Job, Job.job_id == Placement.job_id)
         .join(Lease, Lease.placement_id == Placement.placement_id)
-        .where(Placement.state != PlacementState.ENDED)
+        .where(PLACEMENT_STANDS)
     )
     found: dict[str, tuple[float, dict[str, int]]] = {}
     for placement, job, gpu_type, gpus in rows:

@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import func, literal, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from broker.allocation.configuration import Configuration
 from broker.allocation.snapshot import BITS_PER_S_MAX, FLOPS_PER_S_MAX, JobSpeed
@@ -184,22 +184,20 @@ def read_speeds(
     session: Session, *, tenant_id: str | None = None, but_site: str | None = None, before_ms: int | None = None
 ) -> Speeds:
     """Return what the newest leases measured, if asked only a tenant's, without a site, or ended before a time."""
-    gangs = (
-        select(Lease.placement_id, func.count().label("sites"))
-        .group_by(Lease.placement_id)
-        .having(func.count(Lease.gpu_type.distinct()) == 1)  # else one type's pace is the other's
-        .subquery()
-    )
+    member = aliased(Lease)
+    sites = select(func.count()).where(member.placement_id == Lease.placement_id).scalar_subquery()
+    # Of a gang of several types one's pace is the other's.
+    mixed = select(member.lease_id).where(member.placement_id == Lease.placement_id, member.gpu_type != Lease.gpu_type)
     asked = [] if but_site is None else [Lease.site_id != but_site]
     asked += [] if before_ms is None else [Lease.ended_ms < before_ms]
     asked += [] if tenant_id is None else [Job.tenant_id == tenant_id]
     rows = session.execute(
-        select(Lease, gangs.c.sites, Placement.award, Job.tenant_id, Job.spec)
-        .join(gangs, gangs.c.placement_id == Lease.placement_id)
+        select(Lease, sites, Placement.award, Job.tenant_id, Job.spec)
         .join(Placement, Placement.placement_id == Lease.placement_id)
         .join(Job, Job.job_id == Lease.job_id)
         .where(
-            Lease.delivered_samples > 0,
+            Lease.delivered_samples > literal(0, literal_execute=True),  # as the index `leases_by_start` states it
+            ~mixed.exists(),
             or_(
                 Lease.delivered_gpu_milliseconds >= Lease.gpus * round(SECONDS_MIN * 1000),
                 Lease.pace_to_gpu_milliseconds - Lease.pace_from_gpu_milliseconds

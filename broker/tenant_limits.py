@@ -13,10 +13,10 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.snapshot import TenantState
-from broker.database.tables import Job, Placement, Tenant
+from broker.database.tables import PLACEMENT_STANDS, Job, Placement, Tenant
 from broker.errors import NotFoundError
 from broker.market import Market
-from broker.transitions import PlacementState, note_change, record_event
+from broker.transitions import note_change, record_event
 from pricing.money import format_credits
 
 FLOOR_GPUS_MAX: Final = 1_000_000
@@ -75,7 +75,7 @@ def spending_micros_per_hour(session: Session, tenant_id: str) -> int:
     live = (
         select(func.coalesce(func.sum(Placement.charge_micros_per_hour), 0))
         .join(Job, Job.job_id == Placement.job_id)
-        .where(Job.tenant_id == tenant_id, Placement.state != PlacementState.ENDED)
+        .where(Job.tenant_id == tenant_id, PLACEMENT_STANDS)
     )
     return int(session.scalar(live) or 0)
 

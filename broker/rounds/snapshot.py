@@ -32,6 +32,8 @@ from broker.allocation.snapshot import (
 )
 from broker.database.refusals import BarredConfiguration
 from broker.database.tables import (
+    LEASE_STANDS,
+    PLACEMENT_STANDS,
     Account,
     Gpu,
     Hold,
@@ -54,7 +56,7 @@ from broker.reservations import due_of_ended
 from broker.speeds import read_speeds
 from broker.tenant_limits import limited_tenants
 from broker.transitions import JobState as State
-from broker.transitions import LeaseState, PlacementState
+from broker.transitions import PlacementState
 from broker.transitions import SiteState as Hearing
 from pricing.money import SECONDS_PER_HOUR
 from sites.protocol import Offer, PoolOffer
@@ -82,8 +84,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
     sites = list(session.scalars(select(Site).where(Site.state != Hearing.REMOVED)))
     number = (session.scalar(select(func.max(Round.round_number))) or 0) + 1
     placements = {
-        placement.job_id: placement
-        for placement in session.scalars(select(Placement).where(Placement.state != PlacementState.ENDED))
+        placement.job_id: placement for placement in session.scalars(select(Placement).where(PLACEMENT_STANDS))
     }
     tenants = limited_tenants(session)
     limited = {tenant.tenant_id for tenant in tenants}
@@ -176,11 +177,7 @@ def _terms_of_offer(offer: Offer, offered: PoolOffer | None) -> dict[str, Any]:
 def _held_by_pool(session: Session, sites: dict[str, Site], now_ms: int) -> dict[str, int]:
     """Count the GPUs of live leases. A site that drains keeps its running terms and renews none."""
     held: dict[str, int] = {}
-    live = (
-        select(Lease, Placement)
-        .join(Placement, Placement.placement_id == Lease.placement_id)
-        .where(Lease.state != LeaseState.ENDED)
-    )
+    live = select(Lease, Placement).join(Placement, Placement.placement_id == Lease.placement_id).where(LEASE_STANDS)
     for lease, placement in session.execute(live):
         site = sites.get(lease.site_id)
         up_for_renewal = placement.term_ends_ms is not None and now_ms >= renewal_starts_ms(placement)
@@ -335,9 +332,7 @@ def _incumbent(
     else:
         ends_ms = placement.term_ends_ms
     standing = set(
-        session.scalars(
-            select(Lease.site_id).where(Lease.placement_id == placement.placement_id, Lease.state != LeaseState.ENDED)
-        )
+        session.scalars(select(Lease.site_id).where(Lease.placement_id == placement.placement_id, LEASE_STANDS))
     )
     configuration = _standing_part(award.configuration, standing)
     if configuration is None:
@@ -379,9 +374,7 @@ def free_equity(session: Session, now_ms: int) -> int:
     equity = session.get(Account, EQUITY)
     balance = 0 if equity is None else equity.balance_micros
     promised = 0
-    for placement in session.scalars(
-        select(Placement).where(Placement.state != PlacementState.ENDED, Placement.uplift_micros_per_hour > 0)
-    ):
+    for placement in session.scalars(select(Placement).where(PLACEMENT_STANDS, Placement.uplift_micros_per_hour > 0)):
         ends_ms = placement.term_ends_ms or now_ms + placement.term_s * 1000
         promised += placement.uplift_micros_per_hour * max(0, ends_ms - now_ms) // 3_600_000 + 1
     return max(0, balance - promised)
