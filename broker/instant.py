@@ -81,6 +81,9 @@ def commit_offer(session: Session, market: Market, job: Job, offer: InstantOffer
         site = session.get(Site, site_id)
         if site is None or site.version != version:
             return None
+    left = budget_left_micros_per_hour(session, job.tenant_id)
+    if left is not None and offer.award.charge_micros_per_hour > left:
+        return None  # another job of the tenant was placed meanwhile
     award = offer.award.model_copy(update={"job_id": job.job_id, "job_version": job.version})
     sites = propose(session, market, job, award, offer.round_number, lane=LANE)
     if sites is not None:

@@ -54,7 +54,7 @@ from broker.payment_rules import payment_rule
 from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
 from broker.speeds import read_speeds
-from broker.tenant_limits import limited_tenants
+from broker.tenant_limits import budgets_left, limited_tenants
 from broker.transitions import JobState as State
 from broker.transitions import PlacementState
 from broker.transitions import SiteState as Hearing
@@ -70,11 +70,15 @@ RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 @dataclass(frozen=True, slots=True)
 class TakenSnapshot:
-    """A snapshot and what its commit must find unchanged. `changes` is the market's counter then."""
+    """A snapshot and what its commit must find unchanged. `changes` is the market's counter then.
+
+    `budgets_left` is what the hourly budgets of tenants left, in micro-credits: no less may be left at the commit.
+    """
 
     snapshot: Snapshot
     site_versions: dict[str, int]
     changes: int
+    budgets_left: dict[str, int]
 
 
 def take(session: Session, market: Market) -> TakenSnapshot:
@@ -111,7 +115,10 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         waiting_discount=market.settings.waiting_discount if market.settings.slots > 1 else 0.0,
     )
     return TakenSnapshot(
-        snapshot, {site.site_id: site.version for site in sites}, 0 if state is None else state.changes
+        snapshot,
+        site_versions={site.site_id: site.version for site in sites},
+        changes=0 if state is None else state.changes,
+        budgets_left=budgets_left(session),
     )
 
 
