@@ -26,6 +26,7 @@ from broker.market import Market
 from broker.refusals import NOWHERE, Refused, read_refusals
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
+from broker.rounds.last_round import write_links
 from broker.rounds.snapshot import TakenSnapshot, free_equity
 from broker.tenant_limits import budgets_left
 from broker.terms import append_term
@@ -88,6 +89,8 @@ def commit(
         solver=clearing.solver,
         solve_s=solve_s,
         prices=json.dumps(clearing.prices, sort_keys=True),
+        link_prices=write_links(clearing),
+        events_seen=taken.events_seen,
         certificate=clearing.certificate.model_dump_json(),
         dropped="[]",
         jobs_considered=len(taken.snapshot.jobs),

@@ -6,8 +6,7 @@ from: the commit checks them again and drops what has changed meanwhile.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,6 +52,7 @@ from broker.market import Market
 from broker.payment_rules import payment_rule
 from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
+from broker.rounds.last_round import SitePair, may_follow, read_last_round
 from broker.speeds import read_speeds
 from broker.tenant_limits import budgets_left, limited_tenants
 from broker.transitions import JobState as State
@@ -70,7 +70,7 @@ RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 @dataclass(frozen=True, slots=True)
 class TakenSnapshot:
-    """A snapshot and what its commit must find unchanged. `changes` is the market's counter then.
+    """A snapshot and what its commit must find unchanged; `changes` and `events_seen` are the market's counters then.
 
     `budgets_left` is what the hourly budgets of tenants left, in micro-credits: no less may be left at the commit.
     """
@@ -78,6 +78,7 @@ class TakenSnapshot:
     snapshot: Snapshot
     site_versions: dict[str, int]
     changes: int
+    events_seen: int
     budgets_left: dict[str, int]
 
 
@@ -92,6 +93,8 @@ def take(session: Session, market: Market) -> TakenSnapshot:
     }
     tenants = limited_tenants(session)
     limited = {tenant.tenant_id for tenant in tenants}
+    last = read_last_round(session, market.settings)
+    jobs = _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -102,12 +105,10 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
-        links=tuple(standing_links(session, {site.site_id for site in sites})),
-        jobs=tuple(
-            job if owner not in limited else job.model_copy(update={"tenant_id": owner})
-            for owner, job in _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
-        ),
-        last_prices=_last_prices(session),
+        links=tuple(standing_links(session, {site.site_id for site in sites}, last.link_prices)),
+        jobs=tuple(job if owner not in limited else job.model_copy(update={"tenant_id": owner}) for owner, job in jobs),
+        last_prices=last.prices,
+        follow_last_prices=may_follow(last, jobs=len(jobs), settings=market.settings),
         tenants=tenants,
         floor_penalty_micros_per_gpu_hour=market.settings.floor_penalty_micros_per_gpu_hour,
         slots=market.settings.slots,
@@ -118,6 +119,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         snapshot,
         site_versions={site.site_id: site.version for site in sites},
         changes=0 if state is None else state.changes,
+        events_seen=last.events_seen,
         budgets_left=budgets_left(session),
     )
 
@@ -208,8 +210,11 @@ def _drains(site: Site) -> bool:
     return Offer.model_validate_json(site.offer).draining
 
 
-def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
-    """Return the links between `sites`, in order."""
+def standing_links(
+    session: Session, sites: set[str], last_prices: Mapping[SitePair, int] | None = None
+) -> list[LinkState]:
+    """Return the links between `sites`, in order, with the last round's prices where they are known."""
+    prices = last_prices or {}
     return [
         LinkState(
             from_site=link.source,
@@ -218,6 +223,7 @@ def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
             delay_s=link.delay_s,
             loss=link.loss,
             egress_price_micros_per_gb=link.egress_price_micros_per_gb,
+            last_price_micros_per_share_hour=prices.get((link.source, link.target), 0),
         )
         for link in session.scalars(select(Link).order_by(Link.source, Link.target))
         if link.source in sites and link.target in sites and link.source != link.target
@@ -385,8 +391,3 @@ def free_equity(session: Session, now_ms: int) -> int:
         ends_ms = placement.term_ends_ms or now_ms + placement.term_s * 1000
         promised += placement.uplift_micros_per_hour * max(0, ends_ms - now_ms) // 3_600_000 + 1
     return max(0, balance - promised)
-
-
-def _last_prices(session: Session) -> dict[str, int]:
-    newest = session.scalar(select(Round).order_by(Round.round_number.desc()).limit(1))
-    return {} if newest is None else {pool: int(price) for pool, price in json.loads(newest.prices).items()}

@@ -134,6 +134,9 @@ class World:
             hub_lost_s=3,
             absent_s=1,
             attempts_max=8,
+            # So that faults meet rounds that let the last prices stand too; a real market's are far larger.
+            follow_jobs_min=2,
+            follow_changed_share_max=0.5,
         )
         self.market = Market(
             settings=settings,
