@@ -116,7 +116,7 @@ def _offer(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> I
     newest = session.scalar(select(func.max(Round.round_number)))
     if newest is None:
         raise InstantRefusedError(f"no round has been held yet, so there are no prices; {_ADVICE}")
-    taken = take(session, market)
+    taken = take(session, market, with_jobs=False)
     job = job_state(
         "instant",
         spec,

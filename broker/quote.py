@@ -67,7 +67,7 @@ def quote_jobs(market: Market, specs: Sequence[JobSpec], tenant_id: str) -> list
     """Return the candidates of several jobs in one state of the market, those of each best first."""
 
     def work(session: Session) -> list[list[QuotedRow]]:
-        taken = take(session, market)
+        taken = take(session, market, with_jobs=False)
         speeds = read_speeds(session)
         return [_quoted(taken, speeds, spec, tenant_id, market.clock.now_ms()) for spec in specs]
 

@@ -77,10 +77,15 @@ class ExpectedSpeed:
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What was measured: the runs by family and GPU type, and the speeds that agree with them."""
+    """What was measured: the runs by family and GPU type, and the speeds that agree with them.
+
+    `market` is what all families measured, where `runs` are one family's with its job's profile.
+    """
 
     runs: Mapping[Family, Mapping[str, Sequence[MeasuredRun]]]
+    market: Speeds | None = None
     _families: dict[tuple[Family, int], dict[str, SpeedEstimate]] = field(default_factory=dict)
+    _ratios: dict[tuple[str, str], Sequence[float]] = field(default_factory=dict)
 
     def of(self, tenant_id: str, spec: JobSpec) -> dict[str, SpeedEstimate]:
         """Return what is known of a job on each GPU type that it accepts; types that nothing is known of are left out."""
@@ -97,7 +102,7 @@ class Speeds:
                 found[request.gpu_type] = near(spec.market.workload, known[request.gpu_type], runs, middle)
             elif known:
                 nearest = min(known, key=lambda name: (known[name].half_width_log, name))
-                ratios = ratios_between(self._all(), nearest, request.gpu_type)
+                ratios = (self.market or self).ratios(nearest, request.gpu_type)
                 found[request.gpu_type] = carried(known[nearest], nearest, request.gpu_type, ratios)
         return found
 
@@ -148,7 +153,7 @@ class Speeds:
             open_s = PROFILE_OPEN_SHARE * seconds
             run = MeasuredRun(1, float(row.steps * row.batch_per_gpu), seconds, open_s, row.batch_per_gpu)
             own.setdefault(row.gpu_type, []).append(run)
-        return Speeds({**self.runs, family: {**known, **own}})
+        return Speeds({family: {**known, **own}}, market=self)
 
     def _family(self, family: Family, batch_per_gpu: int) -> dict[str, SpeedEstimate]:
         """Return a family's speeds at a batch; runs at others count too, for less."""
@@ -165,10 +170,16 @@ class Speeds:
             self._families[key] = {gpu_type: each for gpu_type, each in found.items() if each.measured}
         return self._families[key]
 
-    def _all(self) -> list[dict[str, SpeedEstimate]]:
-        """Return every family's speeds, each at the batch that it ran at last."""
-        newest = {family: next(iter(by_type.values()))[0] for family, by_type in self.runs.items()}
-        return [self._family(family, run.batch_per_gpu or 1) for family, run in newest.items()]
+    def ratios(self, known: str, wanted: str) -> Sequence[float]:
+        """Return how two GPU types compare in every family that ran on both, each at the batch that it ran at last.
+
+        Kept: a round asks for many jobs, and each answer looks at all families.
+        """
+        if (known, wanted) not in self._ratios:
+            newest = {family: next(iter(by_type.values()))[0] for family, by_type in self.runs.items()}
+            families = [self._family(family, run.batch_per_gpu or 1) for family, run in newest.items()]
+            self._ratios[known, wanted] = ratios_between(families, known, wanted)
+        return self._ratios[known, wanted]
 
 
 def _unprofiled(terms: MarketTerms) -> MarketTerms:

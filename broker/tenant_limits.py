@@ -72,15 +72,18 @@ def budget_left_micros_per_hour(session: Session, tenant_id: str) -> int | None:
 
 def budgets_left(session: Session) -> dict[str, int]:
     """Return for each tenant with a budget what it leaves beside the live placements, below 0 where it was lowered."""
-    spent = (
-        select(Job.tenant_id, func.sum(Placement.charge_micros_per_hour))
+    budgets = select(Tenant.tenant_id, Tenant.budget_micros_per_hour).where(Tenant.budget_micros_per_hour.is_not(None))
+    left = {tenant_id: most or 0 for tenant_id, most in session.execute(budgets)}
+    # Added up here: grouped by tenant, SQLite would go through every job that ever was.
+    standing = (
+        select(Job.tenant_id, Placement.charge_micros_per_hour)
         .join(Job, Job.job_id == Placement.job_id)
         .where(PLACEMENT_STANDS)
-        .group_by(Job.tenant_id)
     )
-    spending = {tenant_id: int(total) for tenant_id, total in session.execute(spent)}
-    budgets = select(Tenant.tenant_id, Tenant.budget_micros_per_hour).where(Tenant.budget_micros_per_hour.is_not(None))
-    return {tenant_id: (most or 0) - spending.get(tenant_id, 0) for tenant_id, most in session.execute(budgets)}
+    for tenant_id, charge in session.execute(standing):
+        if tenant_id in left:
+            left[tenant_id] -= charge
+    return left
 
 
 def spending_micros_per_hour(session: Session, tenant_id: str) -> int:

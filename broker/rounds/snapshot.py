@@ -82,8 +82,8 @@ class TakenSnapshot:
     budgets_left: dict[str, int]
 
 
-def take(session: Session, market: Market) -> TakenSnapshot:
-    """Read the snapshot for the next round."""
+def take(session: Session, market: Market, *, with_jobs: bool = True) -> TakenSnapshot:
+    """Read the snapshot for the next round; without its jobs for who asks for another one's place and price alone."""
     now_ms = market.clock.now_ms()
     state = session.get(MarketState, 1)
     sites = list(session.scalars(select(Site).where(Site.state != Hearing.REMOVED)))
@@ -94,7 +94,8 @@ def take(session: Session, market: Market) -> TakenSnapshot:
     tenants = limited_tenants(session)
     limited = {tenant.tenant_id for tenant in tenants}
     last = read_last_round(session, market.settings)
-    jobs = _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
+    names = {site.site_id for site in sites}
+    jobs = _jobs(session, market, placements, now_ms, number, names) if with_jobs else []
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -105,7 +106,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
-        links=tuple(standing_links(session, {site.site_id for site in sites}, last.link_prices)),
+        links=tuple(standing_links(session, names, last.link_prices)),
         jobs=tuple(job if owner not in limited else job.model_copy(update={"tenant_id": owner}) for owner, job in jobs),
         last_prices=last.prices,
         follow_last_prices=may_follow(last, jobs=len(jobs), settings=market.settings),

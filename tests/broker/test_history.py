@@ -21,12 +21,14 @@ from broker.database.tables import Lease, Placement, Round, Table
 from broker.forecasts import keep_forecasts
 from broker.queries.jobs import read_job
 from broker.queries.market import list_pools, list_types
+from broker.quote import quote_job
 from broker.rounds.economics import leave_out_old
 from broker.rounds.snapshot import take
 from broker.settle import settle
 from broker.tenants import create_tenant
 from sites.protocol import ExitCause
-from tests.broker.speaking import Scene
+from tests.broker.speaking import Scene, spec
+from tests.simulation.founding import TENANT_ID
 
 GRAIN = 20
 LONG_MS = 200 * 86_400_000
@@ -139,3 +141,17 @@ def test_what_is_long_over_costs_a_beat_nothing(scene: Scene, monkeypatch: pytes
     after = {name: steps(scene, work) for name, work in works.items()}
     grown = {name: (before[name], after[name]) for name in works if after[name] > 1.1 * before[name] + 10 * GRAIN}
     assert grown == {}
+
+
+def test_a_quote_reads_nothing_of_other_jobs(scene: Scene) -> None:
+    scene.submit(2)
+    statements: list[str] = []
+
+    def executed(*said: object) -> None:
+        statements.append(str(said[2]))
+
+    event.listen(scene.market.database.engine, "before_cursor_execute", executed)
+    assert quote_job(scene.market, spec(2), TENANT_ID)
+    event.remove(scene.market.database.engine, "before_cursor_execute", executed)
+    # The measured speeds are of jobs too, and of no more than so many leases.
+    assert [said for said in statements if "jobs.spec" in said and "delivered_samples" not in said] == []
