@@ -65,6 +65,7 @@ class EndCause(enum.StrEnum):
     SCRIPT = "script"
     SETUP = "setup"
     BUNDLE = "bundle"
+    INPUT = "input"
     LIMIT = "limit"
     EXCHANGE = "exchange"
     ORDERED = "ordered"

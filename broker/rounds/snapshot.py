@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from broker.abilities import Ability, lacking, read_abilities
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration
 from broker.allocation.snapshot import (
@@ -72,12 +73,14 @@ RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 class TakenSnapshot:
     """A snapshot and what its commit must find unchanged; `changes` and `events_seen` are the market's counters then.
 
+    `abilities` is what each site can do for a job beyond running it.
     `budgets_left` is what the hourly budgets of tenants left, in micro-credits: no less may be left at the commit.
     """
 
     snapshot: Snapshot
     site_versions: dict[str, int]
     changes: int
+    abilities: Mapping[str, Ability]
     events_seen: int
     budgets_left: dict[str, int]
 
@@ -92,10 +95,11 @@ def take(session: Session, market: Market, *, with_jobs: bool = True) -> TakenSn
         placement.job_id: placement for placement in session.scalars(select(Placement).where(PLACEMENT_STANDS))
     }
     tenants = limited_tenants(session)
+    abilities = read_abilities(session)
     limited = {tenant.tenant_id for tenant in tenants}
     last = read_last_round(session, market.settings)
     names = {site.site_id for site in sites}
-    jobs = _jobs(session, market, placements, now_ms, number, names) if with_jobs else []
+    jobs = _jobs(session, market, placements, now_ms, number, abilities) if with_jobs else []
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -121,6 +125,7 @@ def take(session: Session, market: Market, *, with_jobs: bool = True) -> TakenSn
         site_versions={site.site_id: site.version for site in sites},
         changes=0 if state is None else state.changes,
         events_seen=last.events_seen,
+        abilities=abilities,
         budgets_left=budgets_left(session),
     )
 
@@ -232,9 +237,15 @@ def standing_links(
 
 
 def _jobs(  # noqa: PLR0917  what a round's jobs depend on
-    session: Session, market: Market, placements: dict[str, Placement], now_ms: int, number: int, sites: set[str]
+    session: Session,
+    market: Market,
+    placements: dict[str, Placement],
+    now_ms: int,
+    number: int,
+    abilities: Mapping[str, Ability],
 ) -> list[tuple[str, JobState]]:
-    """Return the jobs that a round may place, each with its tenant."""
+    """Return the jobs that a round may place, each with its tenant; `abilities` names the round's sites."""
+    sites = set(abilities)
     barred: dict[str, list[str]] = {}
     for bar in session.scalars(select(BarredConfiguration).where(BarredConfiguration.until_round >= number)):
         barred.setdefault(bar.job_id, []).append(bar.configuration_key)
@@ -257,6 +268,8 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
         left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
+        standing = set() if incumbent is None else {part.site_id for part in incumbent.configuration.parts}
+        declined = refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE
         state = job_state(
             job.job_id,
             spec,
@@ -270,7 +283,7 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
             home_site=homes.get(job.tenant_id),
             sites=sites,
             # An owner's word is about what comes next: a running term keeps its place.
-            refused=refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE,
+            refused=declined | lacking(spec, abilities, but=standing),
             speeds=speeds.valued(job.tenant_id, spec),
         )
         states.append((job.tenant_id, state))
