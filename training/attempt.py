@@ -56,6 +56,7 @@ class AttemptContext(BaseModel):
     checkpoint_dir: str
     output_dir: str
     resume_from: str | None = Field(default=None, description="a checkpoint file to start from")
+    heir_of: SiteId | None = Field(default=None, description="the site whose checkpoint counts as this site's own")
     links: tuple[LinkSpeed, ...] = Field(default=(), description="for edge weights; the same at every site")
 
 

@@ -20,6 +20,7 @@ from sqlalchemy import text
 from broker.database import (
     certificates,  # noqa: F401  see above
     forecasts,  # noqa: F401
+    moves,  # noqa: F401
     refusals,  # noqa: F401
     terms,  # noqa: F401
     uploads,  # noqa: F401

@@ -20,6 +20,7 @@ ON_POSTGRESQL_IN_THE_SOAK: Final = frozenset(
         "test_earnings",
         "test_instant",
         "test_memberships",
+        "test_moves",
         "test_offered_terms",
         "test_offers",
         "test_refusals",

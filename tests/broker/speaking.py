@@ -92,6 +92,7 @@ class SpeakingSite:
         self.key = Ed25519PrivateKey.generate()
         self.listens = listens
         self.sequence = 0
+        self.skills: tuple[str, ...] = ()
         self.orders: dict[str, LeaseOrder] = {}
         self.reports: dict[str, AttemptReport] = {}
         self.usage: dict[str, list[Usage]] = {}
@@ -114,7 +115,7 @@ class SpeakingSite:
         return self.send(self.heartbeat(**items), self.sequence)
 
     def heartbeat(self, **items: Any) -> Heartbeat:
-        return Heartbeat(agent_version="1", boot="boot-1", offer=self.offer, **items)
+        return Heartbeat(agent_version="1", boot="boot-1", offer=self.offer, skills=self.skills, **items)
 
     def send(self, heartbeat: Heartbeat, sequence: int) -> HeartbeatAnswer:
         answer = receive(self.scene.market, self.site_id, heartbeat, sequence=sequence)
