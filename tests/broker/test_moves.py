@@ -294,7 +294,7 @@ def test_a_site_that_does_not_confirm_in_time_does_not_join(
 
 
 def test_a_lost_site_is_replaced_without_a_restart(scene: Scene, pair: tuple[str, SpeakingSite, SpeakingSite]) -> None:
-    job_id, ada, bob = pair
+    job_id, _, bob = pair
     bob.exit(ExitCause.SITE)
     _ask(scene, "bob", 10**8)
     scene.round()
@@ -326,13 +326,17 @@ def test_a_job_that_is_cancelled_while_its_sites_leave_ends_once(
 # --- No flapping ----------------------------------------------------------------------------------
 
 
+ROUNDS = 5 * TERM_S // 8
+"""Two and a half terms of rounds that are four seconds apart."""
+
+
 def _swing(scene: Scene, job_id: str, swing_micros: int, rounds: int) -> int:
     """Let the cheaper of two sites be another in each round; return how many moves were made."""
     for number in range(rounds):
         dear, cheap = ("ada", "bob") if number % 2 == 0 else ("bob", "ada")
         _ask(scene, dear, ASK + swing_micros)
         _ask(scene, cheap, ASK)
-        scene.pass_s(2, *scene.sites)
+        scene.clock.advance_s(4)
         scene.reconcile()
         scene.round()
         for site in (scene.sites["ada"], scene.sites["bob"]):
@@ -349,7 +353,7 @@ def test_a_price_that_swings_by_less_than_a_restart_costs_moves_nobody(scene: Sc
     scene.start(job_id)
     award = Award.model_validate_json(scene.placement(job_id).award)
     restart = award.value_micros_per_hour * scene.market.settings.restart_s / 3600
-    assert _swing(scene, job_id, round(restart * 3600 / TERM_S * 0.9), rounds=2 * TERM_S) == 0
+    assert _swing(scene, job_id, round(restart * 3600 / TERM_S * 0.9), rounds=ROUNDS) == 0
 
 
 def test_however_far_a_price_swings_a_move_earns_its_restart_before_the_next(scene: Scene) -> None:
@@ -359,7 +363,7 @@ def test_however_far_a_price_swings_a_move_earns_its_restart_before_the_next(sce
     restart = award.value_micros_per_hour * scene.market.settings.restart_s / 3600
     began_ms = scene.clock.now_ms()
     swing = round(restart * 3600 / TERM_S * 20)
-    moves = _swing(scene, job_id, swing, rounds=2 * TERM_S)
+    moves = _swing(scene, job_id, swing, rounds=ROUNDS)
     terms = (scene.clock.now_ms() - began_ms) / 1000 / (TERM_S * 2 / 3)
     assert 1 <= moves <= terms + 1
     for earlier, later in zip(_moves(scene), _moves(scene)[1:], strict=False):
