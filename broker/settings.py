@@ -79,6 +79,17 @@ class Settings(BaseSettings):
     )
     slot_s: int = Field(default=900, ge=60, le=SLOT_S_MAX, description="length of a slot, where there are several")
     waiting_discount: float = Field(default=0.01, ge=0, lt=1, description="share of its value that a slot's wait costs")
+    follow_jobs_min: int = Field(
+        default=1000,
+        ge=0,
+        description="a round of fewer jobs is always solved from nothing, which takes under a second",
+    )
+    follow_changed_share_max: float = Field(
+        default=0.02, ge=0, le=1, description="where no more of the jobs came or went, the last prices may stand"
+    )
+    follow_rounds_max: int = Field(
+        default=11, ge=0, le=1000, description="rounds in a row that may let them stand; 0: none"
+    )
     floor_penalty_micros_per_gpu_hour: int = Field(
         default=0,
         ge=0,

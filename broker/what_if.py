@@ -98,13 +98,17 @@ def what_if(market: Market, site_id: str, asks: Mapping[str, int], *, rounds: in
 
 
 def with_asks(snapshot: Snapshot, site_id: str, asks: Mapping[str, int]) -> Snapshot:
-    """Return the snapshot with other asks at one site; the steps of a curve keep their distance from its first part."""
+    """Return the snapshot with other asks at one site; the steps of a curve keep their distance from its first part.
+
+    Its prices are sought anew: a round that followed the last one's would show nothing of what a lower ask brings.
+    """
     return snapshot.model_copy(
         update={
+            "follow_last_prices": False,
             "pools": tuple(
                 _with_ask(pool, asks[pool.gpu_type]) if pool.site_id == site_id and pool.gpu_type in asks else pool
                 for pool in snapshot.pools
-            )
+            ),
         }
     )
 

@@ -58,6 +58,7 @@ class AttemptContext(BaseModel):
     resume_from: str | None = Field(default=None, description="a checkpoint file to start from")
     heir_of: SiteId | None = Field(default=None, description="the site whose checkpoint counts as this site's own")
     links: tuple[LinkSpeed, ...] = Field(default=(), description="for edge weights; the same at every site")
+    record_dir: str | None = Field(default=None, description="where to keep what a replay of the run starts from")
 
 
 class GatewayConfig(BaseModel):
@@ -79,6 +80,8 @@ class GatewayConfig(BaseModel):
     metrics_path: str
     contribution_bytes_max: int = Field(ge=1)
     snapshot_bytes_max: int = Field(default=1 << 36, ge=1, description="largest outer state that is relayed")
+    record_dir: str | None = Field(default=None, description="where to keep the whole log, for replay; None keeps none")
+    record_bytes_max: int = Field(default=1 << 32, ge=0, description="the contributions that a record keeps, in all")
     connections: int = Field(default=4, ge=1, le=16, description="parallel connections for one blob")
     patience_s: float = Field(gt=0)
 

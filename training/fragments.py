@@ -22,7 +22,7 @@ TARGET_MIN: Final = 1 << 16
 TARGET_MAX: Final = 1 << 22
 _FRAGMENTS_WANTED: Final = 8
 # The round log takes 1,024 fragments a contribution; half of it leaves room for uneven cuts.
-_FRAGMENTS_MAX: Final = 512
+FRAGMENTS_MAX: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def partition(
     """
     total = sum(elements for _, elements in sizes)
     if target is None:
-        target = max(min(TARGET_MAX, max(TARGET_MIN, -(-total // _FRAGMENTS_WANTED))), -(-total // _FRAGMENTS_MAX))
+        target = max(min(TARGET_MAX, max(TARGET_MIN, -(-total // _FRAGMENTS_WANTED))), -(-total // FRAGMENTS_MAX))
     assert 0 < target <= ELEMENTS_MAX, target
     groups: list[list[Piece]] = []
     room = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,11 +16,10 @@ from training import dealing
 from training.codecs import CODECS, Hint, Values, decode
 from training.errors import CodecError
 from training.exchange import Entry, SampleRange
-from training.fragments import layout_digest
+from training.fragments import Fragment, layout_digest
 from training.merge import sum_of_squares
 from training.outer import state_hash
 from training.outer_fragment import OwnedFragment, Received
-from training.parameters import Parameters
 from training.ranks import Ranks
 from training.round_statistics import RoundStatistics, measured
 from training.strategies import Strategy
@@ -27,12 +27,44 @@ from training.strategies import Strategy
 Payloads = Mapping[tuple[str, int], bytes]
 
 
-class OuterShare:
+class FragmentValues(Protocol):
+    """What the outer state asks of a model: its values by fragment. `training.parameters` has them of a torch module."""
+
+    @property
+    def fragments(self) -> tuple[Fragment, ...]:
+        """The partition of all trainable elements."""
+        ...
+
+    def read(self, fragment: Fragment, at: int = 0) -> Values:
+        """Return a copy of a fragment's values at rank `at`."""
+        ...
+
+    def read_gradients(self, fragment: Fragment, at: int = 0) -> Values:
+        """Return a copy of a fragment's gradients at rank `at`."""
+        ...
+
+    def write(self, fragment: Fragment, values: Values) -> None:
+        """Set a fragment's values."""
+        ...
+
+    def write_gradients(self, fragment: Fragment, values: Values) -> None:
+        """Set a fragment's gradients."""
+        ...
+
+    def shapes(self, fragment: Fragment) -> tuple[tuple[int, int], ...]:
+        """Return rows and columns of each piece."""
+        ...
+
+
+Model = TypeVar("Model", bound=FragmentValues)
+
+
+class OuterShare(Generic[Model]):
     """The outer state of one site, as seen from one of its ranks."""
 
     def __init__(
         self,
-        parameters: Parameters,
+        parameters: Model,
         ranks: Ranks,
         strategy: Strategy,
         *,

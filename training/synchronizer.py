@@ -24,8 +24,10 @@ from training.errors import CheckpointError, Departure, ExchangeError, ModelErro
 from training.exchange import Entry, Exchange, MemberSeat, Position, SealedRound, leaves_after
 from training.flight import Flight, RoundFigures
 from training.outer_share import OuterShare
+from training.parameters import Parameters
 from training.ranks import Ranks
 from training.roundlog.view import GENESIS_HASH
+from training.run_start import write_start
 from training.spec import Codec
 
 # A round without content still names one fragment, because a contribution is never empty: an fp32
@@ -44,7 +46,7 @@ class Synchronizer:
     def __init__(
         self,
         context: AttemptContext,
-        share: OuterShare,
+        share: OuterShare[Parameters],
         ranks: Ranks,
         exchange: Exchange,
         optimizer: torch.optim.Optimizer,
@@ -99,6 +101,10 @@ class Synchronizer:
             self.share.done = dealing.union(position.done) if position.base_round == 0 else ()
             self._outer_hash = self.share.state_hash()
         self._reach(position)
+        if self.context.record_dir is not None:
+            state = self._state()
+            if state is not None:
+                write_start(Path(self.context.record_dir), self.share.fragments, state)
 
     # A block of samples, from its deal to its round.
 

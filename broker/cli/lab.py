@@ -13,6 +13,7 @@ from broker.cli.output import JsonOption, print_json, print_table
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 
 _ALL: Final = "all"
+_GB: Final = 1e9
 _ROWS: Final = 20
 """Lines of a table that a person reads; the JSON document has all points."""
 
@@ -36,20 +37,33 @@ def run(
         str | None, typer.Option(help="TCP's congestion control on that network, as in cubic; else the kernel's own")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of parameters and of the samples' order")] = 1,
+    kill: Annotated[
+        list[str] | None,
+        typer.Option(help="kill a site's processes once a round is applied, as in site-2@3; may be given again"),
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="keep the whole round log in this new folder, for hansa lab replay")
+    ] = None,
+    record_gb: Annotated[
+        float, typer.Option(min=0, max=10_000, help="the most contributions that the record keeps, in GB")
+    ] = 4.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run one job on several sites of this machine as its file says, and print its loss against bytes and wall time.
 
     Sites are processes that speak through real gateways, on this machine's loopback or over the network that --link
-    describes; the job's setup is not run. Bytes are payload that site-1 posted and fetched.
+    describes; the job's setup is not run. Bytes are payload that site-1 posted and fetched (or the first site that --kill
+    leaves). A site that is killed is out of the next view, as in the market.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from training.jobfile import load_job_file
     from training.lab import compare as comparison
+    from training.lab.kills import Kill
     from training.lab.link import LinkSpec
+    from training.lab.run_record import new_record
 
     if congestion is not None and link is None:
         raise UsageError(
@@ -59,6 +73,8 @@ def run(
     file = load_job_file(job)
     spec = comparison.job_of(file, samples)
     strategy = "local" if sites == 1 else spec.market.sync.between_sites
+    kills = [Kill.parse(each) for each in kill or ()]
+    kept = None if record is None else new_record(record)
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
         task = bars.add_task(strategy, total=spec.market.workload.samples)
@@ -71,6 +87,9 @@ def run(
             progress=lambda _, done: bars.update(task, completed=done),
             link=emulated,
             congestion_control=congestion,
+            kills=kills,
+            record=kept,
+            record_bytes_max=int(record_gb * _GB),
         )
     if as_json:
         print_json(comparison.as_document(outcome))
@@ -92,6 +111,41 @@ def run(
         f"{outcome.rounds} rounds, {outcome.payload_bytes:,} payload bytes of site-1{smaller}{wire}; "
         f"{outcome.seconds:.1f} s, of which it waited {outcome.stall_s:.1f} s"
     )
+    if kept is not None:
+        typer.echo(f"its round log is kept: hansa lab replay {record}")
+
+
+@app.command()
+def replay(
+    run_folder: Annotated[Path, typer.Argument(help="a folder that hansa lab run --record wrote", metavar="RUN")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay a recorded run without its sites: check every seal and contribution, and do every merge and outer step again.
+
+    It ends with the run's own final hash, or names the first round that differs. Inner steps are not repeated.
+    """
+    from training.lab.replayed import replay_apart
+
+    found = replay_apart(run_folder)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    typer.echo(
+        f"{found.job}, {found.strategy}: {found.rounds} rounds in {found.views} views, {found.samples_done:,} samples"
+    )
+    for fault in found.faults:
+        typer.echo(f"fault: {fault}")
+    for dropped in found.dropped:
+        typer.echo(f"dropped by a later view: {dropped}")
+    typer.echo(
+        f"{found.contributions} contributions, {found.payload_bytes:,} bytes; {found.rounds_without_a_member} rounds went "
+        "without a member of their view"
+    )
+    typer.echo(f"replayed: {found.reproduced}")
+    last = "as the run ended" if found.has_end else "the last in the record, which does not say how the run ended"
+    typer.echo(f"chain {found.chain_hash}")
+    typer.echo(f"state {found.outer_hash}, {last}")
 
 
 @app.command()

@@ -411,7 +411,10 @@ class ViewPromise(Table):
 
 
 class Round(Table):
-    """A committed clearing. Snapshot and clearing are files named by their digests."""
+    """A committed clearing. Snapshot and clearing are files named by their digests.
+
+    `events_seen` is the newest event when its market was read; `link_prices` are None in rounds from before they were kept.
+    """
 
     __tablename__ = "rounds"
     round_number: Mapped[int] = mapped_column(primary_key=True)
@@ -423,6 +426,8 @@ class Round(Table):
     solver: Mapped[str] = mapped_column(String(200))
     solve_s: Mapped[float]
     prices: Mapped[str] = mapped_column(Text)
+    link_prices: Mapped[str | None] = mapped_column(Text)
+    events_seen: Mapped[int] = mapped_column(default=0, server_default="0")
     certificate: Mapped[str] = mapped_column(Text)
     dropped: Mapped[str] = mapped_column(Text)
     jobs_considered: Mapped[int]

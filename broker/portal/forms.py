@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from broker.advice import Advice
 from pricing.errors import AmountError
 from pricing.money import format_credits, parse_credits
 from training.jobfile import read_job_file
@@ -47,6 +48,8 @@ _FIELD_OF: Final = {
 FIELDS: Final = (
     *_PLAIN,
     *("budget", "bid", "deadline", "sites_allowed"),
+    # Of the quote, not of the job.
+    "goal",
     *(f"{name}_{row}" for row in GPU_ROWS for name in _GPU.values()),
 )
 
@@ -113,6 +116,21 @@ def spec_of(values: Mapping[str, str], workdir_digest: str) -> Filled:
             faults.setdefault(_field(details["loc"], rows), message)
         return Filled(None, faults)
     return Filled(None if faults else spec, faults)
+
+
+def with_advice(values: Mapping[str, str], advice: Advice) -> dict[str, str]:
+    """Return the fields changed so that they ask for just what was advised; where, stays as it was."""
+    sold = advice.row.configuration
+    counts: dict[str, int] = {}
+    for part in sold.parts:
+        counts[part.gpu_type] = counts.get(part.gpu_type, 0) + part.gpus
+    changed = {f"{name}_{row}": "" for row in GPU_ROWS for name in _GPU.values()}
+    for row, (gpu_type, count) in zip(GPU_ROWS, sorted(counts.items()), strict=False):
+        changed |= {f"gpu_type_{row}": gpu_type, f"gpu_min_{row}": str(count), f"gpu_max_{row}": str(count)}
+    changed |= {"sites_max": str(len(sold.parts)), "batch_per_gpu": str(advice.batch_per_gpu)}
+    if len(sold.parts) > 1:
+        changed |= {name: str(getattr(advice.sync, name)) for name in ("strategy", "codec", "period_steps")}
+    return {**values, **changed}
 
 
 def _gpu(values: Mapping[str, str], row: int) -> dict[str, str]:

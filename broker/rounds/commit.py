@@ -27,6 +27,7 @@ from broker.moves import covers_two_terms, open_move, open_move_of
 from broker.refusals import NOWHERE, read_refusals
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
+from broker.rounds.last_round import write_links
 from broker.rounds.snapshot import TakenSnapshot, free_equity
 from broker.terms import append_term
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
@@ -90,6 +91,8 @@ def commit(
         solver=clearing.solver,
         solve_s=solve_s,
         prices=json.dumps(clearing.prices, sort_keys=True),
+        link_prices=write_links(clearing),
+        events_seen=taken.events_seen,
         certificate=clearing.certificate.model_dump_json(),
         dropped="[]",
         jobs_considered=len(taken.snapshot.jobs),

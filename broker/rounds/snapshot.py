@@ -7,7 +7,7 @@ from: the commit checks them again and drops what has changed meanwhile.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,6 +54,7 @@ from broker.moves import moved_terms, promised_by_pool
 from broker.payment_rules import payment_rule
 from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
+from broker.rounds.last_round import SitePair, may_follow, read_last_round
 from broker.speeds import read_speeds
 from broker.tenant_limits import limited_tenants
 from broker.terms import terms_of
@@ -72,11 +73,12 @@ RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 @dataclass(frozen=True, slots=True)
 class TakenSnapshot:
-    """A snapshot and what its commit must find unchanged. `changes` is the market's counter then."""
+    """A snapshot and what its commit must find unchanged; `changes` and `events_seen` are the market's counters then."""
 
     snapshot: Snapshot
     site_versions: dict[str, int]
     changes: int
+    events_seen: int = 0
 
 
 def take(session: Session, market: Market) -> TakenSnapshot:
@@ -91,6 +93,8 @@ def take(session: Session, market: Market) -> TakenSnapshot:
     }
     tenants = limited_tenants(session)
     limited = {tenant.tenant_id for tenant in tenants}
+    last = read_last_round(session, market.settings)
+    jobs = _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -101,12 +105,10 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
-        links=tuple(standing_links(session, {site.site_id for site in sites})),
-        jobs=tuple(
-            job if owner not in limited else job.model_copy(update={"tenant_id": owner})
-            for owner, job in _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
-        ),
-        last_prices=_last_prices(session),
+        links=tuple(standing_links(session, {site.site_id for site in sites}, last.link_prices)),
+        jobs=tuple(job if owner not in limited else job.model_copy(update={"tenant_id": owner}) for owner, job in jobs),
+        last_prices=last.prices,
+        follow_last_prices=may_follow(last, jobs=len(jobs), settings=market.settings),
         tenants=tenants,
         floor_penalty_micros_per_gpu_hour=market.settings.floor_penalty_micros_per_gpu_hour,
         slots=market.settings.slots,
@@ -114,7 +116,10 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         waiting_discount=market.settings.waiting_discount if market.settings.slots > 1 else 0.0,
     )
     return TakenSnapshot(
-        snapshot, {site.site_id: site.version for site in sites}, 0 if state is None else state.changes
+        snapshot,
+        {site.site_id: site.version for site in sites},
+        changes=0 if state is None else state.changes,
+        events_seen=last.events_seen,
     )
 
 
@@ -240,8 +245,11 @@ def _drains(site: Site) -> bool:
     return Offer.model_validate_json(site.offer).draining
 
 
-def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
-    """Return the links between `sites`, in order."""
+def standing_links(
+    session: Session, sites: set[str], last_prices: Mapping[SitePair, int] | None = None
+) -> list[LinkState]:
+    """Return the links between `sites`, in order, with the last round's prices where they are known."""
+    prices = last_prices or {}
     return [
         LinkState(
             from_site=link.source,
@@ -250,6 +258,7 @@ def standing_links(session: Session, sites: set[str]) -> list[LinkState]:
             delay_s=link.delay_s,
             loss=link.loss,
             egress_price_micros_per_gb=link.egress_price_micros_per_gb,
+            last_price_micros_per_share_hour=prices.get((link.source, link.target), 0),
         )
         for link in session.scalars(select(Link).order_by(Link.source, Link.target))
         if link.source in sites and link.target in sites and link.source != link.target
@@ -445,8 +454,3 @@ def free_equity(session: Session, now_ms: int) -> int:
         ends_ms = placement.term_ends_ms or now_ms + placement.term_s * 1000
         promised += placement.uplift_micros_per_hour * max(0, ends_ms - now_ms) // 3_600_000 + 1
     return max(0, balance - promised)
-
-
-def _last_prices(session: Session) -> dict[str, int]:
-    newest = session.scalar(select(Round).order_by(Round.round_number.desc()).limit(1))
-    return {} if newest is None else {pool: int(price) for pool, price in json.loads(newest.prices).items()}

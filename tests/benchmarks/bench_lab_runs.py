@@ -24,7 +24,9 @@ import numpy as np
 
 from training.jobfile import read_job_file
 from training.lab.compare import plan_of
-from training.lab.federation import Federation, LabError, progress_of, read_rows, site_names
+from training.lab.errors import LabError
+from training.lab.federation import Federation, read_rows, site_names
+from training.lab.kills import progress_of
 from training.lab.link import LinkSpec
 from training.lab.wan import Wan, WanError
 from training.spec import JobSpec, Strategy, SyncPlan

@@ -19,6 +19,7 @@ ON_POSTGRESQL_IN_THE_SOAK: Final = frozenset(
         "test_certificates",
         "test_earnings",
         "test_instant",
+        "test_last_round",
         "test_memberships",
         "test_moves",
         "test_offered_terms",

@@ -136,6 +136,9 @@ class World:
             handover_s=10,
             restart_s=3,
             attempts_max=8,
+            # So that faults meet rounds that let the last prices stand too; a real market's are far larger.
+            follow_jobs_min=2,
+            follow_changed_share_max=0.5,
         )
         self.market = Market(
             settings=settings,

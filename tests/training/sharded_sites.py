@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ STEP_SAMPLES = 12
 def run_sites(folder: Path, sites: list[dict[str, Any]], **plan: Any) -> dict[str, list[dict[str, Any]]]:
     """Run sites to their end; return each rank's findings by site.
 
-    A site has a name, a mode (see `spread`) and a world, and may have a log, a batch for each rank and settings of its own.
+    A site has a name, a mode (see `spread`) and a world, and may have a log, a batch for each rank and settings of its own;
+    with `joins_after` it comes when that round is sealed, by a peer's snapshot.
     """
     folder.mkdir(parents=True)
     path = folder / "plan.json"
@@ -61,15 +63,25 @@ def run_sites(folder: Path, sites: list[dict[str, Any]], **plan: Any) -> dict[st
 
 @dataclass
 class StoreExchange:
-    """The round log of sites that never fail, in a store that their processes share."""
+    """The round log of sites that never fail, in a store that their processes share. `joins` says after which round each came."""
 
     store: dist.Store
     site_id: str
     members: tuple[MemberSeat, ...]
+    joins: dict[str, int]
     base: Position
 
+    def members_of(self, round_number: int) -> tuple[MemberSeat, ...]:
+        return tuple(each for each in self.members if self.joins.get(each.site_id, 0) < round_number)
+
     def position(self) -> Position:
-        return self.base
+        if (after := self.joins.get(self.site_id)) is None:
+            return replace(self.base, members=self.members_of(self.base.base_round + 1))
+        sealed = self.await_sealed(after)
+        done = tuple(
+            each for number in range(1, after + 1) for entry in self._entries(number) for each in entry.samples
+        )
+        return Position(after, sealed.manifest_hash, sealed.members, done, needs_snapshot=True)
 
     def post_fragment(self, round_number: int, fragment: int, payload: bytes) -> None:
         self.store.set(f"{round_number}/{self.site_id}/{fragment}", payload.hex())
@@ -79,15 +91,20 @@ class StoreExchange:
         self.store.set(f"{round_number}/{self.site_id}", json.dumps(said))
 
     def await_sealed(self, round_number: int) -> SealedRound:
+        entries = self._entries(round_number)
+        return SealedRound(round_number, 1, f"{round_number:064x}", entries, self.members_of(round_number + 1))
+
+    def _entries(self, round_number: int) -> tuple[Entry, ...]:
         entries = []
-        for member in self.members:
+        for member in self.members_of(round_number):
             weight, samples, fragments, _ = json.loads(self.store.get(f"{round_number}/{member.site_id}"))
             ranges = tuple(SampleRange(*each) for each in samples)
             entries.append(Entry(member.site_id, weight, ranges, tuple(range(fragments))))
-        return SealedRound(round_number, 1, f"{round_number:064x}", tuple(entries), self.members)
+        return tuple(entries)
 
     def sealed_already(self, round_number: int) -> SealedRound | None:
-        posted = all(self.store.check([f"{round_number}/{member.site_id}"]) for member in self.members)
+        members = self.members_of(round_number)
+        posted = all(self.store.check([f"{round_number}/{member.site_id}"]) for member in members)
         return self.await_sealed(round_number) if posted else None
 
     def fetch_fragment(self, round_number: int, site_id: str, fragment: int) -> bytes:
@@ -100,7 +117,11 @@ class StoreExchange:
         self.store.set(f"snapshot/{round_number}/{self.site_id}", path)
 
     def fetch_snapshot(self, path: str) -> int:
-        raise AssertionError(f"nobody joins, so nobody asks for {path}")
+        # Nobody seals the next round without this site, so the file is still of the round after which it joins.
+        after = self.joins[self.site_id]
+        offered = self.store.get(f"snapshot/{after}/{self.members_of(after)[0].site_id}").decode()
+        shutil.copyfile(offered, path)
+        return after
 
     def report(self, measurements: dict[str, float]) -> None:
         self.store.set(f"report/{self.site_id}", json.dumps(measurements))
@@ -134,6 +155,7 @@ def train(folder: Path, store: dist.Store, site: dict[str, Any], rank: int, plan
     plan = dict(plan)
     members = tuple(MemberSeat(each, 1, gpus) for each, gpus in plan.pop("members"))
     base_round, done = plan.pop("base_round", 0), tuple(SampleRange(*each) for each in plan.pop("done", ()))
+    plan_joins = plan.pop("joins")
     attempt = context(folder, name, **plan)
     # One for all sites of a federation, as in a job; a site alone has the same step whatever its ranks.
     batch = site.get("batch", STEP_SAMPLES // world)
@@ -141,7 +163,8 @@ def train(folder: Path, store: dist.Store, site: dict[str, Any], rank: int, plan
     module = spread(model(), site["mode"], world)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
     base_hash = GENESIS_HASH if not base_round else f"{base_round:064x}"
-    exchange = StoreExchange(store, name, members, Position(base_round, base_hash, members, done, needs_snapshot=False))
+    base = Position(base_round, base_hash, members, done, needs_snapshot=False)
+    exchange = StoreExchange(store, name, members, plan_joins, base)
     ranks = Ranks.of_process(60.0)
     hashes: dict[int, str] = {}
     losses, seen = [], []
@@ -175,10 +198,14 @@ def main() -> int:
     sites, folder = document["sites"], path.parent
     children = []
     for site in sites:
-        members = [(each["name"], each["world"]) for each in sites if each.get("log") == site.get("log")]
+        together = [each for each in sites if each.get("log") == site.get("log")]
+        members = [(each["name"], each["world"]) for each in together]
+        joins = {each["name"]: each["joins_after"] for each in together if "joins_after" in each}
         for rank in range(site["world"]):
             if (child := os.fork()) == 0:
-                _rank(folder, site, rank, {**document["plan"], **site.get("plan", {}), "members": members})
+                _rank(
+                    folder, site, rank, {**document["plan"], **site.get("plan", {}), "members": members, "joins": joins}
+                )
             children.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 

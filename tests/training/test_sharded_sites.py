@@ -20,6 +20,15 @@ def paired(mode: str, world: int) -> list[dict[str, Any]]:
     return [site, {"name": f"other-{site['name']}", "mode": "plain", "world": 1, "log": site["log"], "batch": 4}]
 
 
+def joined(mode: str, world: int, first: str = "plain", first_world: int = 1) -> list[dict[str, Any]]:
+    """A site, and another that comes once round 2 is sealed."""
+    log = f"{first}-{mode}".replace("+", "-")
+    return [
+        {"name": f"early-{log}", "mode": first, "world": first_world, "log": log, "batch": 3},
+        {"name": f"late-{log}", "mode": mode, "world": world, "log": log, "batch": 3, "joins_after": 2},
+    ]
+
+
 def hashes(found: list[dict[str, Any]]) -> dict[str, str]:
     """The outer state that all ranks of a site saw, by round; a round after which the site had no batch is left out."""
     assert all(rank["hashes"] == found[0]["hashes"] for rank in found)
@@ -38,7 +47,9 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         {"name": "bern", "mode": "tp+fsdp", "world": 4, "batch": 3},
     ]
     return run_sites(
-        tmp_path_factory.mktemp("sites") / "run", [*paired("ddp", 2), *paired("fsdp", 2), *together], codec="int8"
+        tmp_path_factory.mktemp("sites") / "run",
+        [*paired("ddp", 2), *paired("fsdp", 2), *together, *joined("fsdp", 2)],
+        codec="int8",
     )
 
 
@@ -65,6 +76,39 @@ def test_sites_agree_whatever_way_each_of_them_shards(sites: dict[str, list[dict
     assert first == second, "ranks that share tensors share batches"
     assert third == fourth
     assert first != third
+
+
+def agree_after_the_join(found: dict[str, list[dict[str, Any]]], log: str) -> None:
+    early, late = found[f"early-{log}"], found[f"late-{log}"]
+    one, other = hashes(early), hashes(late)
+    assert min(map(int, other)) >= 2, "it came when round 2 was sealed"
+    assert len(one.keys() & other.keys()) >= 2
+    assert {number: one[number] for number in other if number in one} == {
+        number: other[number] for number in other if number in one
+    }
+    assert last(early) == last(late)
+    assert 0 < late[0]["steps"] < early[0]["steps"]
+
+
+def test_a_sharded_site_joins_a_running_job_by_the_snapshot_of_a_whole_one(
+    sites: dict[str, list[dict[str, Any]]],
+) -> None:
+    agree_after_the_join(sites, "plain-fsdp")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(LIMIT_S + 60)
+@pytest.mark.parametrize("strategy", ["diloco", "every_step", "streaming", "quorum", "neighbour", "async"])
+def test_a_site_joins_late_whatever_way_it_and_the_others_shard(tmp_path: Path, strategy: str) -> None:
+    settings: dict[str, Any] = {"strategy": strategy, "period_steps": 1 if strategy == "every_step" else 2}
+    if strategy == "streaming":
+        settings |= {"period_steps": 4, "fragments": 2, "overlap_steps": 1, "mixing": 0.5}
+    if strategy == "quorum":
+        settings["quorum_sites"] = 2
+    pairs = [*joined("tp+fsdp", 4, "fsdp", 2), *joined("plain", 1, "tp", 2), *joined("fsdp", 3, "ddp", 2)]
+    found = run_sites(tmp_path / "run", pairs, samples=288, **settings)
+    for log in ("fsdp-tp-fsdp", "tp-plain", "ddp-fsdp"):
+        agree_after_the_join(found, log)
 
 
 @pytest.mark.soak

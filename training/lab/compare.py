@@ -16,7 +16,10 @@ from typing import Any, Final
 import structlog
 
 from training.jobfile import JobFile
-from training.lab.federation import Federation, LabError, progress_of, read_rows, site_names
+from training.lab.errors import LabError
+from training.lab.federation import RECORD_BYTES_MAX, Federation, read_rows, site_names
+from training.lab.kills import Kill, progress_of
+from training.lab.kills import check as check_kills
 from training.lab.link import LinkSpec
 from training.lab.wan import Wan
 from training.spec import JobSpec, Strategy, SyncPlan
@@ -156,13 +159,18 @@ def compare(
     link: LinkSpec | None = None,
     ranks: int = 1,
     congestion_control: str | None = None,
+    kills: Sequence[Kill] = (),
+    record: Path | None = None,
+    record_bytes_max: int = RECORD_BYTES_MAX,
 ) -> list[Outcome]:
-    """Run the job under each strategy and return what came out.
+    """Run the job under each strategy and return what came out, as the first site that was not killed saw it.
 
-    A site has `ranks` ranks, and each run has a network of its own where `link` is given.
+    One run's round log can be kept in the empty folder `record`, for `training.lab.replay`. A site has `ranks` ranks, and each run has a network of its own where `link` is given.
     There TCP's congestion control is the kernel's, or the one named. Raises LabError where a run fails, WanError where the
     network cannot be made.
     """
+    assert record is None or len(strategies) == 1, "a record is of one run"
+    check_kills(kills, site_names(sites))
     outcomes = []
     for strategy in strategies:
         chosen = auto_plan(spec, sites=sites, ranks=ranks, link=link) if strategy == "auto" else None
@@ -172,15 +180,27 @@ def compare(
             if wan is not None and congestion_control is not None:
                 wan.use_congestion_control(congestion_control)
             federation = stack.enter_context(
-                Federation.of(spec, plan, workdir, sites=sites, seed=seed, wan=wan, ranks=ranks)
+                Federation.of(
+                    spec,
+                    plan,
+                    workdir,
+                    sites=sites,
+                    seed=seed,
+                    wan=wan,
+                    ranks=ranks,
+                    record=record,
+                    record_bytes_max=record_bytes_max,
+                )
             )
-            for done in progress_of(federation):
+            for done in progress_of(federation, kills):
                 progress(strategy, done)
-            rows = read_rows(federation.sites[0].metrics)
-            summary = json.loads((federation.sites[0].folder / "output/summary.json").read_text())
+            federation.write_record(ended=True)
+            witness = federation.living[0]
+            rows = read_rows(witness.metrics)
+            summary = json.loads((witness.folder / "output/summary.json").read_text())
             outcome = replace(outcome_of(strategy, rows, summary), reasons=() if chosen is None else chosen.reasons)
             if wan is not None:
-                network = Network(str(link), wan.congestion_control(), wan.sent_bytes(site_names(sites)[0]))
+                network = Network(str(link), wan.congestion_control(), wan.sent_bytes(witness.site_id))
                 outcome = replace(outcome, network=network)
         outcomes.append(outcome)
     return outcomes

@@ -14,27 +14,24 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
 from typing import Any, Final, Self
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from training.attempt import ATTEMPT_ENVIRONMENT, AttemptContext, GatewayConfig
-from training.errors import TrainingError
+from training.lab.authority import Authority
+from training.lab.errors import LabError
+from training.lab.run_record import START, Fault, RunRecord, SiteEnd
 from training.lab.wan import Wan
 from training.roundlog.control import GatewayControl, GatewayControlError
 from training.roundlog.credentials import new_attempt_key, peer_uri
 from training.roundlog.signing import SignedDocument, public_hex
-from training.roundlog.view import GENESIS_HASH, Member, View, sign_view
+from training.roundlog.view import GENESIS_HASH, Member, View, ViewReport, sign_view
 from training.spec import SITES_PER_JOB_MAX, JobSpec, SyncPlan, split_run
 
 JOB_ID: Final = "lab"
@@ -47,12 +44,8 @@ _WAN_PORT: Final = 7600
 _LOG_TAIL_BYTES: Final = 2000
 _CONTRIBUTION_ROOM_BYTES: Final = 1 << 20
 _METRICS_LINE_MAX: Final = 100_000
-
-
-class LabError(TrainingError):
-    """A run in the laboratory that did not come to its end."""
-
-    code = "lab.failed"
+# Of the contributions that a record keeps, in all.
+RECORD_BYTES_MAX: Final = 4 << 30
 
 
 @dataclass(slots=True)
@@ -65,6 +58,7 @@ class Site:
     address: str
     gateway: subprocess.Popen[bytes] | None = None
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    is_lost: bool = False
 
     @property
     def metrics(self) -> Path:
@@ -98,7 +92,12 @@ class Federation:
     wan: Wan | None = None
     ranks: int = 1
     connections: int | None = None
+    record: Path | None = None
+    record_bytes_max: int = RECORD_BYTES_MAX
     sites: list[Site] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    _authority: Authority = field(default_factory=Authority)
+    _view_number: int = 1
     _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="hansa-lab-")))
     _pause: Event = field(default_factory=Event)
 
@@ -114,22 +113,27 @@ class Federation:
         wan: Wan | None = None,
         ranks: int = 1,
         connections: int | None = None,
+        record: Path | None = None,
+        record_bytes_max: int = RECORD_BYTES_MAX,
     ) -> Self:
         """Prepare `sites` sites of `ranks` ranks each, named as `site_names` says, with folders and credentials.
 
         They speak over loopback, or over `wan`, which has sites of those names; a gateway moves a blob over so many
-        `connections`, else over as many as in the market.
+        `connections`, else over as many as in the market. Their round log is kept in the folder `record`, if one is named, with
+        at most `record_bytes_max` of contributions.
         """
         assert 1 <= sites <= SITES_PER_JOB_MAX, sites
         assert 1 <= ranks <= RANKS_MAX, ranks
-        federation = cls(spec, plan, workdir, seed, wan, ranks, connections)
-        authority = _Authority()
+        federation = cls(spec, plan, workdir, seed, wan, ranks, connections, record, record_bytes_max)
         for site_id in site_names(sites):
-            federation.sites.append(federation._site(site_id, authority))
-        view = federation._view(authority)
-        for site in federation.sites:
-            (site.folder / "view.json").write_text(view)
+            federation.sites.append(federation._site(site_id))
+        federation.write_record()
         return federation
+
+    @property
+    def living(self) -> list[Site]:
+        """The sites that have not been killed."""
+        return [site for site in self.sites if not site.is_lost]
 
     def __enter__(self) -> Self:
         """Start the gateways, give them their view, and start the ranks. Raises LabError."""
@@ -151,8 +155,9 @@ class Federation:
             site.gateway = self._process(
                 site, "gateway.log", "-m", "training.roundlog.gateway", str(site.folder / "gateway.json")
             )
+        view = sign_view(self._view(), self._authority.views)
         for site in self.sites:
-            self._install_view(site)
+            self._install_view(site, view)
 
     def start_ranks(self) -> None:
         """Start the script at every site; the gateways run."""
@@ -189,7 +194,7 @@ class Federation:
     def running(self) -> bool:
         """Return whether a rank still runs. Raises LabError where one, or a gateway that is needed, failed."""
         alive = False
-        for site in self.sites:
+        for site in self.living:
             assert site.ranks
             assert site.gateway is not None
             codes = [rank.poll() for rank in site.ranks]
@@ -206,11 +211,60 @@ class Federation:
         self._pause.wait(seconds)
 
     def samples_done(self) -> int:
-        """Return the samples that site-1 has seen sealed."""
-        rows = read_rows(self.sites[0].metrics)
+        """Return the samples that the first living site has seen sealed."""
+        rows = read_rows(self.living[0].metrics)
         return int(rows[-1].get("samples_done") or 0) if rows else 0
 
-    def _site(self, site_id: str, authority: _Authority) -> Site:
+    def kill(self, site_id: str, *, after_round: int) -> None:
+        """Kill all processes of a site at once, and open a view without it, as the broker does when its lease has ended.
+
+        If it was the hub, the first of the others is from then on. Raises LabError where no other site is left.
+        """
+        lost = next(site for site in self.living if site.site_id == site_id)
+        lost.is_lost = True
+        if not self.living:
+            raise LabError(f"{site_id} is the last site of the run; a killed run has nothing to go on with")
+        for process in (*lost.ranks, lost.gateway):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()
+        self._view_number += 1
+        reports = [(site.control.promise(self._view_number), site) for site in self.living]
+        base = max(reports, key=lambda report: report[0].sealed_round)
+        view = sign_view(self._view(base), self._authority.views)
+        for site in self.living:
+            site.control.install_view(view)
+        self.faults.append(Fault(site_id=site_id, after_round=after_round, view_number=self._view_number))
+        self.write_record()
+
+    def write_record(self, *, ended: bool = False) -> None:
+        """Write the run's document beside its log, where one is kept; with its end, where every living site has `ended`."""
+        if self.record is None:
+            return
+        ends = {}
+        for site in self.living if ended else ():
+            told = json.loads((site.folder / "output/summary.json").read_text())
+            ends[site.site_id] = SiteEnd(round_number=told["rounds"], outer_hash=told["outer_hash"])
+        RunRecord(
+            job=self.spec.name,
+            job_id=JOB_ID,
+            seed=self.seed,
+            sites=tuple(site.site_id for site in self.sites),
+            plan=self.plan,
+            samples=self.spec.market.workload.samples,
+            authority_key=public_hex(self._authority.views),
+            contribution_bytes_max=self._contribution_bytes_max,
+            record_bytes_max=self.record_bytes_max,
+            faults=tuple(self.faults),
+            ends=ends,
+        ).write(self.record)
+
+    @property
+    def _contribution_bytes_max(self) -> int:
+        return 4 * self.spec.market.workload.parameters + _CONTRIBUTION_ROOM_BYTES
+
+    def _site(self, site_id: str) -> Site:
+        authority = self._authority
         folder = self._folder / site_id
         for name in ("checkpoint", "output", "state"):
             (folder / name).mkdir(parents=True)
@@ -231,6 +285,8 @@ class Federation:
             ranks_socket=str(folder / "ranks.sock"),
             checkpoint_dir=str(folder / "checkpoint"),
             output_dir=str(folder / "output"),
+            # All sites start from equal parameters, which their first contributions prove: one of them writes them down.
+            record_dir=str(self.record / START) if self.record is not None and not self.sites else None,
         )
         gateway = GatewayConfig(
             job_id=JOB_ID,
@@ -245,7 +301,9 @@ class Federation:
             agent_socket=str(folder / "agent.sock"),
             state_dir=str(folder / "state"),
             metrics_path=str(site.metrics),
-            contribution_bytes_max=4 * workload.parameters + _CONTRIBUTION_ROOM_BYTES,
+            contribution_bytes_max=self._contribution_bytes_max,
+            record_dir=None if self.record is None else str(self.record),
+            record_bytes_max=self.record_bytes_max,
             patience_s=self.plan.patience_s,
         )
         if self.connections is not None:
@@ -257,7 +315,8 @@ class Federation:
     def _address(self, site_id: str) -> str:
         return f"127.0.0.1:{_free_port()}" if self.wan is None else f"{self.wan.address(site_id)}:{_WAN_PORT}"
 
-    def _view(self, authority: _Authority) -> str:
+    def _view(self, base: tuple[ViewReport, Site] | None = None) -> View:
+        """Return the view of the living sites, which goes on after the `base` that one of them reported."""
         workload = self.spec.market.workload
         members = tuple(
             Member(
@@ -268,24 +327,23 @@ class Federation:
                 address=site.address,
                 weight_max=self.plan.period_steps * workload.batch_per_gpu * self.ranks,
             )
-            for site in self.sites
+            for site in self.living
         )
-        view = View(
+        return View(
             job_id=JOB_ID,
-            number=1,
+            number=self._view_number,
             members=members,
             hub=members[0].site_id,
             standby=None,
-            base_round=0,
-            base_hash=GENESIS_HASH,
+            base_round=base[0].sealed_round if base else 0,
+            base_hash=base[0].chain_hash if base else GENESIS_HASH,
+            base_reporter=base[1].site_id if base else None,
             quorum=self.plan.quorum_of(len(members)),
             grace_s=self.plan.grace_s if self.plan.strategy == "quorum" else 0.0,
             issued_ms=0,
         )
-        return sign_view(view, authority.views).model_dump_json()
 
-    def _install_view(self, site: Site) -> None:
-        document = SignedDocument.model_validate_json((site.folder / "view.json").read_text())
+    def _install_view(self, site: Site, document: SignedDocument) -> None:
         for _ in range(int(_READY_S / 0.05)):
             assert site.gateway is not None
             if site.gateway.poll() is not None:
@@ -338,46 +396,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n") and len(line) < _METRICS_LINE_MAX]
 
 
-class _Authority:
-    """A certificate authority and the key that signs views, for one run."""
-
-    def __init__(self) -> None:
-        self.views = Ed25519PrivateKey.generate()
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "laboratory")])
-        certificate = (
-            self._builder(self._name, self._key.public_key())
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .sign(self._key, hashes.SHA256())
-        )
-        self.pem = certificate.public_bytes(Encoding.PEM)
-
-    def issued(self, key: Ed25519PrivateKey, uri: str) -> bytes:
-        """Return the certificate of a site's attempt."""
-        usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "site")])
-        builder = self._builder(subject, key.public_key())
-        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
-        return (
-            builder.add_extension(names, critical=False)
-            .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
-            .sign(self._key, hashes.SHA256())
-            .public_bytes(Encoding.PEM)
-        )
-
-    def _builder(self, subject: x509.Name, key: Any) -> x509.CertificateBuilder:  # noqa: ANN401 - any public key
-        now = datetime.now(UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(days=7))
-        )
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -388,11 +406,3 @@ def _write_private(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(content)
-
-
-def progress_of(federation: Federation, every_s: float = 0.5) -> Iterator[int]:
-    """Yield the samples done until all ranks have ended. Raises LabError where one fails."""
-    while federation.running():
-        yield federation.samples_done()
-        federation.wait(every_s)
-    yield federation.samples_done()

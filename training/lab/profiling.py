@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any, Final
 
 from training.clock import Clock, SystemClock
-from training.lab.federation import Federation, LabError, read_rows
+from training.lab.errors import LabError
+from training.lab.federation import Federation, read_rows
 from training.spec import SAMPLES_MAX, JobSpec, ProfileTerms, SyncPlan
 
 # A slot is kept for no longer than this, both batches together.

@@ -27,6 +27,7 @@ from training.roundlog.hub_wire import WANTED_MAX, SnapshotNote
 from training.roundlog.log import ChainPage, RoundLog
 from training.roundlog.manifest import SealedManifest
 from training.roundlog.ranks_wire import CommitRequest
+from training.roundlog.record import Recorder
 from training.roundlog.signing import SignedDocument
 from training.roundlog.store import GatewayRecord, LogStore, OwnContribution
 from training.roundlog.view import View, ViewReport, open_view
@@ -48,6 +49,7 @@ class Replica:
         self.store = LogStore(Path(config.state_dir))
         self.blobs = BlobStore(self.store.blobs)
         self.log = RoundLog(config.job_id, config.site_id, contribution_bytes_max=config.contribution_bytes_max)
+        self._record = _recorder(config, self.blobs)
         self.changed = Doorbell()
         self.own: OwnContribution | None = None
         self.snapshot: SnapshotNote | None = None
@@ -122,6 +124,8 @@ class Replica:
                 raise Refusal(Reason.VIEW_CONFLICT, message)
             self.log.install(view)
             self._view_document = document
+            if self._record is not None:
+                self._record.view(view, document)
             self.applied_by_all = 0
             self.waiting_for = ()
             self.hub_lost_at_s, self._heard_s = None, self.clock.monotonic_s()
@@ -148,6 +152,8 @@ class Replica:
         """Take the next seal into the chain."""
         self.log.append(sealed)
         self.store.save_manifest(sealed)
+        if self._record is not None:
+            self._record.sealed(sealed)  # before its blobs may be dropped
         self.waiting_for = ()
         self.prune()
         self.changed.ring()
@@ -160,6 +166,8 @@ class Replica:
     def applied(self, round_number: int, outer_hash: str) -> None:
         """Record that the ranks applied a round."""
         self.log.applied(round_number, outer_hash)
+        if self._record is not None:
+            self._record.applied(round_number, outer_hash)
         self._moved()
 
     def applied_everywhere(self, round_number: int) -> None:
@@ -363,12 +371,20 @@ class Replica:
 
     def _chain_replaced(self) -> None:
         self.store.rewrite_chain(self.log)
+        if self._record is not None:
+            self._record.rewrite(self.log.manifests_after(self.log.base_round))
         self._moved()
 
     def _moved(self) -> None:
         self.save()
         self.prune()
         self.changed.ring()
+
+
+def _recorder(config: GatewayConfig, blobs: BlobStore) -> Recorder | None:
+    if config.record_dir is None:
+        return None
+    return Recorder(Path(config.record_dir), config.site_id, blobs, bytes_max=config.record_bytes_max)
 
 
 def _join(paths: list[Path], joined: Path, bytes_max: int) -> tuple[tuple[FragmentPart, ...], str]:

@@ -16,6 +16,7 @@ from flask import redirect, request, url_for
 from sqlalchemy.orm import Session
 from werkzeug.wrappers import Response
 
+from broker.advice import Advice, NoDeadlineError, advise
 from broker.api.context import the_market
 from broker.database.tables import IdempotencyKey, Job
 from broker.errors import BrokerError
@@ -28,6 +29,7 @@ from broker.portal.forms import (
     example_values,
     read_values,
     spec_of,
+    with_advice,
 )
 from broker.portal.job_text import spec_of_text
 from broker.portal.workdirs import Workdir, keep_example, keep_upload
@@ -35,21 +37,35 @@ from broker.quote import QuotedRow, quote_job, reason_never_possible
 from broker.submit import submit_job
 from sites.bundle import PACKED_BYTES_MAX
 from training.catalogue import GPU_TYPES
+from training.goals import Goal
 from training.spec import JobSpec
 
 FORM_OVERHEAD_BYTES: Final = 400_000
 QUOTE_ROWS_MAX: Final = 12
 JOB_TEXT_BYTES_MAX: Final = 64 * 1024
+GOALS: Final = {
+    "": "none: only show what there is",
+    Goal.DEADLINE: "in time, as cheap as possible",
+    Goal.BUDGET: "as fast as the budget allows",
+    Goal.VALUE: "the best value for its price",
+}
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _KEY: Final = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(slots=True)
 class Quoted:
-    """What a job would get now; `never` says why it never could, where that is so."""
+    """What a job would get now; `never` says why it never could, where that is so.
+
+    `advice` is what to ask for by the goal, None without one and where nothing could run it now; `no_advice` says why
+    the goal cannot be weighed.
+    """
 
     rows: list[QuotedRow]
     never: str | None
+    goal: Goal | None = None
+    advice: Advice | None = None
+    no_advice: str = ""
 
 
 @dataclass(slots=True)
@@ -64,6 +80,12 @@ class Draft:
     faults: dict[str, str] = field(default_factory=dict)
     refused: str = ""
     quoted: Quoted | None = None
+
+    @property
+    def goal(self) -> Goal | None:
+        """What the tenant wants of the job; None where the form does not say."""
+        named = self.values.get("goal", "")
+        return Goal(named) if named in set(Goal) else None
 
 
 @page("/jobs/new", Access.TENANT)
@@ -80,7 +102,7 @@ def quote() -> Response:
     filled = _filled(draft, NO_WORKDIR)
     draft.faults = filled.faults
     if filled.spec is not None:
-        draft.quoted = _quoted(filled.spec, the_person().tenant_id or "")
+        draft.quoted = _quoted(filled.spec, the_person().tenant_id or "", draft.goal)
     return show("quote.html", draft=draft, alone=True)
 
 
@@ -98,7 +120,9 @@ def take_job() -> Response:
         if filled.spec is None:
             return _show(draft, HTTPStatus.UNPROCESSABLE_ENTITY)
         if request.form.get("step") != "submit":
-            draft.quoted = _quoted(filled.spec, tenant_id)
+            draft.quoted = _quoted(filled.spec, tenant_id, draft.goal)
+            if request.form.get("step") == "take" and draft.by == "form":
+                _take_advice(draft, tenant_id)
             return _show(draft)
         if draft.workdir is None:
             draft.faults["workdir"] = "choose a .tar.gz of the job's folder, or the example"
@@ -147,11 +171,26 @@ def _kept_workdir() -> Workdir | None:
     return Workdir(digest, request.form.get("workdir_name", "")[:100])
 
 
-def _quoted(spec: JobSpec, tenant_id: str) -> Quoted:
+def _quoted(spec: JobSpec, tenant_id: str, goal: Goal | None) -> Quoted:
     market = the_market()
     rows = quote_job(market, spec, tenant_id)[:QUOTE_ROWS_MAX]
     never = None if rows else market.database.read(lambda session: reason_never_possible(session, spec))
-    return Quoted(rows, never)
+    if goal is None:
+        return Quoted(rows, never)
+    try:
+        return Quoted(rows, never, goal, advise(market, spec, tenant_id, goal))
+    except NoDeadlineError as error:
+        return Quoted(rows, never, goal, no_advice=str(error))
+
+
+def _take_advice(draft: Draft, tenant_id: str) -> None:
+    """Change the form to what its quote advises, and quote that."""
+    if draft.quoted is None or draft.quoted.advice is None:
+        return
+    draft.values = with_advice(draft.values, draft.quoted.advice)
+    filled = _filled(draft, NO_WORKDIR)
+    draft.faults = filled.faults
+    draft.quoted = None if filled.spec is None else _quoted(filled.spec, tenant_id, draft.goal)
 
 
 def _submit(tenant_id: str, submission: str, spec: JobSpec) -> str:
@@ -181,4 +220,4 @@ def _submit(tenant_id: str, submission: str, spec: JobSpec) -> str:
 
 
 def _show(draft: Draft, status: int = HTTPStatus.OK) -> Response:
-    return show("new_job.html", status, draft=draft, gpu_rows=GPU_ROWS, gpu_types=["", *GPU_TYPES])
+    return show("new_job.html", status, draft=draft, gpu_rows=GPU_ROWS, gpu_types=["", *GPU_TYPES], goals=GOALS)

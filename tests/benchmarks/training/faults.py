@@ -24,7 +24,8 @@ from tests.benchmarks.market.figures import Figure, verdict
 from tests.benchmarks.training.jobs import WORKDIR, Size, job, rounds
 from tests.journey.market import running_market
 from tests.journey.rows import Chain
-from training.lab.federation import Federation, LabError
+from training.lab.errors import LabError
+from training.lab.federation import Federation
 
 SIZE: Final = Size(width=32, layers=1, batch=4)
 SITES: Final = 3

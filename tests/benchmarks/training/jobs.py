@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from training.jobfile import read_job_file
 from training.lab.compare import job_of
-from training.lab.federation import Federation, LabError, read_rows, site_names
+from training.lab.errors import LabError
+from training.lab.federation import Federation, read_rows, site_names
 from training.lab.link import LinkSpec
 from training.lab.wan import Wan, WanError
 from training.spec import JobSpec

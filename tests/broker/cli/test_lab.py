@@ -12,6 +12,7 @@ from broker.cli.errors import UsageError
 from broker.cli.lab import app
 from tests.training.lab.test_compare import JOB, SCRIPT
 from training.lab.compare import Point, thinned
+from training.lab.errors import ReplayError
 
 
 def test_a_run_prints_its_loss_against_bytes_and_time(tmp_path: Path) -> None:
@@ -31,6 +32,29 @@ def test_a_run_prints_its_loss_against_bytes_and_time(tmp_path: Path) -> None:
     assert total[:2] == ["4", "rounds,"]
     # Four rounds, up and down: a header of 12 bytes, a scale of 4 and a byte for each of 5 parameters.
     assert total[2:4] == [str(4 * 2 * (12 + 4 + 5)), "payload"]
+
+
+@pytest.mark.soak
+def test_a_run_in_which_the_hubs_site_is_killed_replays_to_its_final_hash(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "job.yaml").write_text(JOB)
+    record = str(tmp_path / "run")
+    asked = ["run", str(tmp_path / "job.yaml"), "--sites", "2", "--samples", "800", "--kill", "site-1@3", "--quiet"]
+    told = CliRunner().invoke(app, [*asked, "--record", record])
+    assert told.exit_code == 0, told.output
+    replayed = CliRunner().invoke(app, ["replay", record, "--json"])
+    assert replayed.exit_code == 0, replayed.output
+    found = json.loads(replayed.output)
+    ends = json.loads((tmp_path / "run" / "run.json").read_text())["ends"]
+    assert found["outer_hash"] == ends["site-2"]["outer_hash"]
+    assert (found["views"], found["samples_done"], found["has_end"]) == (2, 800, True)
+    victim = max((tmp_path / "run" / "contributions").iterdir())
+    content = victim.read_bytes()
+    victim.unlink()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused = CliRunner().invoke(app, ["replay", record])
+    assert isinstance(refused.exception, ReplayError)
+    assert "was altered or cut" in str(refused.exception)
 
 
 def test_congestion_control_needs_a_network(tmp_path: Path) -> None:

@@ -103,6 +103,28 @@ def test_a_job_is_submitted_by_form_in_three_interactions(tenant: Visitor) -> No
     expect(tenant.page.locator("#live")).to_contain_text("queued")
 
 
+def test_a_goal_is_answered_beside_the_form_and_put_into_it(tenant: Visitor) -> None:
+    tenant.visit("/jobs/new")
+    tenant.page.locator("#gpu_min_1").fill("1")
+    tenant.page.locator("#gpu_max_1").fill("4")
+    tenant.page.get_by_label("Goal").select_option("deadline")
+    # Without a button: the quote follows the fields.
+    expect(tenant.page.locator("#advice")).to_contain_text("give market.deadline")
+    tenant.page.get_by_label("Goal").select_option("budget")
+    advice = tenant.page.locator("#advice")
+    expect(advice).to_contain_text("of the budget")
+    expect(advice).to_contain_text("4 cpu-slot at")
+    if PICTURES:
+        for width in (390, 820, 1280):
+            tenant.page.set_viewport_size({"width": width, "height": 900})
+            tenant.page.screenshot(path=Path(PICTURES) / f"advice-{width}.png", full_page=True)
+    tenant.page.get_by_role("button", name="Put it into the form").click()
+    expect(tenant.page.locator("#gpu_min_1")).to_have_value("4")
+    expect(tenant.page.locator("#gpu_max_1")).to_have_value("4")
+    expect(tenant.page.get_by_label("Goal")).to_have_value("budget")
+    expect(tenant.page.locator("#quote .chosen")).to_contain_text("4 cpu-slot at")
+
+
 def test_an_uploaded_workdir_survives_a_mistake_in_another_field(tenant: Visitor, workdir_file: Path) -> None:
     tenant.visit("/jobs/new")
     tenant.page.get_by_label("Job name").fill("own-code")
@@ -243,6 +265,7 @@ def _said(scene: Scene, kind: str) -> list[tuple[str, str]]:
 
 def test_every_page_fits_its_window(visitor: Visitor, scene: Scene, cookies: dict[str, str]) -> None:
     for name, pages in (("ada", TENANT_PAGES), ("root", ADMIN_PAGES), ("olga", OPERATOR_PAGES)):
+        visitor.page.goto("about:blank")  # what the last page still asks for, it asks as the person who saw it
         visitor.become(cookies[name])
         for path in pages:
             visitor.page.set_viewport_size({"width": WIDTHS[0], "height": 900})

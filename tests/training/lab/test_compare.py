@@ -13,7 +13,7 @@ import pytest
 from training.jobfile import read_job_file
 from training.lab import chart
 from training.lab.compare import STRATEGIES, Outcome, Point, auto_plan, compare, job_of, outcome_of, plan_of
-from training.lab.federation import LabError
+from training.lab.errors import LabError
 from training.lab.link import LinkSpec
 from training.spec import SyncPlan
 

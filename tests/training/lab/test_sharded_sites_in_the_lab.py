@@ -10,7 +10,8 @@ import pytest
 import training
 from training.jobfile import load_job_file
 from training.lab.compare import job_of, plan_of
-from training.lab.federation import Federation, progress_of, read_rows
+from training.lab.federation import Federation, read_rows
+from training.lab.kills import progress_of
 
 EXAMPLE = Path(training.__file__).parent / "examples" / "sharded_lm"
 

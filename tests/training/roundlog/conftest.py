@@ -190,6 +190,8 @@ class Federation:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.record = folder / "record"
+        self.record_bytes_max = 1 << 30
         self.authority = Authority()
         self.sites: dict[str, Site] = {}
         self._views = 0
@@ -218,6 +220,8 @@ class Federation:
             state_dir=str(folder / "state"),
             metrics_path=str(folder / "metrics.jsonl"),
             contribution_bytes_max=80_000_000,
+            record_dir=str(self.record),
+            record_bytes_max=self.record_bytes_max,
             patience_s=patience_s,
         )
         (folder / "gateway.json").write_text(config.model_dump_json())

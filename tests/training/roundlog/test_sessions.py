@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.recorded_run import start_folder, write_run
 from tests.training.small_job import SAMPLES, Site, context, model, run
 from training.errors import Departure
 from training.exchange import MemberSeat
+from training.lab.replay import replay
 from training.ranks import Ranks
 from training.roundlog.client import GatewayClient
 from training.session import Session
@@ -50,7 +52,8 @@ def test_every_strategy_runs_over_real_gateways(federation: Any, tmp_path: Path,
     plan["codec"] = "int8" if settings.codec == "auto" else settings.codec
     ams, oslo = federation.start("ams", "oslo")
     federation.open(ams, oslo, hub=ams, quorum=settings.quorum_of(2))
-    first, second = ranks_of(ams, tmp_path, **plan), ranks_of(oslo, tmp_path, **plan)
+    first = ranks_of(ams, tmp_path, record_dir=start_folder(federation), **plan)
+    second = ranks_of(oslo, tmp_path, **plan)
     run(first, second)
     for each in (first, second):
         assert each.session is not None
@@ -63,6 +66,11 @@ def test_every_strategy_runs_over_real_gateways(federation: Any, tmp_path: Path,
         assert first.session is not None
         assert second.session is not None
         assert first.session.outer_hash == second.session.outer_hash
+    replayed = replay(write_run(federation, first, second))
+    assert replayed.rounds >= rounds
+    assert replayed.samples_done == SAMPLES
+    assert replayed.outer_hash in {each.session.outer_hash for each in (first, second) if each.session is not None}
+    assert ("not the parameters" in replayed.reproduced) == (strategy == "every_step")
 
 
 def _outer_hash(federation_site: Any, round_number: int) -> str | None:
