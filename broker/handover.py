@@ -26,9 +26,14 @@ class Handover:
 
 
 def plan_handover(
-    now: Configuration, then: Configuration, *, listening: Collection[str], former: Collection[str]
+    now: Configuration,
+    then: Configuration,
+    *,
+    listening: Collection[str],
+    former: Collection[str],
+    may_stay: bool = True,
 ) -> Handover:
-    """Return how a job that has `now` comes to have `then`.
+    """Return how a job that has `now` comes to have `then`; in place only where it `may_stay`.
 
     `listening` are its sites whose gateways accept connections, `former` all that ever were in its placement.
     """
@@ -38,6 +43,7 @@ def plan_handover(
     heirs = dict(zip(sorted(new - set(now.site_ids)), sorted(old - set(then.site_ids)), strict=False))
     in_place = (
         bool(staying)
+        and may_stay
         and _same_rounds(now, then)
         # Its certificate and its part in the log are of one epoch: a site comes back under a placement of its own.
         and new.isdisjoint(former)

@@ -59,6 +59,8 @@ def open_move(  # noqa: PLR0917  what a move is
         award.configuration,
         listening={lease.site_id for lease in gang if lease.gateway_address is not None},
         former={lease.site_id for lease in leases_of(session, placement)},
+        # In place the cut term's reservation stands beside the new one until all have reported.
+        may_stay=covers_two_terms(session, market, placement, award),
     )
     _open(session, market, placement, handover, now, award, round_number, restart_micros)
     session.flush()

@@ -286,10 +286,10 @@ class Synchronizer:
         return sum(self.share.fragments[fragment].elements for fragment in self.share.travelling(number))
 
     def save(self) -> None:
-        """Write a checkpoint of the present round. A collective."""
-        state = self._state()
-        if state is not None:
+        """Write a checkpoint of the present round, on all ranks' behalf: it is whole when the first of them goes on."""
+        if (state := self._state()) is not None:
             checkpoint.write_checkpoint(self._folder, state, dealing.count(self.share.done))
+        self._ranks.barrier()
 
     # Gradients.
 
@@ -450,15 +450,13 @@ class Synchronizer:
         """Offer a snapshot and write a checkpoint, where they are due; end here where the site was asked to leave."""
         if self._leaves and not self._is_over():
             self.save()
-            self._ranks.barrier()  # the first rank that ends takes the others with it
             raise Departure(self.share.round_number)
         is_checkpoint_due = self.share.round_number % self.context.sync.checkpoint_rounds == 0
         is_small = 8 * self.share.parameters.elements <= SNAPSHOT_EACH_ROUND_BYTES_MAX
         is_snapshot_due = not self._is_local and (is_small or is_checkpoint_due)
         if not is_checkpoint_due and not is_snapshot_due:
             return
-        state = self._state()
-        if state is None:
+        if (state := self._state()) is None:
             return
         if is_snapshot_due:
             path = self._folder / "snapshot.safetensors"

@@ -63,3 +63,9 @@ def test_a_site_that_grows_needs_only_what_it_has_not_got() -> None:
     plan = plan_handover(alone, configuration({"ada": 3}, strategy="local"), listening={"ada"}, former={"ada"})
     assert (plan.in_place, plan.heirs) == (False, {})
     assert promised_gpus(alone, plan) == {"ada/cpu-slot": 2}
+
+
+def test_a_hold_too_small_for_two_terms_at_once_moves_its_job_whole() -> None:
+    then = configuration({"ada": 1, "cid": 1})
+    plan = plan_handover(NOW, then, listening={"ada"}, former={"ada", "bob"}, may_stay=False)
+    assert (plan.in_place, plan.leaving) == (False, ("ada", "bob"))

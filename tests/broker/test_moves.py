@@ -128,6 +128,7 @@ def test_a_job_that_moves_takes_its_carry_along(scene: Scene) -> None:
     assert order.epoch < new.order().epoch
 
 
+@pytest.mark.soak
 def test_a_site_that_does_not_come_to_a_rounds_end_in_time_is_stopped(scene: Scene) -> None:
     job_id = scene.submit(2)
     (site,) = scene.start(job_id)
@@ -262,6 +263,7 @@ def test_a_replaced_sites_last_usage_is_charged_by_the_old_term_and_its_heirs_by
     assert first.reserved_micros == first.charged_micros
 
 
+@pytest.mark.soak
 def test_a_site_that_declines_to_join_leaves_a_smaller_gang_that_goes_on(
     scene: Scene, pair: tuple[str, SpeakingSite, SpeakingSite]
 ) -> None:
@@ -280,6 +282,7 @@ def test_a_site_that_declines_to_join_leaves_a_smaller_gang_that_goes_on(
     assert scene.is_due()
 
 
+@pytest.mark.soak
 def test_a_site_that_does_not_confirm_in_time_does_not_join(
     scene: Scene, pair: tuple[str, SpeakingSite, SpeakingSite]
 ) -> None:
@@ -308,6 +311,7 @@ def test_a_lost_site_is_replaced_without_a_restart(scene: Scene, pair: tuple[str
     assert placement.epoch == 1
 
 
+@pytest.mark.soak
 def test_a_job_that_is_cancelled_while_its_sites_leave_ends_once(
     scene: Scene, pair: tuple[str, SpeakingSite, SpeakingSite]
 ) -> None:
@@ -326,8 +330,9 @@ def test_a_job_that_is_cancelled_while_its_sites_leave_ends_once(
 # --- No flapping ----------------------------------------------------------------------------------
 
 
-ROUNDS = 5 * TERM_S // 8
-"""Two and a half terms of rounds that are four seconds apart."""
+STEP_S = 7.0
+ROUNDS = round(2.5 * TERM_S / STEP_S)
+"""Rounds for two and a half terms."""
 
 
 def _swing(scene: Scene, job_id: str, swing_micros: int, rounds: int) -> int:
@@ -336,18 +341,20 @@ def _swing(scene: Scene, job_id: str, swing_micros: int, rounds: int) -> int:
         dear, cheap = ("ada", "bob") if number % 2 == 0 else ("bob", "ada")
         _ask(scene, dear, ASK + swing_micros)
         _ask(scene, cheap, ASK)
-        scene.clock.advance_s(4)
+        scene.clock.advance_s(STEP_S)
         scene.reconcile()
         scene.round()
         for site in (scene.sites["ada"], scene.sites["bob"]):
             orders = [order for order in site.orders.values() if order.phase is LeasePhase.ACTIVE]
             if orders and orders[0].attempt is not None and orders[0].attempt.leaving:
                 _leave(scene, site, sealed=number + 1, digest=f"{number:064x}", chain_hash=f"{number:064x}")
+        for site in (scene.sites["ada"], scene.sites["bob"]):
             site.confirm()
     assert scene.job(job_id).state == "running"
     return len(_moves(scene))
 
 
+@pytest.mark.soak
 def test_a_price_that_swings_by_less_than_a_restart_costs_moves_nobody(scene: Scene) -> None:
     job_id = scene.submit(1, sites_allowed=["ada", "bob"])
     scene.start(job_id)
@@ -362,7 +369,7 @@ def test_however_far_a_price_swings_a_move_earns_its_restart_before_the_next(sce
     award = Award.model_validate_json(scene.placement(job_id).award)
     restart = award.value_micros_per_hour * scene.market.settings.restart_s / 3600
     began_ms = scene.clock.now_ms()
-    swing = round(restart * 3600 / TERM_S * 20)
+    swing = round(restart * 3600 / TERM_S * 5)
     moves = _swing(scene, job_id, swing, rounds=ROUNDS)
     terms = (scene.clock.now_ms() - began_ms) / 1000 / (TERM_S * 2 / 3)
     assert 1 <= moves <= terms + 1
@@ -371,6 +378,7 @@ def test_however_far_a_price_swings_a_move_earns_its_restart_before_the_next(sce
         assert swing * stayed_h >= earlier.restart_micros
 
 
+@pytest.mark.soak
 def test_a_job_that_is_being_moved_is_not_asked_about_again(scene: Scene) -> None:
     job_id = scene.submit(2)
     (site,) = scene.start(job_id)

@@ -48,7 +48,7 @@ def _submit(world: World) -> None:
                 "sites_max": world.rng.choice([1, 3, 3]),
                 "start": world.rng.choice(["round", "round", "round", "now"]),
                 "workload": {
-                    "samples": world.rng.randrange(5, 60) * world.rng.choice([1, 1, 4]) * SAMPLES_PER_ROUND,
+                    "samples": world.rng.randrange(5, 60) * SAMPLES_PER_ROUND,
                     "batch_per_gpu": 8,
                     "parameters": 100_000,
                     "flops_per_sample": 1e7,

@@ -127,7 +127,7 @@ class World:
             liveness_s=6,
             liveness_margin_s=3,
             proposal_s=8,
-            term_s=60,
+            term_s=30,
             round_s=2,
             reconcile_s=1,
             settle_s=20,

@@ -50,7 +50,11 @@ PLANS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.get("strategy", plan["codec"]))
+@pytest.mark.parametrize(
+    "plan",
+    [PLANS[0], *(pytest.param(plan, marks=pytest.mark.soak) for plan in PLANS[1:])],
+    ids=lambda plan: plan.get("strategy", plan["codec"]),
+)
 def test_a_gang_that_leaves_goes_on_in_the_same_bits_as_one_that_stayed(tmp_path: Path, plan: dict[str, Any]) -> None:
     plan = {**plan, "checkpoint_rounds": 1000}
     whole = MemoryLog(seats("ams", "oslo"))
@@ -115,6 +119,7 @@ def test_an_heir_takes_its_predecessors_place_with_its_carry_while_the_other_sit
     assert heir.session.step > 6, "its steps count on from its predecessor's"
 
 
+@pytest.mark.soak
 def test_all_ranks_of_a_site_leave_together_and_more_may_go_on(tmp_path: Path) -> None:
     log = MemoryLog(seats("ams", gpus=2), leaving=lambda number, _: "gang" if number == 2 else None)
     run_until_left(*(site(log, tmp_path, "ams", ranks, codec="int8") for ranks in ranks_of_a_site(2)))

@@ -149,6 +149,7 @@ def test_a_site_joins_a_running_job_by_snapshot_over_real_gateways(federation: A
     assert 0 < joiner.session.step < 60
 
 
+@pytest.mark.soak
 def test_sites_whose_gateways_are_asked_to_leave_stop_after_one_round_and_go_on_from_it(
     federation: Any, tmp_path: Path
 ) -> None:
