@@ -56,7 +56,9 @@ from training.roundlog.signing import SignedDocument
 from training.spec import JobSpec
 
 # The tenant's own doing: another attempt would end the same way.
-TENANTS_CAUSES: Final = frozenset({ExitCause.SCRIPT, ExitCause.SETUP, ExitCause.BUNDLE, ExitCause.LIMIT})
+TENANTS_CAUSES: Final = frozenset(
+    {ExitCause.SCRIPT, ExitCause.SETUP, ExitCause.BUNDLE, ExitCause.INPUT, ExitCause.LIMIT}
+)
 
 _PHASES: Final = {
     LeaseState.PROPOSED: LeasePhase.PROPOSED,

@@ -13,6 +13,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from broker.abilities import take_abilities
 from broker.attempts import order_for, take_report
 from broker.database.engine import refuses_the_values
 from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
@@ -64,6 +65,7 @@ def receive(
             before_effect(session)
         site = _heard(session, market, site_id, heartbeat, sequence)
         apply_offer(session, site, heartbeat.offer)
+        take_abilities(session, site, heartbeat)
         taken = _Taken(session, market, site_id)
         taken.renew_livenesses()
         for confirmation in heartbeat.confirmations:

@@ -14,6 +14,7 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from broker.abilities import lacking
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.instant import NotNow, instant
 from broker.allocation.snapshot import PoolState
@@ -121,6 +122,7 @@ def _offer(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> I
         submitted_ms=taken.snapshot.taken_at_ms,
         hold_left_micros=spec.market.budget_micros,
         sites=taken.site_versions,
+        refused=lacking(spec, taken.abilities),
         speeds=read_speeds(session).valued(tenant_id, spec),
     ).model_copy(update={"sites_max": 1})
     pools = _free_pools(session, market, taken.snapshot.pools, taken.snapshot.last_prices)

@@ -15,6 +15,7 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from broker.abilities import lacking, read_abilities
 from broker.allocation.quote import QuoteRow, never_possible, quote
 from broker.allocation.snapshot import PoolState
 from broker.allocation.snapshot import SiteState as Listening
@@ -82,6 +83,7 @@ def _quoted(taken: TakenSnapshot, speeds: Speeds, spec: JobSpec, tenant_id: str,
         submitted_ms=now_ms,
         hold_left_micros=spec.market.budget_micros,
         sites=taken.site_versions,
+        refused=lacking(spec, taken.abilities),
         speeds=speeds.valued(tenant_id, spec),
     )
     known = speeds.of(tenant_id, spec)
@@ -127,6 +129,9 @@ def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
     if data is not None and data.home_site not in offers:
         known = ", ".join(sorted(offers)) or "none yet"
         return f"market.data.home_site {data.home_site!r} is no site of this market; the sites are: {known}"
+    without = lacking(spec, read_abilities(session))
+    if offers and without.sites >= set(offers):
+        return f"no site of this market has what the job needs: {'; '.join(without.reasons)}"
     whole = []
     for pool in session.scalars(
         select(Pool).join(Site, Site.site_id == Pool.site_id).where(Site.state != SiteState.REMOVED)
@@ -151,6 +156,7 @@ def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
         submitted_ms=0,
         hold_left_micros=spec.market.budget_micros,
         sites=offers,
+        refused=without,
     )
     listening = [Listening(site_id=site_id, listens=offer.listens) for site_id, offer in offers.items()]
     return never_possible(job, whole, listening, standing_links(session, {site.site_id for site in sites}))

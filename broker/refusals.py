@@ -31,6 +31,10 @@ class Refused:
     gangs: bool
     reasons: tuple[str, ...]
 
+    def __or__(self, other: Refused) -> Refused:
+        """Return where either does not want it."""
+        return Refused(self.sites | other.sites, self.gangs or other.gangs, (*self.reasons, *other.reasons))
+
 
 NOWHERE: Final = Refused(frozenset(), gangs=False, reasons=())
 

@@ -20,6 +20,7 @@ from broker.freeze import require_open
 from broker.instant import TRIES_MAX, InstantOffer, InstantOvertakenError, commit_offer, make_offer, wants_instant
 from broker.market import Market
 from broker.quote import reason_never_possible
+from broker.tenant_secrets import require_secrets
 from broker.transitions import FINAL_JOB_STATES, JobState, change_state, note_change
 from training.spec import JobSpec
 
@@ -140,6 +141,7 @@ def _check_admissible(session: Session, market: Market, tenant_id: str, spec: Jo
     if workdir is None or not workdir.complete or own is None:
         message = f"you have not uploaded the workdir {spec.workdir_digest[:12]}… whole; upload it, then submit again"
         raise WorkdirMissingError(message)
+    require_secrets(session, tenant_id, spec)
     waiting = session.scalar(
         select(func.count())
         .select_from(Job)

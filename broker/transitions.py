@@ -67,6 +67,7 @@ class EndCause(enum.StrEnum):
     SCRIPT = "script"
     SETUP = "setup"
     BUNDLE = "bundle"
+    INPUT = "input"
     LIMIT = "limit"
     EXCHANGE = "exchange"
     ORDERED = "ordered"

@@ -15,7 +15,6 @@ import fcntl
 import os
 import secrets
 import shutil
-import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +26,15 @@ import structlog
 from sites import inventory
 from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
-from sites.attempts import Attempt, Services
+from sites.attempt_runs import Services
+from sites.attempts import Attempt
 from sites.client import Broker
 from sites.devices import mismatches, read_devices
 from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
 from sites.drivers.slurm import SlurmDriver
 from sites.errors import AgentRunningError, IdentityError, RequestRefusedError, SiteError
+from sites.gateway import free_address
 from sites.identity import Identity
 from sites.journal import AttemptKey, AttemptRecord, Journal
 from sites.leases import (
@@ -67,7 +68,8 @@ from sites.protocol import (
     Wish,
 )
 from sites.sandbox import Bubblewrap
-from sites.settings import ListenSettings, SiteSettings, priced
+from sites.secrets_in_hand import keeps_secrets
+from sites.settings import SiteSettings, priced
 from sites.statement import STATEMENT_AGE_S, fetch_statement
 from sites.wake import WakeListener
 from sites.wishes import judge, keep_wish, kept_wish
@@ -222,7 +224,7 @@ class Agent:
             boot=self._boot,
             sent_ms=self._clock.now_ms(),
             offer=self._offer(),
-            skills=tuple(Skill),
+            skills=_skills(self._settings),
             # A lease that runs here is confirmed already; saying it again would only be noise.
             confirmations=tuple(
                 item for key, item in self._journal.confirmations().items() if key not in self._attempts
@@ -330,7 +332,7 @@ class Agent:
         address = None
         if self._settings.listen is not None:
             taken = {item.gateway_address for item in self._journal.confirmations().values()}
-            address = _free_address(self._settings.listen, taken)
+            address = free_address(self._settings.listen, taken)
         confirmation = Confirmation(
             lease_id=order.lease_id,
             epoch=order.epoch,
@@ -386,6 +388,7 @@ class Agent:
             gpus_per_node=None if slurm is None or slurm.fabric == "trusted" else slurm.gpus_per_node,
             draining=self._is_draining(),
             site_id=self._settings.site_id,
+            keeps_secrets=keeps_secrets(self._settings),
             now_ms=self._clock.now_ms(),
         )
 
@@ -441,24 +444,6 @@ def _news(record: AttemptRecord) -> object:
     return record.phase, record.promise, record.checkpoint
 
 
-def _free_address(listen: ListenSettings, taken: set[str | None]) -> str | None:
-    """Return an address for one more gateway, None where every port is in use: it then only dials out."""
-    bind = (listen.bind or listen.host).strip("[]")
-    first, last = listen.ports or (0, 0)
-    for port in range(first, last + 1):
-        address = f"{listen.host}:{port}"
-        if address in taken:
-            continue
-        with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((bind, port))
-            except OSError:
-                continue
-            return f"{listen.host}:{probe.getsockname()[1]}"
-    return None
-
-
 def _locked(settings: SiteSettings) -> TextIO:
     lock = (settings.folder / "agent.lock").open("w")
     try:
@@ -483,6 +468,11 @@ def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
     sandbox = Bubblewrap(settings.python, settings.folder / "sandbox", settings.sandbox_readable)
     sandbox.check()
     return sandbox
+
+
+def _skills(settings: SiteSettings) -> tuple[Skill, ...]:
+    """Return what this agent understands and this site can keep."""
+    return tuple(skill for skill in Skill if skill is not Skill.SECRETS or keeps_secrets(settings))
 
 
 def _sells_gpus(settings: SiteSettings) -> bool:

@@ -13,32 +13,27 @@ phase is in the journal before anything of it is done, and every run is found ag
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Final
 
 from sites import metering
-from sites.attempt_folder import RANKS_SOCKET, AttemptFolder, Surroundings, resume_where_left, write_attempt
-from sites.client import Broker
-from sites.drivers.interface import Driver, EndCause, Limits, Placement, Run, RunPhase, RunState
-from sites.drivers.process import ProcessDriver
+from sites.attempt_folder import AttemptFolder, resume_where_left, write_attempt
+from sites.attempt_runs import Services, placement, ranks_run, setup_run
+from sites.drivers.interface import EndCause, Run, RunPhase, RunState
 from sites.endings import conclusion
-from sites.environment import memory_bytes, own_environment
-from sites.errors import BrokerConnectionError, BundleError, SiteError
+from sites.environment import own_environment
+from sites.errors import BrokerConnectionError, BundleError, RequestRefusedError, SiteError
 from sites.gateway import Gateway, report_of
-from sites.journal import AttemptRecord, Journal
+from sites.journal import AttemptRecord
 from sites.leases import Steer
 from sites.preparation import Prepared, keep_setup, prepare
 from sites.protocol import AttemptPhase, AttemptReport, ExitCause
-from sites.sandbox import Bubblewrap, View
-from sites.settings import SiteSettings
+from sites.secrets_in_hand import TENANTS_SECRET_CODES, SecretsInHand
 from sites.shipping import Shipped, ship
-from training.attempt import ATTEMPT_ENVIRONMENT
-from training.clock import Clock
 from training.exchange import Leaving
 from training.roundlog.control import GatewayStatus
-from training.spec import JobSpec, split_run
+from training.spec import JobSpec
 
 SHIP_INTERVAL_S: Final = 1.0
 RETRY_S: Final = 2.0
@@ -51,21 +46,6 @@ DELIVERY_DONE_S: Final = 600.0
 DELIVERY_BROKEN_S: Final = 15.0
 _GB: Final = 1_000_000_000
 _DETAIL_LENGTH_MAX: Final = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What every attempt of a site works with; without a `sandbox`, tenants' code runs as the agent's own user."""
-
-    settings: SiteSettings
-    surroundings: Surroundings
-    clock: Clock
-    journal: Journal
-    broker: Broker
-    driver: Driver
-    local: ProcessDriver
-    threads: Executor
-    sandbox: Bubblewrap | None
 
 
 class Attempt:
@@ -85,6 +65,7 @@ class Attempt:
             python=services.settings.python,
             environment=own_environment(services.settings.python),
         )
+        self._secrets = SecretsInHand(lambda: services.broker.secrets(record.lease_id, record.epoch))
         self._preparing: Future[Prepared] | None = None
         self._shipping: Future[Shipped] | None = None
         self._retry_at_s = 0.0
@@ -181,7 +162,9 @@ class Attempt:
     @property
     def is_forgettable(self) -> bool:
         """Whether nothing of the attempt is left to do, to report or to end."""
-        busy = any(future is not None and not future.done() for future in (self._preparing, self._shipping))
+        busy = self._secrets.is_busy or any(
+            future is not None and not future.done() for future in (self._preparing, self._shipping)
+        )
         return (
             self.gone
             and self.record.is_over
@@ -218,7 +201,7 @@ class Attempt:
                 services.surroundings,
                 listen=self._listen,
                 resume_from=prepared.resume_from,
-                ranks_socket=self._placement.ranks_socket,
+                ranks_socket=placement(services, self._folder, self.record).ranks_socket,
             )
         except BundleError as error:
             self._conclude(ExitCause.BUNDLE, detail=f"{error.code}: {error}")
@@ -234,9 +217,7 @@ class Attempt:
         if self._stopped_short(state, "setup"):
             return
         if state.phase is RunPhase.ABSENT:
-            limits = self._services.settings.limits
-            argv = ("/bin/bash", "-euc", self._spec.setup or "")
-            self._start("setup", argv, self._environment(), timeout_s=limits.setup_timeout_s)
+            self._start(lambda: setup_run(self._services, self._folder, self.record))
         elif state.is_over:
             if state.cause is EndCause.EXIT and state.exit_code == 0:
                 settings = self._services.settings
@@ -251,6 +232,7 @@ class Attempt:
     def _run(self) -> None:
         state = self._poll(self._ranks)
         if self._stopped_short(state, self._ranks):
+            self._secrets.forget()
             return
         if state.phase is RunPhase.LOST and self.record.ranks_run < RANKS_RUNS_MAX:
             self._start_ranks_anew()
@@ -258,14 +240,34 @@ class Attempt:
         if state.is_over and state.phase is not RunPhase.ABSENT:
             self._conclude(*conclusion(state))
             return
-        if not self._keep_gateway():
+        secrets = self._hold_secrets() if state.phase is RunPhase.ABSENT else None
+        if self.record.phase is not AttemptPhase.RUNNING or not self._keep_gateway():
             return
-        if state.phase is RunPhase.ABSENT and self._status() is not None:
-            argv = self._services.driver.ranks_argv(
-                len(self.record.gpu_ids), split_run(self._spec.run), self._folder.run(self._ranks)
-            )
-            self._start(self._ranks, argv, self._environment() | self._ranks_environment())
+        if secrets is not None and self._status() is not None:
+            self._start(lambda: ranks_run(self._services, self._folder, self.record, self._ranks, secrets))
+            self._secrets.forget()
         self._ship_when_due(outputs=False)
+
+    def _hold_secrets(self) -> dict[str, bytes] | None:
+        """Return the values of the job's secrets, None while they are fetched or where they cannot be had."""
+        services = self._services
+        if not self._spec.secrets:
+            return {}
+        if services.sandbox is None or services.settings.slurm is not None:
+            self._conclude(
+                ExitCause.SITE, detail="this site has no private place for secrets, and took the job by mistake"
+            )
+            return None
+        try:
+            return self._secrets.values(services.threads, services.clock.monotonic_s())
+        except RequestRefusedError as error:
+            is_tenants = error.problem_code in TENANTS_SECRET_CODES
+            self._conclude(
+                ExitCause.INPUT if is_tenants else ExitCause.SITE, detail=f"{error.problem_code}: {error.detail}"
+            )
+        except SiteError as error:
+            self._conclude(ExitCause.SITE, detail=str(error))
+        return None
 
     def _start_ranks_anew(self) -> None:
         """Let ranks that vanished start again, from their checkpoint and a snapshot, while the lease lives."""
@@ -379,94 +381,11 @@ class Attempt:
         self._is_delivered = self._is_final_step and not shipped.more
         self._save(stream_bytes=shipped.stream_bytes, checkpoint=shipped.checkpoint, outputs=shipped.outputs)
 
-    def _start(
-        self, name: str, argv: tuple[str, ...], environment: dict[str, str], timeout_s: float | None = None
-    ) -> None:
-        limits = self._services.settings.limits
-        run_folder = self._folder.run(name)
-        is_setup = name == "setup"
-        network = self._services.settings.setup_network if is_setup else self._placement.network
+    def _start(self, make: Callable[[], Run]) -> None:
         try:
-            argv = self._confined(argv, run_folder, network=network)
+            self._services.driver.start(make())
         except SiteError as error:
             self._conclude(ExitCause.SITE, detail=str(error))
-            return
-        run = Run(
-            folder=run_folder,
-            argv=argv,
-            cwd=self._folder.workdir,
-            environment=environment,
-            log_path=self._folder.rank_log,
-            deadline_s=self.record.deadline_s,
-            log_bytes_max=int(limits.log_mb * 1_000_000),
-            timeout_s=timeout_s,
-            limits=Limits(
-                open_files=limits.open_files,
-                file_bytes=int(limits.file_gb * _GB),
-                address_space_bytes=None if limits.address_space_gb is None else int(limits.address_space_gb * _GB),
-                processes=limits.processes,
-                memory_bytes=memory_bytes(self._services.settings, len(self.record.gpu_ids)),
-                processes_in_all=limits.processes_in_all,
-                disk_bytes=int(limits.disk_gb * _GB),
-                disk_files=limits.disk_files,
-                disk_folders=self._written,
-            ),
-            gpus=0 if is_setup else len(self.record.gpu_ids),
-            socket=None if is_setup else self._folder.socket(RANKS_SOCKET),
-        )
-        try:
-            self._services.driver.start(run)
-        except SiteError as error:
-            self._conclude(ExitCause.SITE, detail=str(error))
-
-    def _confined(self, argv: tuple[str, ...], run_folder: Path, *, network: bool) -> tuple[str, ...]:
-        """Return the command as it runs in the sandbox, or as it is where the operator trusts all tenants."""
-        sandbox = self._services.sandbox
-        if sandbox is None:
-            return argv
-        exits = run_folder / "exits"
-        exits.mkdir(mode=0o700, parents=True, exist_ok=True)
-        context = self._folder.context
-        view = View(
-            writable=(*self._written, exits),
-            readable=(context, self._folder.resume, self._placement.ranks_socket.parent),
-            gpu_ids=() if self._is_on_cpu else self._placement.gpu_ids,
-            network=network,
-        )
-        return sandbox.argv(argv, view, self._folder.workdir)
-
-    @property
-    def _written(self) -> tuple[Path, ...]:
-        """The folders that setup and ranks may write to."""
-        return tuple(self._folder.root / name for name in ("workdir", "checkpoint", "output", "home", "tmp"))
-
-    @property
-    def _placement(self) -> Placement:
-        return self._services.driver.placement(self.record.gpu_ids, self._folder.socket(RANKS_SOCKET))
-
-    def _environment(self) -> dict[str, str]:
-        """Return what setup and ranks find: the job's own variables, and none of the agent's."""
-        return {
-            "OMP_NUM_THREADS": "1",
-            **self._spec.envs,
-            **own_environment(self._services.settings.python),
-            "HOME": str(self._folder.root / "home"),
-            "TMPDIR": str(self._folder.root / "tmp"),
-        }
-
-    def _ranks_environment(self) -> dict[str, str]:
-        gpu_ids = self.record.gpu_ids
-        # In a sandbox there are no other GPUs, and CUDA counts those that it finds from nought.
-        visible = gpu_ids if self._services.sandbox is None else tuple(str(index) for index in range(len(gpu_ids)))
-        return {
-            ATTEMPT_ENVIRONMENT: str(self._folder.context),
-            "CUDA_VISIBLE_DEVICES": "" if self._is_on_cpu else ",".join(visible),
-            "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host speak over loopback only
-        }
-
-    @property
-    def _is_on_cpu(self) -> bool:
-        return self.record.gpu_type == "cpu-slot"
 
     @property
     def _ranks(self) -> str:

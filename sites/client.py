@@ -8,6 +8,7 @@ was in flight.
 from __future__ import annotations
 
 import hashlib
+import json
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import BinaryIO, Final, Protocol, Self, TypeVar
 
 import httpx
+from cryptography.exceptions import InvalidTag
 from pydantic import BaseModel, ValidationError
 
 from sites.errors import ArtifactError, BrokerAnswerError, BrokerConnectionError, RequestRefusedError
@@ -30,9 +32,12 @@ from sites.protocol import (
     EnrolmentAnswer,
     Heartbeat,
     HeartbeatAnswer,
+    SecretsAnswer,
+    SecretsRequest,
     SiteStatement,
     StreamState,
 )
+from sites.secret_box import box_public_key, new_box_key, open_box, secrets_context
 
 # A heartbeat that takes longer is as good as lost: the next one says the same.
 TIMEOUT_S: Final = 10.0
@@ -66,6 +71,10 @@ class Broker(Protocol):
 
     def append_stream(self, lease_id: str, epoch: int, name: str, offset: int, chunk: bytes) -> StreamState:
         """Send what follows `offset` of a stream and return how much the broker holds."""
+        ...
+
+    def secrets(self, lease_id: str, epoch: int) -> dict[str, bytes]:
+        """Return the values of the secrets that the lease's job names."""
         ...
 
 
@@ -145,6 +154,19 @@ class BrokerClient:
         assert len(chunk) <= STREAM_CHUNK_BYTES_MAX, "streams are sent in chunks"
         path = f"/leases/{lease_id}/{epoch}/streams/{name}?offset={offset}"
         return _parsed(StreamState, self._send("POST", path, chunk, content_type="application/octet-stream"))
+
+    def secrets(self, lease_id: str, epoch: int) -> dict[str, bytes]:
+        """Return the values of the secrets that the lease's job names; they are in this process alone."""
+        key = new_box_key()
+        body = SecretsRequest(public_key=box_public_key(key)).model_dump_json().encode()
+        answer = _parsed(SecretsAnswer, self._send("POST", f"/leases/{lease_id}/{epoch}/secrets", body))
+        try:
+            values = json.loads(open_box(key, bytes.fromhex(answer.box), secrets_context(lease_id, epoch)))
+            return {str(name): str(value).encode() for name, value in values.items()}
+        except (InvalidTag, ValueError, AttributeError):
+            raise BrokerAnswerError(
+                "the broker's box of secrets cannot be opened; bring both sides up to date"
+            ) from None
 
     def _download(self, digest: str, partial: Path, bytes_max: int) -> None:
         held = partial.stat().st_size if partial.exists() else 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from sites.journal import AttemptKey, AttemptRecord
 from sites.policy import Asked, Objection, Policy, objections, renewal_objection
-from sites.protocol import ExitCause, LeaseOrder, LeasePhase, Veto
+from sites.protocol import ExitCause, LeaseOrder, LeasePhase, RefusalScope, Veto
 from training.exchange import Leaving
 from training.roundlog.signing import SignedDocument
 
@@ -114,6 +114,7 @@ class House:
     gpus_per_node: int | None = None
     site_id: str = ""
     now_ms: int = 0
+    keeps_secrets: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +181,25 @@ def complaint(order: LeaseOrder, house: House, lent: int = 0) -> Objection | Non
     refused = objections(house.policy, asked, _moment(house.now_ms))
     if refused:
         return refused[0]
+    beyond = _beyond_this_site(order, house)
+    if beyond is not None:
+        return beyond
+    if order.price_micros_per_gpu_hour < house.asks.get(order.gpu_type, 0):
+        return Objection("price.below_ask", "the price is below this site's ask")
+    return None
+
+
+def _beyond_this_site(order: LeaseOrder, house: House) -> Objection | None:
+    """Return what this site cannot do for the job, whatever its owner's policy says."""
     if house.gpus_per_node is not None and len(order.gpu_ids) > house.gpus_per_node:
         return Objection(
             "policy.gpus_per_node",
             f"this site's jobs stay on one node of {house.gpus_per_node} GPUs: its cluster's network is not trusted to them",
         )
-    if order.price_micros_per_gpu_hour < house.asks.get(order.gpu_type, 0):
-        return Objection("price.below_ask", "the price is below this site's ask")
+    if order.spec is not None and order.spec.secrets and not house.keeps_secrets:
+        return Objection(
+            "secrets.no_private_place", "this site has no private place for a job's secrets", RefusalScope.SITE
+        )
     return None
 
 

@@ -12,6 +12,7 @@ Routes (all below `/site/v1`):
     GET  /artifacts/DIGEST                   Range              -> bytes
     PUT  /artifacts/DIGEST?offset=&size=     bytes              -> ArtifactState
     POST /leases/LEASE/EPOCH/streams/NAME?offset=  bytes        -> StreamState (NAME: log, metrics)
+    POST /leases/LEASE/EPOCH/secrets         SecretsRequest     -> SecretsAnswer
 """
 
 from __future__ import annotations
@@ -222,6 +223,7 @@ class ExitCause(enum.StrEnum):
     SCRIPT = "script"  # the script failed: the tenant's affair
     SETUP = "setup"  # its setup failed: the tenant's affair
     BUNDLE = "bundle"  # its workdir cannot be unpacked: the tenant's affair
+    INPUT = "input"  # a secret that it names cannot be had: the tenant's affair
     LIMIT = "limit"  # it broke a resource limit: the tenant's affair
     EXCHANGE = "exchange"  # the round log was lost for longer than its patience: try again
     ORDERED = "ordered"  # the broker or the owner ended the lease
@@ -286,6 +288,7 @@ class Skill(enum.StrEnum):
 
     GANG = "gang"  # LeaseOrder.peers and term_s
     LEAVE = "leave"  # AttemptOrder.leaving, CheckpointReference.heir_of
+    SECRETS = "secrets"  # JobSpec.secrets; said only by a site that confines strangers' code on its own host
 
 
 class Wish(Message):
@@ -426,6 +429,18 @@ class SiteStatement(Message):
     covered_ms: int
     worth_federated_micros: int
     worth_alone_micros: int
+
+
+class SecretsRequest(Message):
+    """A site asks for the secrets of a lease that it is about to start; the answer is for `public_key` alone."""
+
+    public_key: Hash = Field(description="X25519, hex; made for this one request")
+
+
+class SecretsAnswer(Message):
+    """The values by name, as JSON in a box that `sites.secret_box` opens."""
+
+    box: str = Field(max_length=2_000_000, description="hex")
 
 
 class ArtifactState(Message):

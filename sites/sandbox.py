@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,8 @@ from sites.errors import SandboxError
 PROGRAM: Final = "bwrap"
 # Nobody of the host: inside, files of the site's user look like this user's.
 INNER_USER: Final = 1000
+# In the private /tmp of ranks; what HANSA_SECRETS says.
+SECRETS_FOLDER: Final = "/tmp/hansa-secrets"  # noqa: S108  the sandbox's own
 TMP_BYTES: Final = 256 * 1024 * 1024
 _CHECK_TIMEOUT_S: Final = 20.0
 _SECCOMP_FD: Final = 9
@@ -41,13 +44,15 @@ _GROUP: Final = f"tenant:x:{INNER_USER}:\n"
 class View:
     """What one run may reach beyond the system's programs: paths that it may change, paths that it may read.
 
-    `gpu_ids` are the GPUs of its lease, by the driver's number; `network` leaves it the host's network.
+    `gpu_ids` are the GPUs of its lease, by the driver's number; `network` leaves it the host's network. `secrets`
+    become files of its private /tmp, copied from the open files of these numbers.
     """
 
     writable: tuple[Path, ...]
     readable: tuple[Path, ...] = ()
     gpu_ids: tuple[str, ...] = ()
     network: bool = False
+    secrets: Mapping[str, int] = field(default_factory=dict)
 
 
 class Bubblewrap:
@@ -69,6 +74,7 @@ class Bubblewrap:
         for path in view.writable:
             confined += ["--bind", str(path), str(path)]
         confined += _gpus(view.gpu_ids)
+        confined += _secrets(view.secrets)
         return (*confined, "--chdir", str(cwd), "--", *command)
 
     def check(self) -> None:
@@ -159,6 +165,16 @@ def _system() -> list[str]:
     for name in _ETC:
         found += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     return [*found, "--proc", "/proc", "--dev", "/dev", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108  its own
+
+
+def _secrets(secrets: Mapping[str, int]) -> list[str]:
+    """Return the files of secrets, in memory that goes with the sandbox; nothing of the host leads there."""
+    if not secrets:
+        return []
+    found = ["--perms", "0700", "--dir", SECRETS_FOLDER]
+    for name, number in sorted(secrets.items()):
+        found += ["--perms", "0400", "--file", str(number), f"{SECRETS_FOLDER}/{name}"]
+    return found
 
 
 def _gpus(gpu_ids: tuple[str, ...]) -> list[str]:

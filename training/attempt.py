@@ -27,6 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from training.roundlog.view import Hash
 from training.spec import Digest, SiteId, SyncPlan, Workload
 
+# Names the folder in which a rank finds each of its job's secrets as a file.
+SECRETS_ENVIRONMENT: Final = "HANSA_SECRETS"
 ATTEMPT_ENVIRONMENT: Final = "HANSA_ATTEMPT"
 
 

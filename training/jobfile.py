@@ -6,6 +6,7 @@
     setup: pip install -r requirements.txt
     run: python train.py --width 64
     envs: {SEED: "7"}
+    secrets: [HF_TOKEN]                 # stored by `hansa secret set`; a file in $HANSA_SECRETS, never a variable
     market:
       budget: 20                        # credits; never exceeded
       bid: 1.5                          # credits per million samples; left out, the budget over all samples
@@ -42,7 +43,7 @@ from training.spec import BUDGET_MICROS_MAX, JobSpec, ProfileTerms
 JOB_FILE_BYTES_MAX: Final = 256 * 1024
 DEPTH_MAX: Final = 12
 MICROS_PER_CREDIT: Final = 1_000_000
-JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "market")
+JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "secrets", "market")
 MARKET_KEYS: Final = (
     *("budget", "bid", "bid_steps", "deadline", "sites_max", "sites_allowed", "mixed_types", "data", "start"),
     *("workload", "profile", "sync"),

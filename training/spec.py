@@ -22,6 +22,7 @@ SITES_PER_JOB_MAX: Final = 8
 ENVS_MAX: Final = 100
 RUN_LENGTH_MAX: Final = 4096
 PROFILE_ROWS_MAX: Final = 32
+SECRETS_PER_JOB_MAX: Final = 16
 # One credit is a million micro-credits; a job may hold at most a billion credits.
 BUDGET_MICROS_MAX: Final = 10**15
 SAMPLES_MAX: Final = 10**13
@@ -33,6 +34,8 @@ RESERVED_WORKDIR_NAMES: Final = frozenset({"broker", "sites", "pricing", "traini
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
 SiteId = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,30}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# It becomes a file's name: no stroke, no dot in front.
+SecretName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,62}$")]
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
 EnvironmentValue = Annotated[str, StringConstraints(max_length=4096)]
 
@@ -289,6 +292,12 @@ class JobSpec(_Strict):
     envs: dict[EnvironmentName, EnvironmentValue] = Field(default_factory=dict, max_length=ENVS_MAX)
     workdir_digest: Digest
     resources: Resources
+    secrets: tuple[SecretName, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=SECRETS_PER_JOB_MAX,
+        description="names of the tenant's stored secrets; ranks find each as a file in $HANSA_SECRETS",
+    )
     market: MarketTerms
 
     @field_validator("run")
@@ -305,6 +314,14 @@ class JobSpec(_Strict):
                 message = f"{name} is set by the site; choose a name without HANSA_, LD_ or PYTHON in front"
                 raise ValueError(message)
         return envs
+
+    @field_validator("secrets")
+    @classmethod
+    def _each_secret_once(cls, secrets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if secrets is not None and len(set(secrets)) != len(secrets):
+            message = "each secret may be named once"
+            raise ValueError(message)
+        return secrets
 
     @model_validator(mode="after")
     def _bids_fall(self) -> Self:

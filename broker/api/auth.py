@@ -24,6 +24,8 @@ from sites.protocol import ARTIFACT_CHUNK_BYTES_MAX, HEARTBEAT_BYTES_MAX, STREAM
 BEARER: Final = "Bearer "
 TOKEN_LENGTH_MAX: Final = 200
 SMALL_BODY_BYTES_MAX: Final = 16 * 1024
+# JSON may write each byte of a value with six.
+SECRET_BODY_BYTES_MAX: Final = 64 * 1024
 SPEC_BYTES_MAX: Final = 256 * 1024
 OPEN_BLUEPRINTS: Final = frozenset({"openapi", "swagger"})
 UNLIMITED: Final = frozenset({"/healthz", "/metrics"})  # what watches the market must not be shut out with the rest
@@ -81,6 +83,9 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("GET", "/v1/tokens"): _READ,
     ("POST", "/v1/tokens"): Access(Who.TENANT, Scope.TOKENS_WRITE, SMALL_BODY_BYTES_MAX),
     ("POST", "/v1/tokens/<string:token_id>/revoke"): Access(Who.TENANT, Scope.TOKENS_WRITE, SMALL_BODY_BYTES_MAX),
+    ("GET", "/v1/secrets"): _READ,
+    ("PUT", "/v1/secrets/<string:name>"): Access(Who.TENANT, Scope.JOBS_WRITE, SECRET_BODY_BYTES_MAX),
+    ("DELETE", "/v1/secrets/<string:name>"): Access(Who.TENANT, Scope.JOBS_WRITE),
     ("PUT", "/v1/account/budget"): Access(Who.TENANT, Scope.JOBS_WRITE, SMALL_BODY_BYTES_MAX),
     # Admins.
     ("POST", "/v1/admin/tenants"): _ADMIN,
@@ -119,6 +124,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("POST", "/site/v1/leases/<lease_id>/<int:epoch>/streams/<name>"): Access(
         Who.SITE, body_bytes_max=STREAM_CHUNK_BYTES_MAX
     ),
+    ("POST", "/site/v1/leases/<lease_id>/<int:epoch>/secrets"): Access(Who.SITE, body_bytes_max=SMALL_BODY_BYTES_MAX),
 }
 
 

@@ -28,9 +28,10 @@ from broker.heartbeat import receive
 from broker.identity.site_requests import spend_sequence
 from broker.market import Market
 from broker.streams import STREAM_NAMES, streams_of
+from broker.tenant_secrets import box_for_site
 from broker.transitions import LeaseState
 from broker.uploads import site_upload, take_chunk
-from sites.protocol import ROUTE_PREFIX, Enrolment, Heartbeat
+from sites.protocol import ROUTE_PREFIX, Enrolment, Heartbeat, SecretsAnswer, SecretsRequest
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -127,6 +128,21 @@ def post_stream(lease_id: str, epoch: int, name: str) -> Response:
 
     market.database.write("stream", work)
     return json_answer(streams_of(market).append(lease_id, name, query.offset, request.get_data()))
+
+
+@blueprint.post("/leases/<lease_id>/<int:epoch>/secrets")
+def post_secrets(lease_id: str, epoch: int) -> Response:
+    """Give a site the secrets of a lease that it is about to start, in a box that it alone opens."""
+    market, signed = the_market(), the_site_request()
+    asked = _body(SecretsRequest)
+
+    def work(session: Session) -> bytes:
+        spend_sequence(session, market, signed)
+        return box_for_site(
+            session, market, site_id=signed.site_id, lease_id=lease_id, epoch=epoch, public_key=asked.public_key
+        )
+
+    return json_answer(SecretsAnswer(box=market.database.write("secrets", work).hex()))
 
 
 def _spend(market: Market) -> None:

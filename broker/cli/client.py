@@ -195,6 +195,18 @@ class BrokerClient:
         """Revoke one of the caller's tokens."""
         return self._post(f"/v1/tokens/{_word(token_id)}/revoke", {})
 
+    def secrets(self) -> Json:
+        """Return the names of the caller's secrets and when each was set."""
+        return self._get("/v1/secrets")
+
+    def set_secret(self, name: str, value: str) -> Json:
+        """Store a value that the caller's jobs may name."""
+        return self._put(f"/v1/secrets/{_word(name)}", {"value": value})
+
+    def delete_secret(self, name: str) -> Json:
+        """Forget one of the caller's secrets."""
+        return _document(self._send("DELETE", f"/v1/secrets/{_word(name)}"))
+
     # --- What an admin may do ---------------------------------------------------------------------
 
     def admin_get(self, path: str, **parameters: str | int) -> Json:

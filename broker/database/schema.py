@@ -18,10 +18,12 @@ from sqlalchemy import text
 
 # Their tables belong to the schema.
 from broker.database import (
-    certificates,  # noqa: F401  see above
+    abilities,  # noqa: F401  see above
+    certificates,  # noqa: F401
     forecasts,  # noqa: F401
     moves,  # noqa: F401
     refusals,  # noqa: F401
+    tenant_secrets,  # noqa: F401
     terms,  # noqa: F401
     uploads,  # noqa: F401
     wishes,  # noqa: F401

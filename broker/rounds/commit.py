@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker import ledger
+from broker.abilities import lacking
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.snapshot import Incumbent
@@ -32,6 +33,7 @@ from broker.rounds.snapshot import TakenSnapshot, free_equity
 from broker.terms import append_term
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
+from training.spec import JobSpec
 
 # Such as those of a lease that is up for renewal and was outbid: it keeps them until its term ends.
 # That end is a change of its own; to try again before would be to hold the same round over and over.
@@ -116,7 +118,8 @@ def commit(
     for unplaced in clearing.unplaced:
         job = session.get(Job, unplaced.job_id)
         if job is not None and job.state == JobState.QUEUED:
-            declined = refused.get(job.job_id, NOWHERE).reasons
+            spec = JobSpec.model_validate_json(job.spec)
+            declined = (refused.get(job.job_id, NOWHERE) | lacking(spec, taken.abilities)).reasons
             job.reason_code, job.reason = unplaced.code, "; ".join((unplaced.sentence, *declined))[:1000]
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)

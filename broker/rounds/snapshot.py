@@ -14,6 +14,7 @@ from typing import Any, Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from broker.abilities import Ability, lacking, read_abilities
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration
 from broker.allocation.snapshot import (
@@ -73,11 +74,15 @@ RESTART_MICROS_UNAFFORDABLE: Final = BUDGET_MICROS_MAX
 
 @dataclass(frozen=True, slots=True)
 class TakenSnapshot:
-    """A snapshot and what its commit must find unchanged; `changes` and `events_seen` are the market's counters then."""
+    """A snapshot and what its commit must find unchanged; `changes` and `events_seen` are the market's counters then.
+
+    `abilities` is what each site can do for a job beyond running it.
+    """
 
     snapshot: Snapshot
     site_versions: dict[str, int]
     changes: int
+    abilities: Mapping[str, Ability]
     events_seen: int = 0
 
 
@@ -92,9 +97,10 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         for placement in session.scalars(select(Placement).where(Placement.state != PlacementState.ENDED))
     }
     tenants = limited_tenants(session)
+    abilities = read_abilities(session)
     limited = {tenant.tenant_id for tenant in tenants}
     last = read_last_round(session, market.settings)
-    jobs = _jobs(session, market, placements, now_ms, number, {site.site_id for site in sites})
+    jobs = _jobs(session, market, placements, now_ms, number, abilities)
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -120,6 +126,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         {site.site_id: site.version for site in sites},
         changes=0 if state is None else state.changes,
         events_seen=last.events_seen,
+        abilities=abilities,
     )
 
 
@@ -266,9 +273,15 @@ def standing_links(
 
 
 def _jobs(  # noqa: PLR0917  what a round's jobs depend on
-    session: Session, market: Market, placements: dict[str, Placement], now_ms: int, number: int, sites: set[str]
+    session: Session,
+    market: Market,
+    placements: dict[str, Placement],
+    now_ms: int,
+    number: int,
+    abilities: Mapping[str, Ability],
 ) -> list[tuple[str, JobState]]:
-    """Return the jobs that a round may place, each with its tenant."""
+    """Return the jobs that a round may place, each with its tenant; `abilities` names the round's sites."""
+    sites = set(abilities)
     barred: dict[str, list[str]] = {}
     for bar in session.scalars(select(BarredConfiguration).where(BarredConfiguration.until_round >= number)):
         barred.setdefault(bar.job_id, []).append(bar.configuration_key)
@@ -297,6 +310,8 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
         left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
+        standing = set() if incumbent is None else {part.site_id for part in incumbent.configuration.parts}
+        declined = refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE
         state = job_state(
             job.job_id,
             spec,
@@ -310,7 +325,7 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
             home_site=homes.get(job.tenant_id),
             sites=sites,
             # An owner's word is about what comes next: a running term keeps its place.
-            refused=refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE,
+            refused=declined | lacking(spec, abilities, but=standing),
             speeds=speeds.valued(job.tenant_id, spec),
         )
         states.append((job.tenant_id, state))

@@ -10,9 +10,13 @@ suite that each driver passes.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
+
+# Above what shells use for themselves.
+SECRET_FILE_FIRST: Final = 20
 
 
 class RunPhase(enum.StrEnum):
@@ -64,7 +68,8 @@ class Run:
     goes to `log_path` up to `log_bytes_max`, the rest is dropped with a notice, so that a chatty
     job neither fills the disk nor dies of it. `deadline_s` and `timeout_s` are monotonic seconds.
     `gpus` are those that the command uses, for drivers that ask a scheduler for them; `socket` is the
-    Unix socket on the agent's host that it speaks to, for drivers that run it elsewhere.
+    Unix socket on the agent's host that it speaks to, for drivers that run it elsewhere. `secrets` are
+    values by name that no file may ever hold: the command finds each in an open file (`secret_files`).
     """
 
     folder: Path
@@ -79,6 +84,12 @@ class Run:
     limits: Limits = field(default_factory=Limits)
     gpus: int = 0
     socket: Path | None = None
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+
+def secret_files(names: Iterable[str]) -> dict[str, int]:
+    """Return the number of the open file in which a run's command finds each secret."""
+    return {name: SECRET_FILE_FIRST + index for index, name in enumerate(sorted(names))}
 
 
 @dataclass(frozen=True, slots=True)

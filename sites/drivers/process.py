@@ -14,11 +14,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from sites.drivers import cgroups, ranks, warden
-from sites.drivers.interface import EndCause, Placement, Run, RunPhase, RunState
+from sites.drivers.interface import EndCause, Placement, Run, RunPhase, RunState, secret_files
 from sites.errors import DriverError
 from training.clock import Clock
 
@@ -47,10 +49,10 @@ class ProcessDriver:
             self.renew(run.folder, run.deadline_s)
             groups = cgroups.create(_group_name(run.folder), run.limits, self._controllers)
             write_document(run.folder / "run.json", _document(run, groups))
-            with (run.folder / "warden.log").open("ab") as log:
+            with (run.folder / "warden.log").open("ab") as log, _handed_over(run.secrets) as secrets:
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-S", warden.__file__, str(run.folder)],
-                    stdin=subprocess.DEVNULL,
+                    stdin=secrets,
                     stdout=log,
                     stderr=log,
                     env={"PATH": os.defpath},
@@ -119,6 +121,19 @@ class ProcessDriver:
         return RunState(RunPhase.LOST, detail="the watcher of this run was killed; see warden.log in its folder")
 
 
+@contextmanager
+def _handed_over(secrets: Mapping[str, bytes]) -> Iterator[int]:
+    """Yield what the warden gets as its standard input: the secrets, in memory that no name leads to, or nothing."""
+    if not secrets:
+        yield subprocess.DEVNULL
+        return
+    memory = os.memfd_create("hansa", os.MFD_CLOEXEC)
+    with os.fdopen(memory, "wb", buffering=0) as stream:
+        stream.write(json.dumps({name: value.decode() for name, value in secrets.items()}).encode())
+        stream.seek(0)
+        yield memory
+
+
 def _group_name(folder: Path) -> str:
     return f"hansa-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}"
 
@@ -135,6 +150,7 @@ def _document(run: Run, groups: tuple[Path, ...]) -> dict[str, Any]:
         "grace_s": run.grace_s,
         "limits": limits,
         "groups": [str(group) for group in groups],
+        "secrets": secret_files(run.secrets),
     }
 
 

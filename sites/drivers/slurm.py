@@ -83,6 +83,8 @@ class SlurmDriver:
         """Submit `run` unless its folder shows that it was submitted already. Raises DriverError."""
         if not self.poll(run.folder).is_over or (run.folder / "ended.json").exists():
             return
+        if run.secrets:
+            raise DriverError("a job's secrets are not handed to a cluster's nodes; such jobs belong on other sites")
         nodes, per_node = layout(run.gpus, self._settings.gpus_per_node)
         if nodes > 1 and self._settings.fabric != "trusted":
             raise DriverError(

@@ -15,6 +15,8 @@ none is left. Only then it writes status.json.
     FOLDER/exits/RANK     how each rank ended (written by rank.py)
     FOLDER/status.json    how it ended: every process is dead
 
+Secrets come by standard input and are handed on as open files that lie in memory alone; run.json says under which numbers.
+
 Where the agent could make control groups, the command is put into them, and what met a limit is
 read from them at the end. What the run writes is measured every few seconds.
 """
@@ -64,6 +66,8 @@ class Warden:
         """Read the run; nothing is started."""
         self.folder = folder
         self.run: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        # Read at once: whatever comes next, they are in no pipe and no file.
+        self.secrets: dict[str, str] = json.loads(sys.stdin.buffer.read()) if self.run.get("secrets") else {}
         self.log = Log(Path(self.run["log_path"]), self.run["log_bytes_max"])
         self.liveness = Path(self.run.get("liveness", folder / "liveness"))
         self.exits = Path(self.run.get("exits", folder / "exits"))
@@ -102,16 +106,22 @@ class Warden:
         self._finish(cause, _LIMIT_WORDS.get(self.limit or "", ""))
 
     def _start(self) -> int:
-        process = subprocess.Popen(
-            self.run["argv"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=self.run["cwd"],
-            env=self.run["environment"],
-            start_new_session=True,
-            preexec_fn=self._limit,  # noqa: PLW1509 - safe here: the warden has one thread
-        )
+        files = self._secret_files()
+        try:
+            process = subprocess.Popen(
+                self.run["argv"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=self.run["cwd"],
+                env=self.run["environment"],
+                start_new_session=True,
+                pass_fds=files,
+                preexec_fn=self._limit,  # noqa: PLW1509 - safe here: the warden has one thread
+            )
+        finally:
+            for number in files:
+                os.close(number)
         assert process.stdout is not None
         self.child = process.pid
         self.started_s = time.monotonic()
@@ -120,6 +130,16 @@ class Warden:
         process.returncode = 0  # this class reaps by itself, orphans included
         os.set_blocking(output, False)
         return output
+
+    def _secret_files(self) -> list[int]:
+        """Put each secret into an open file under the number that the command knows, and forget it."""
+        for name, number in self.run.get("secrets", {}).items():
+            memory = os.memfd_create("hansa")
+            os.write(memory, self.secrets.pop(name).encode())
+            os.lseek(memory, 0, os.SEEK_SET)
+            os.dup2(memory, number)
+            os.close(memory)
+        return list(self.run.get("secrets", {}).values())
 
     def _limit(self) -> None:
         """Bind the command to the warden's life and to its limits. Runs in the child, before exec."""

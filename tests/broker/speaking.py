@@ -91,8 +91,8 @@ class SpeakingSite:
         self.site_id = site_id
         self.key = Ed25519PrivateKey.generate()
         self.listens = listens
-        self.sequence = 0
         self.skills: tuple[str, ...] = ()
+        self.sequence = 0
         self.orders: dict[str, LeaseOrder] = {}
         self.reports: dict[str, AttemptReport] = {}
         self.usage: dict[str, list[Usage]] = {}
@@ -115,7 +115,7 @@ class SpeakingSite:
         return self.send(self.heartbeat(**items), self.sequence)
 
     def heartbeat(self, **items: Any) -> Heartbeat:
-        return Heartbeat(agent_version="1", boot="boot-1", offer=self.offer, skills=self.skills, **items)
+        return Heartbeat(agent_version="1", boot="boot-1", offer=self.offer, **{"skills": self.skills, **items})
 
     def send(self, heartbeat: Heartbeat, sequence: int) -> HeartbeatAnswer:
         answer = receive(self.scene.market, self.site_id, heartbeat, sequence=sequence)
@@ -388,6 +388,7 @@ def spec(
     budget: int = 100 * CREDIT,
     bid: int = CREDIT,
     most: int | None = None,
+    secrets: list[str] | None = None,
     **market: Any,
 ) -> JobSpec:
     """Return a job that wants `gpus` slots (up to `most`) and runs for days."""
@@ -396,6 +397,7 @@ def spec(
             "name": "job",
             "run": "python train.py",
             "workdir_digest": WORKDIR,
+            "secrets": secrets,
             "resources": {
                 "accelerators": [{"gpu_type": "cpu-slot", "count_min": gpus, "count_max": most or gpus}],
             },

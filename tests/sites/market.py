@@ -36,11 +36,14 @@ from sites.protocol import (
     LeaseOrder,
     LeasePhase,
     Refusal,
+    SecretsAnswer,
+    SecretsRequest,
     StreamState,
     Usage,
     Veto,
     request_bytes,
 )
+from sites.secret_box import close_box, secrets_context
 from training.roundlog.signing import public_hex
 from training.roundlog.view import GENESIS_HASH, Member, View, sign_view
 from training.spec import JobSpec
@@ -74,6 +77,7 @@ class Market:
     artifacts: dict[str, bytes] = field(default_factory=dict)
     partial: dict[str, bytes] = field(default_factory=dict)
     streams: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
     heartbeats: list[Heartbeat] = field(default_factory=list)
     confirmations: dict[str, Confirmation] = field(default_factory=dict)
     vetoes: dict[str, Veto] = field(default_factory=dict)
@@ -252,8 +256,20 @@ class _Handler(BaseHTTPRequestHandler):
                 held += body[len(held) - offset :]
             self.market.streams[match[1], match[2]] = held
             self._say(StreamState(held_bytes=len(held), full=False))
+        elif match := re.fullmatch(r"/site/v1/leases/(\w+)/(\d+)/secrets", path.path):
+            self._give_secrets(match[1], int(match[2]), SecretsRequest.model_validate_json(body))
         else:
             self._refuse(404, "request.not_found", "no such route")
+
+    def _give_secrets(self, lease_id: str, epoch: int, asked: SecretsRequest) -> None:
+        names = self.market.grants[lease_id].spec.secrets or ()
+        missing = [name for name in names if name not in self.market.secrets]
+        if missing:
+            self._refuse(422, "secret.missing", f"there is no secret {missing[0]}")
+            return
+        values = json.dumps({name: self.market.secrets[name] for name in names})
+        box = close_box(asked.public_key, values.encode(), secrets_context(lease_id, epoch))
+        self._say(SecretsAnswer(box=box.hex()))
 
     def do_PUT(self) -> None:
         body = self._body()

@@ -12,6 +12,7 @@ from sites.errors import AgentRunningError
 from sites.protocol import AttemptPhase, ExitCause, LeasePhase
 from tests.sites.conftest import StartAgent, job
 from tests.sites.market import Grant, Market
+from tests.sites.test_secrets import holding
 from tests.sites.waiting import wait_until
 from training.roundlog.view import GENESIS_HASH
 
@@ -23,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 # One write: the ranks share one log, and two prints of a line may mix.
 line = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} safe {sys.flags.safe_path}\\n"
 os.write(1, (line + "".join(f"{name}\\n" for name in os.environ if "SECRET" in name)).encode())
+if "HANSA_SECRETS" in os.environ and os.environ["RANK"] == "0":
+    value = pathlib.Path(os.environ["HANSA_SECRETS"], "HF_TOKEN").read_text()
+    os.write(1, f"token of {len(value)}, in variables {value in str(os.environ)}\\n".encode())
 torch.manual_seed(1)
 model = DistributedDataParallel(torch.nn.Linear(10, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -39,12 +43,16 @@ if session.rank == 0:
 """
 
 
+TOKEN = "kept-from-every-disk-7f3a"
+
+
 @pytest.mark.parametrize("sandbox", [pytest.param("plain", marks=pytest.mark.soak), "bubblewrap"])
 def test_attempt_runs_from_proposal_to_done(
-    market: Market, start_agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    market: Market, start_agent: StartAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: str
 ) -> None:
     monkeypatch.setenv("AGENT_SECRET", "not for tenants")
-    spec = job(market, tmp_path / "work", SCRIPT)
+    market.secrets = {"HF_TOKEN": TOKEN} if sandbox == "bubblewrap" else {}
+    spec = job(market, tmp_path / "work", SCRIPT, secrets=tuple(market.secrets) or None)
     market.grants["lease_a"] = Grant("lease_a", "job_a", spec, gpu_ids=("0", "1"))
     agent = start_agent()
     with pytest.raises(AgentRunningError):
@@ -58,7 +66,13 @@ def test_attempt_runs_from_proposal_to_done(
     assert (report.cause, report.exit_code, report.detail) == (ExitCause.DONE, 0, ""), log
     assert "rank 0 of 2 safe True" in log
     assert "rank 1 of 2 safe True" in log
-    assert "SECRET" not in log
+    if market.secrets:
+        assert f"token of {len(TOKEN)}, in variables False" in log
+        # The attempt's folder, its runs, its journal and its log are all still there.
+        assert (agent._settings.folder / "attempts/lease_a-1/runs/ranks/run.json").exists()
+        assert holding(TOKEN, tmp_path) == []
+        assert TOKEN not in log + "".join(beat.model_dump_json() for beat in market.heartbeats)
+    assert "AGENT_SECRET" not in log
     # What the round log says, as the broker hears it.
     assert report.gateway is not None
     assert report.gateway.samples_by_site == {"hamburg": 1000}

@@ -169,7 +169,7 @@ class Template:
 
 
 # What these ask is decided before the database is: two engines would answer the same, a hundred and seventy times.
-ONE_ENGINE = frozenset({"test_access", "test_problems", "test_served"})
+ONE_ENGINE = frozenset({"test_access", "test_problems", "test_secrets", "test_served"})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
