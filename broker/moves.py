@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration
 from broker.database.moves import Move
-from broker.database.tables import Hold, Job, JobArtifact, Lease, Placement
+from broker.database.tables import PLACEMENT_STANDS, Hold, Job, JobArtifact, Lease, Placement
 from broker.handover import Handover, plan_handover, promised_gpus
 from broker.leases import (
     Start,
@@ -134,7 +134,7 @@ def moved_terms(session: Session) -> set[tuple[str, int]]:
     done = session.scalars(
         select(Move)
         .join(Placement, Placement.job_id == Move.job_id)
-        .where(Move.state == MoveState.DONE, Placement.state != PlacementState.ENDED)
+        .where(Move.state == MoveState.DONE, PLACEMENT_STANDS)
     )
     return {(move.job_id, move.round_number) for move in done if move.round_number is not None}
 
