@@ -22,6 +22,7 @@ from broker.database import (
     certificates,  # noqa: F401
     forecasts,  # noqa: F401
     idempotency,  # noqa: F401
+    moves,  # noqa: F401
     refusals,  # noqa: F401
     tenant_secrets,  # noqa: F401
     terms,  # noqa: F401
