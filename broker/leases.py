@@ -15,8 +15,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
+from broker.database.standing import PLACEMENT_STANDS
 from broker.database.tables import (
-    PLACEMENT_STANDS,
     Gpu,
     Job,
     JobArtifact,

@@ -10,8 +10,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.audit.finding import Finding
+from broker.database.standing import LEASE_STANDS
 from broker.database.tables import (
-    LEASE_STANDS,
     Event,
     Job,
     JobArtifact,

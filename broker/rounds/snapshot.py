@@ -31,9 +31,8 @@ from broker.allocation.snapshot import (
     Snapshot,
 )
 from broker.database.refusals import BarredConfiguration
+from broker.database.standing import LEASE_STANDS, PLACEMENT_STANDS
 from broker.database.tables import (
-    LEASE_STANDS,
-    PLACEMENT_STANDS,
     Account,
     Gpu,
     Hold,
