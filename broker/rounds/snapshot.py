@@ -337,6 +337,8 @@ def job_state(
         data=_data(data, home_site),
         bid_steps=tuple(BidStep(**step.model_dump()) for step in spec.market.bid_steps),
         mixed_types=spec.market.mixed_types,
+        # A rule of merging that few ways go with leaves nothing to choose.
+        sync_open=spec.market.sync.strategy == "auto" and spec.market.sync.merge == "mean",
         speeds=speeds,
     )
 
