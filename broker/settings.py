@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     settle_s: float = Field(default=60.0, gt=0, description="how long a final report may lag behind a lost lease")
     grace_s: float = Field(default=2.0, ge=0, le=3600, description="how long a hub waits after the quorum is in")
     restart_s: float = Field(default=60.0, gt=0, description="working time that moving a running job is taken to cost")
+    handover_s: float = Field(
+        default=60.0, gt=0, le=3600, description="how long a moving job's sites may take to the end of a sync round"
+    )
     hub_lost_s: float = Field(
         default=6.0, gt=0, description="a hub that its members do not reach for this long is moved"
     )

@@ -19,6 +19,7 @@ from sites.protocol import GatewayReport
 from sites.settings import ListenSettings
 from training.clock import Clock
 from training.errors import TrainingError
+from training.exchange import Leaving
 from training.roundlog.control import GatewayControl, GatewayStatus
 from training.roundlog.signing import SignedDocument
 from training.roundlog.view import ViewReport
@@ -131,6 +132,14 @@ class Gateway:
             return self._control.promise(number)
         except TrainingError:
             return None
+
+    def leave(self, leaving: Leaving) -> bool:
+        """Ask that the ranks stop at the end of a round; False where the gateway is away or too old to be asked."""
+        try:
+            self._control.leave(leaving)
+        except TrainingError:
+            return False
+        return True
 
     def ranks_started_anew(self) -> bool:
         """Say that the ranks lost their state; False where the gateway is away."""

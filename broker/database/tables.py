@@ -290,7 +290,7 @@ class Lease(Table):
 
     `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `pace_*` is what had been
     delivered when the first samples were reported, and the newest, and in how many reports since: the speed of
-    training without its start (`broker.speeds`). `liveness_*` is when the
+    training without its start (`broker.speeds`). `heir_of` is the site whose place it took, and whose checkpoint it has. `liveness_*` is when the
     broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
     """
 
@@ -306,6 +306,7 @@ class Lease(Table):
     price_micros_per_gpu_hour: Mapped[int]
     state: Mapped[str]
     checkpoint_digest: Mapped[str | None]
+    heir_of: Mapped[str | None]
     attempt_key: Mapped[str | None]
     csr_pem: Mapped[str | None] = mapped_column(Text)
     certificate_pem: Mapped[str | None] = mapped_column(Text)

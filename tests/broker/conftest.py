@@ -21,6 +21,7 @@ ON_POSTGRESQL_IN_THE_SOAK: Final = frozenset(
         "test_instant",
         "test_last_round",
         "test_memberships",
+        "test_moves",
         "test_offered_terms",
         "test_offers",
         "test_refusals",
