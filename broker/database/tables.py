@@ -93,18 +93,6 @@ class JoinToken(Table):
     used_ms: Mapped[int | None]
 
 
-class IdempotencyKey(Table):
-    """A POST that was answered: the same key with the same request gets the same answer again."""
-
-    __tablename__ = "idempotency_keys"
-    owner: Mapped[str] = mapped_column(String(100), primary_key=True)
-    key: Mapped[str] = mapped_column(String(200), primary_key=True)
-    request_digest: Mapped[str]
-    status: Mapped[int]
-    body: Mapped[str] = mapped_column(Text)
-    created_ms: Mapped[int]
-
-
 class Site(Table):
     """A datacenter. `state` is live, silent or removed; `version` guards its offer; `boot` tells a restarted agent.
 
