@@ -21,11 +21,11 @@ from typing import Final
 from sqlalchemy import ColumnElement, delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
+from broker.database.idempotency import IdempotencyKey
 from broker.database.refusals import BarredConfiguration
 from broker.database.tables import (
     Artifact,
     BrowserSession,
-    IdempotencyKey,
     Job,
     JobArtifact,
     JoinToken,
