@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 from broker.abilities import take_abilities
 from broker.attempts import order_for, take_report
 from broker.database.engine import refuses_the_values
-from broker.database.tables import LEASE_STANDS, Lease, LeasedGpu, Site, SiteCertificate
+from broker.database.standing import LEASE_STANDS
+from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
 from broker.errors import BrokerError, ConflictError, CredentialError, NotFoundError, RefusedError, StaleEpochError
 from broker.leases import confirm, renew_certificate, renew_liveness, veto
 from broker.market import Market

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Part
 from broker.database.moves import Move
+from broker.database.standing import PLACEMENT_STANDS
 from broker.database.tables import (
-    PLACEMENT_STANDS,
     Gpu,
     Job,
     JobArtifact,

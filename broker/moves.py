@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.configuration import Configuration
 from broker.database.moves import Move
-from broker.database.tables import PLACEMENT_STANDS, Hold, Job, JobArtifact, Lease, Placement
+from broker.database.standing import PLACEMENT_STANDS
+from broker.database.tables import Hold, Job, JobArtifact, Lease, Placement
 from broker.handover import Handover, plan_handover, promised_gpus
 from broker.leases import (
     Start,

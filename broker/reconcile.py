@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 
 from broker.attempts import Ending, end_job, lose_lease
 from broker.database.refusals import BarredConfiguration
-from broker.database.tables import LEASE_STANDS, PLACEMENT_STANDS, Job, Lease, LeasedGpu, Placement, Round, Site
+from broker.database.standing import LEASE_STANDS, PLACEMENT_STANDS
+from broker.database.tables import Job, Lease, LeasedGpu, Placement, Round, Site
 from broker.leases import (
     end_placement,
     free_leased_gpus,

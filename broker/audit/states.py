@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from broker.audit.finding import Finding
 from broker.database.moves import Move
+from broker.database.standing import LEASE_STANDS
 from broker.database.tables import (
-    LEASE_STANDS,
     Event,
     Job,
     JobArtifact,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, literal, text
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # SQLite gives rowid behaviour only to INTEGER PRIMARY KEY.
@@ -17,7 +17,7 @@ _SERIAL = BigInteger().with_variant(Integer, "sqlite")
 
 
 def where(condition: str, on_sqlite: str | None = None) -> dict[str, Any]:
-    """Return the arguments of an index over the rows for which a condition holds, as each engine's queries state it."""
+    """Return the arguments of an index over the rows for which a condition holds, as each engine's queries state it: `live = 1`."""
     return {"sqlite_where": text(on_sqlite or condition), "postgresql_where": text(condition)}
 
 
@@ -276,10 +276,10 @@ class Placement(Table):
 class Lease(Table):
     """One site's part of a placement: proposed, confirmed, active, ended.
 
-    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `pace_*` is what had been
-    delivered when the first samples were reported, and the newest, and in how many reports since: the speed of
-    training without its start (`broker.speeds`). `heir_of` is the site whose place it took, and whose checkpoint it has. `liveness_*` is when the
-    broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
+    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `pace_*` is what had been delivered when the
+    first samples were reported, and the newest, and in how many reports since: the speed of training without its start (`broker.speeds`).
+    `heir_of` is the site whose place it took, and whose checkpoint it has.
+    `liveness_*` is when the broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
     """
 
     __tablename__ = "leases"
@@ -335,10 +335,7 @@ class LeasedGpu(Table):
     site_id: Mapped[str] = mapped_column(primary_key=True)
     gpu_id: Mapped[str] = mapped_column(primary_key=True)
     live: Mapped[bool] = mapped_column(Boolean)
-    # Where booleans are numbers, a query asks for `live = 1`, and only an index that says so is used for it.
-    __table_args__ = (
-        Index("one_live_lease_per_gpu", "site_id", "gpu_id", unique=True, **where("live", on_sqlite="live = 1")),
-    )
+    __table_args__ = (Index("one_live_lease_per_gpu", "site_id", "gpu_id", unique=True, **where("live", "live = 1")),)
 
 
 class UsageReport(Table):
@@ -489,9 +486,3 @@ class JobArtifact(Table):
     outer_hash: Mapped[str | None]
     samples_done: Mapped[int]
     created_ms: Mapped[int]
-
-
-# What is not over, for queries. The state is written into the statement and not bound to it: a database uses an index over
-# some rows only for a statement that says by itself that it wants none but those, and history grows for ever.
-LEASE_STANDS = Lease.state != literal("ended", literal_execute=True)
-PLACEMENT_STANDS = Placement.state != literal("ended", literal_execute=True)

@@ -33,9 +33,8 @@ from broker.allocation.snapshot import (
 )
 from broker.database.moves import Move
 from broker.database.refusals import BarredConfiguration
+from broker.database.standing import LEASE_STANDS, PLACEMENT_STANDS
 from broker.database.tables import (
-    LEASE_STANDS,
-    PLACEMENT_STANDS,
     Account,
     Gpu,
     Hold,
