@@ -125,9 +125,10 @@ def test_one_site_of_a_spanning_job_is_replaced_while_the_other_trains_on(market
         assert lease.heir_of == "lubeck"
         market.await_rounds(job_id, joined.base_round + 3, chain)
         assert market.ranks("visby") == stayed
+        # Drained to the end: else the job would move back to the cheaper site once its term is over.
+        market.await_finished(job_id, chain)
     finally:
         drained.unlink()
-    market.await_finished(job_id, chain)
     (move, *_) = moves(market, job_id)
     assert (move.state, move.in_place, move.leaving) == ("done", True, '["lubeck"]')
     assert len(market.placements(job_id)) == 1

@@ -82,7 +82,7 @@ def test_the_bound_of_a_generated_market_is_above_what_the_lp_reaches(family: st
 
 
 def test_a_stopped_relaxation_still_states_a_valid_bound_and_says_that_it_stopped() -> None:
-    instance = large_instances.large(300, 24, "B", 1)
+    instance = large_instances.large(100, 10, "B", 1)
     whole, cut = relax(instance), relax(instance, limits=Limits(iterations=1), last_prices=np.zeros(instance.row_count))
     assert whole.optimal
     assert not cut.optimal
