@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,15 @@ def test_a_committed_round_replays_to_the_bit_and_verifies(scene: Scene) -> None
         assert again.solver_now == again.solver_recorded
     with pytest.raises(NotFoundError):
         replay(scene.market, 99)
+
+
+def test_a_round_replays_by_the_engine_that_solved_it(scene: Scene) -> None:
+    scene.submit(2)
+    scene.round()
+    settings = scene.market.settings.model_copy(update={"lp_engine": "clp"})
+    again = replay(dataclasses.replace(scene.market, settings=settings), 1)
+    assert again.identical
+    assert again.solver_now == again.solver_recorded
 
 
 def test_a_replay_tells_a_round_that_was_tampered_with(scene: Scene) -> None:
