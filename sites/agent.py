@@ -24,6 +24,7 @@ from typing import Final, TextIO
 import structlog
 
 from sites import inventory
+from sites.addresses import bound_address, free_address
 from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempt_runs import Services
@@ -34,7 +35,6 @@ from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
 from sites.drivers.slurm import SlurmDriver
 from sites.errors import AgentRunningError, IdentityError, RequestRefusedError, SiteError
-from sites.gateway import free_address
 from sites.identity import Identity
 from sites.journal import AttemptKey, AttemptRecord, Journal
 from sites.leases import (
@@ -54,6 +54,7 @@ from sites.leases import (
     refused_renewals,
     veto,
 )
+from sites.links.prober import Prober
 from sites.policy import PolicyBook
 from sites.protocol import (
     AttemptPhase,
@@ -121,6 +122,7 @@ class Agent:
         )
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
+        self._prober = Prober(settings, identity.ca_pem, local, clock)
         self._measured = inventory.measure(settings)
         self._mismatch = "; ".join(mismatches(settings, read_devices())) if _sells_gpus(settings) else ""
         if self._mismatch:
@@ -219,6 +221,7 @@ class Agent:
     def _heartbeat(self) -> Heartbeat:
         for attempt in self._attempts.values():
             attempt.cut_usage()
+        probe_replies, probe_reports = self._prober.speak()
         return Heartbeat(
             agent_version=self._version[:40],
             boot=self._boot,
@@ -238,6 +241,9 @@ class Agent:
             renewal_csr_pem=self._identity.renewal_csr_pem(),
             takes_wishes=self._settings.remote.allows_any,
             wish_reply=self._judged.reply,
+            probe_terms=self._prober.terms,
+            probe_replies=probe_replies,
+            probe_reports=probe_reports,
         )
 
     def _pause_s(self) -> float:
@@ -248,7 +254,7 @@ class Agent:
         return min(HURRY_INTERVAL_S, self.heartbeat_s) if hurries else self.heartbeat_s
 
     def _has_news(self) -> bool:
-        return any(self._told.get(record.key) != _news(record) for record in self._records())
+        return self._prober.has_news or any(self._told.get(item.key) != _news(item) for item in self._records())
 
     def _records(self) -> list[AttemptRecord]:
         return [attempt.record for _, attempt in sorted(self._attempts.items())]
@@ -271,6 +277,8 @@ class Agent:
             self._journal.acknowledge(lease_id, sequence)
         for refusal in answer.refusals:
             self._take_refusal(refusal.lease_id, refusal.code, refusal.detail)
+        taken = {item.gateway_address for item in self._journal.confirmations().values()}
+        self._prober.follow(answer, taken, sent_s)
         self._orders = answer.leases
         actions = decide(answer.leases, self._standing(), self._house())
         for order in answer.leases:
@@ -332,7 +340,7 @@ class Agent:
         address = None
         if self._settings.listen is not None:
             taken = {item.gateway_address for item in self._journal.confirmations().values()}
-            address = free_address(self._settings.listen, taken)
+            address = free_address(self._settings.listen, taken | self._prober.addresses)
         confirmation = Confirmation(
             lease_id=order.lease_id,
             epoch=order.epoch,
@@ -352,8 +360,7 @@ class Agent:
         listen = None
         confirmation = self._journal.confirmations().get(record.key)
         if self._settings.listen is not None and confirmation is not None and confirmation.gateway_address:
-            port = confirmation.gateway_address.rpartition(":")[2]
-            listen = f"{self._settings.listen.bind or self._settings.listen.host}:{port}"
+            listen = bound_address(self._settings.listen, confirmation.gateway_address)
         return Attempt(record, self._services, listen)
 
     def _forget(self, key: AttemptKey, attempt: Attempt) -> None:
@@ -472,7 +479,8 @@ def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
 
 def _skills(settings: SiteSettings) -> tuple[Skill, ...]:
     """Return what this agent understands and this site can keep."""
-    return tuple(skill for skill in Skill if skill is not Skill.SECRETS or keeps_secrets(settings))
+    able = {Skill.SECRETS: keeps_secrets(settings), Skill.PROBE: settings.probes.allowed}
+    return tuple(skill for skill in Skill if able.get(skill, True))
 
 
 def _sells_gpus(settings: SiteSettings) -> bool:

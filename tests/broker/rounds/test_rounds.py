@@ -27,8 +27,10 @@ from broker.rounds.replay import replay
 from broker.rounds.snapshot import TakenSnapshot, renewal_starts_ms, take
 from broker.transitions import EndCause, change_state, note_change
 from sites.protocol import ExitCause
-from tests.broker.speaking import ASK, LIVENESS_S, MARGIN_S, TERM_S, Scene
+from tests.broker.speaking import ASK, LIVENESS_S, MARGIN_S, TERM_S, Scene, spec
 from tests.simulation.founding import TENANT_ID
+from training.sync_choice import choose_sync
+from training.throughput import Link, SitePart
 
 ALL = ("ada", "bob", "cid")
 
@@ -292,7 +294,7 @@ def test_a_term_that_is_not_renewed_ends_and_its_job_waits_again(scene: Scene) -
     assert scene.taken_gpus("ada") == 0
 
 
-def test_a_move_releases_first_and_starts_when_the_old_place_is_known_to_be_empty(scene: Scene) -> None:
+def test_an_agent_that_cannot_leave_is_stopped_when_its_time_is_up_and_its_job_moves(scene: Scene) -> None:
     job_id = scene.submit(2)
     (old,) = scene.start(job_id)
     order = old.order()
@@ -303,10 +305,12 @@ def test_a_move_releases_first_and_starts_when_the_old_place_is_known_to_be_empt
     scene.reconcile()
     scene.round()
     job = scene.job(job_id)
-    assert (job.state, job.reason_code) == ("queued", "moving")
-    assert scene.placement(job_id).end_cause == "moved"
+    assert (job.state, job.reason_code) == ("running", "moving")
     assert scene.taken_gpus(old.site_id) == 2
-    scene.round()
+    scene.pass_s(TERM_S, *ALL)
+    scene.reconcile()
+    assert scene.job(job_id).state == "proposed"
+    assert scene.taken_gpus(old.site_id) == 2
     (lease,) = scene.leases(job_id)
     assert lease.site_id in {site.site_id for site in others}
     assert lease.epoch == 2
@@ -398,6 +402,35 @@ def test_a_round_that_was_overtaken_says_so_and_any_other_conflict_is_no_quiet_e
         patch.setattr(clear_module, "commit", break_down)
         with pytest.raises(IllegalTransitionError):
             scene.round()
+
+
+def test_a_plan_left_open_is_chosen_for_the_links_it_gets_and_the_tenant_is_told_why(scene: Scene) -> None:
+    asked = spec(4).market
+    link = Link(bandwidth_bits_per_s=1e8, delay_s=0.02)
+    parts = [SitePart(site_id, "cpu-slot", 2) for site_id in ("ada", "bob")]
+    links = {("ada", "bob"): link, ("bob", "ada"): link}
+    chosen = choose_sync(asked.workload, asked.sync, parts, links, frozenset({"ada"}))
+    assert chosen is not None
+    job_id = scene.submit(4, sites_max=2, sites_allowed=["ada", "bob"])
+    ada, _ = scene.start(job_id)
+    attempt = ada.order().attempt
+    assert attempt is not None
+    assert attempt.sync == asked.sync.placed(chosen.plan)
+    assert chosen.reasons[-1] in scene.placement(job_id).why
+    assert len(chosen.reasons) > 1
+    found = replay(scene.market, 1)
+    assert (found.identical, found.findings) == (True, ())
+
+
+def test_a_plan_that_is_stated_is_left_as_it_is(scene: Scene) -> None:
+    stated = {"strategy": "diloco", "codec": "int8", "period_steps": 33, "target_utilisation": 0.6}
+    job_id = scene.submit(4, sites_max=2, sites_allowed=["ada", "bob"], sync=stated)
+    ada, _ = scene.start(job_id)
+    attempt = ada.order().attempt
+    assert attempt is not None
+    assert attempt.sync == spec(4, sync=stated).market.sync
+    assert "Between its sites" not in scene.placement(job_id).why
+    assert replay(scene.market, 1).findings == ()
 
 
 def test_one_round_after_another_never_sells_a_gpu_twice(scene: Scene) -> None:
