@@ -94,10 +94,11 @@ def relax(
     scales = scale(instance)
     lap("prepare")
     found, memory, asks = _nothing(instance), Memory(instance), first_asks(instance)
-    if last_prices is None:
-        y = _start(instance, layout, nodes, scales, found=found, memory=memory)
-    else:
-        y = np.maximum(last_prices, asks)
+    y = (
+        _start(instance, layout, nodes, scales, found=found, memory=memory)
+        if last_prices is None
+        else np.maximum(last_prices, asks)
+    )
     lap("discovery")
     columns = window(
         instance,
