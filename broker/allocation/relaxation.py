@@ -162,7 +162,7 @@ def _start(
 ) -> Real:
     """Return prices near the LP's, and fill `found` with columns that are good there; first asks where jobs are few."""
     if instance.job_count < _PLAYED_JOBS_MIN:
-        return first_asks(instance)
+        return first_asks(instance).astype(np.float64)
     play = Play(instance, layout)
     play.go_on(FIRST)
     if len(instance.spans.gpus):
