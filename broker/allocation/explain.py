@@ -26,6 +26,10 @@ from pricing.value import bid_for_value
 from training.throughput import all_reduce_s, compute_s
 
 _NO_POOLS: Final = np.zeros(0, np.int64)
+_NOT_WORTH_SPANNING: Final = (
+    "no pool alone has enough GPUs, and no configuration across sites is worth what their GPUs and links ask; bid more, "
+    "or ask for fewer GPUs"
+)
 
 
 def why_placed(market: Market, prices: Int, column: Won) -> str:
@@ -208,6 +212,8 @@ class _Explained:
         """Explain a job without any column: too large, too late, vetoed, or below the asks everywhere."""
         sketches = self._sketches(job)
         if not sketches:
+            if self._fits_across_sites(job):
+                return self._row(job, "bid_below_ask", _NOT_WORTH_SPANNING)
             return self._row(job, "no_pool", self._no_pool(job))
         in_time = [sketch for sketch in sketches if sketch.late_h <= 0]
         if not in_time:
@@ -271,6 +277,17 @@ class _Explained:
             asks=ask * count,
             late_h=0.0 if math.isinf(late_s) else late_s / SECONDS_PER_HOUR,
         )
+
+    def _fits_across_sites(self, job: int) -> bool:
+        """Return whether the widest pools of one GPU type, at as many sites as it may span, hold the job's least count."""
+        market, pools = self.market, self.market.instance.pools
+        allowed = self._allowed_sites(job)[pools.site]
+        for kind_name, low, _ in market.requests(job):
+            mine = self._by_ask.get(kind_name, _NO_POOLS)
+            widest = np.sort(pools.job_max[mine[allowed[mine]]])[::-1][: int(market.tables["jobs.sites_max"][job])]
+            if int(widest.sum()) >= low:
+                return True
+        return False
 
     # The compiled rules cost more to call one by one than to compute; a test holds these against them.
 

@@ -237,7 +237,7 @@ class World:
                 session.scalars(
                     select(Job.job_id).where(
                         Job.state == JobState.QUEUED,
-                        Job.reason_code.in_(["bid_below_ask", "budget_short", "fragmented"]),
+                        Job.reason_code.in_(["bid_below_ask", "budget_short", "fragmented", "uplift_short"]),
                     )
                 )
             )

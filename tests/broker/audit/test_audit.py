@@ -63,7 +63,7 @@ FAULTS = (
     Fault("a lease without its GPU", ("UPDATE leased_gpus SET live = {false} WHERE lease_id = 'lease_ada' AND gpu_id = 'g1'",), 4, "lease_ada", "sold 4 GPUs and holds 3"),
     Fault("a GPU of another site", ("UPDATE leased_gpus SET site_id = 'eve' WHERE lease_id = 'lease_ada' AND gpu_id = 'g1'",), 4, "lease_ada", "some at eve"),
     Fault("two live placements", ("{second_placement}", "UPDATE jobs SET epoch = 2"), 5, "job", "2 live placements"),
-    Fault("an epoch that went back", ("UPDATE jobs SET epoch = 7",), 5, "job", "its newest placement has 1"),
+    Fault("an epoch that went back", ("UPDATE jobs SET epoch = 7",), 5, "job", "its newest placement has given out 1"),
     Fault("a lease of another epoch", ("UPDATE leases SET epoch = 9 WHERE lease_id = 'lease_ada'",), 5, "lease_ada", "its placement's 1"),
     Fault("usage of another epoch", ("UPDATE usage_reports SET epoch = 9 WHERE lease_id = 'lease_ada'",), 6, "lease_ada report 1", "for epoch 9"),
     Fault("a lost report", ("DELETE FROM usage_reports WHERE lease_id = 'lease_ada' AND sequence = 1",), 6, "lease_ada", "the rows are [2]"),
