@@ -29,6 +29,7 @@ from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempt_runs import Services
 from sites.attempts import Attempt
 from sites.client import Broker
+from sites.data_store import DataStore
 from sites.devices import mismatches, read_devices
 from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
@@ -64,6 +65,7 @@ from sites.protocol import (
     LeaseOrder,
     LeasePhase,
     Offer,
+    SiteData,
     Skill,
     Wish,
 )
@@ -77,6 +79,7 @@ from training.clock import Clock
 from training.roundlog.signing import public_hex
 
 TRANSFER_THREADS: Final = 4
+STAGING_THREADS: Final = 4
 # How often attempts are looked at between heartbeats.
 ATTEND_INTERVAL_S: Final = 0.2
 # What has just happened is said at once, but a circle of news may not become a flood of requests.
@@ -107,6 +110,8 @@ class Agent:
         self._lock = _locked(settings)
         self._journal = Journal(settings.folder / "journal.sqlite3")
         self._threads = ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer")
+        self._staging = ThreadPoolExecutor(STAGING_THREADS, thread_name_prefix="staging")
+        self._policy = PolicyBook(settings.policy, settings.policy_file)
         local = ProcessDriver(settings.python, clock)
         self._services = Services(
             settings=settings,
@@ -118,14 +123,16 @@ class Agent:
             local=local,
             threads=self._threads,
             sandbox=_sandbox(settings),
+            data=DataStore(settings.folder / "data", settings.data, clock),
+            staging=self._staging,
+            policy=self._policy,
         )
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
         self._measured = inventory.measure(settings)
-        self._mismatch = "; ".join(mismatches(settings, read_devices())) if _sells_gpus(settings) else ""
+        self._mismatch = "; ".join(mismatches(settings, read_devices())) if inventory.sells_gpus(settings) else ""
         if self._mismatch:
             _log.error("gpus.mismatch", detail=self._mismatch)
-        self._policy = PolicyBook(settings.policy, settings.policy_file)
         self._asks = AskBook([priced(pool) for pool in settings.pools], settings.folder)
         self._offered: tuple[Offer, Offer] | None = None
         self._orders: tuple[LeaseOrder, ...] = ()
@@ -210,6 +217,8 @@ class Agent:
 
     def close(self) -> None:
         """Let go of the folder; what runs goes on under its wardens."""
+        self._services.data.close()
+        self._staging.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._journal.close()
         self._lock.close()
@@ -238,6 +247,7 @@ class Agent:
             renewal_csr_pem=self._identity.renewal_csr_pem(),
             takes_wishes=self._settings.remote.allows_any,
             wish_reply=self._judged.reply,
+            data=self._data(),
         )
 
     def _pause_s(self) -> float:
@@ -389,6 +399,7 @@ class Agent:
             draining=self._is_draining(),
             site_id=self._settings.site_id,
             keeps_secrets=keeps_secrets(self._settings),
+            data=self._data(),
             now_ms=self._clock.now_ms(),
         )
 
@@ -401,6 +412,9 @@ class Agent:
         offer = inventory.offer(self._judged.settings, self._measured, terms)
         self._offered = (offer if self._offered is None else self._offered[1], offer)
         return offer
+
+    def _data(self) -> SiteData | None:
+        return self._services.data.announced(self._policy.current().data_sources_allowed)
 
     def _lowest_asks(self) -> dict[str, int]:
         pools = [pool for offer in self._offered or () for pool in offer.pools]
@@ -473,10 +487,6 @@ def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
 def _skills(settings: SiteSettings) -> tuple[Skill, ...]:
     """Return what this agent understands and this site can keep."""
     return tuple(skill for skill in Skill if skill is not Skill.SECRETS or keeps_secrets(settings))
-
-
-def _sells_gpus(settings: SiteSettings) -> bool:
-    return any(pool.gpu_type != inventory.CPU_SLOT for pool in settings.pools)
 
 
 def _is_installed() -> bool:

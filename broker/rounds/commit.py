@@ -27,7 +27,8 @@ from broker.refusals import NOWHERE, read_refusals
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
 from broker.rounds.last_round import write_links
-from broker.rounds.snapshot import TakenSnapshot, free_equity
+from broker.rounds.snapshot import TakenSnapshot, free_equity, left_s
+from broker.staging import too_early
 from broker.terms import append_term
 from broker.transitions import EndCause, JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
@@ -115,8 +116,12 @@ def commit(
         job = session.get(Job, unplaced.job_id)
         if job is not None and job.state == JobState.QUEUED:
             spec = JobSpec.model_validate_json(job.spec)
-            declined = (refused.get(job.job_id, NOWHERE) | lacking(spec, taken.abilities)).reasons
-            job.reason_code, job.reason = unplaced.code, "; ".join((unplaced.sentence, *declined))[:1000]
+            declined = refused.get(job.job_id, NOWHERE) | lacking(spec, taken.abilities)
+            waited_s = (taken.snapshot.taken_at_ms - job.submitted_ms) / 1000
+            declined |= too_early(
+                spec, taken.abilities, waited_s=waited_s, left_s=left_s(spec, taken.snapshot.taken_at_ms)
+            )
+            job.reason_code, job.reason = unplaced.code, "; ".join((unplaced.sentence, *declined.reasons))[:1000]
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)
     session.add(_certificate(market, taken, clearing, row, dropped=len(dropped), phases=phases))

@@ -53,6 +53,7 @@ from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
 from broker.rounds.last_round import SitePair, may_follow, read_last_round
 from broker.speeds import read_speeds
+from broker.staging import least_elsewhere_s, read_from, too_early
 from broker.tenant_limits import limited_tenants
 from broker.transitions import JobState as State
 from broker.transitions import LeaseState, PlacementState
@@ -123,6 +124,11 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         events_seen=last.events_seen,
         abilities=abilities,
     )
+
+
+def left_s(spec: JobSpec, now_ms: int) -> float | None:
+    """Return the time to a job's deadline, None without one."""
+    return None if spec.market.deadline_ms is None else (spec.market.deadline_ms - now_ms) / 1000
 
 
 def renewal_starts_ms(placement: Placement) -> int:
@@ -263,12 +269,19 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
     for job, hold in rows:
         spec = JobSpec.model_validate_json(job.spec)
         placement = placements.get(job.job_id)
-        incumbent = None if placement is None else _incumbent(session, market, placement, now_ms, equity)
+        incumbent = (
+            None if placement is None else _incumbent(session, market, placement, now_ms, equity, spec, abilities)
+        )
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
         left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
         standing = set() if incumbent is None else {part.site_id for part in incumbent.configuration.parts}
         declined = refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE
+        declined |= lacking(spec, abilities, but=standing)
+        if incumbent is None:
+            declined |= too_early(
+                spec, abilities, waited_s=(now_ms - job.submitted_ms) / 1000, left_s=left_s(spec, now_ms)
+            )
         state = job_state(
             job.job_id,
             spec,
@@ -282,7 +295,8 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
             home_site=homes.get(job.tenant_id),
             sites=sites,
             # An owner's word is about what comes next: a running term keeps its place.
-            refused=declined | lacking(spec, abilities, but=standing),
+            refused=declined,
+            read_from=read_from(spec, abilities),
             speeds=speeds.valued(job.tenant_id, spec),
         )
         states.append((job.tenant_id, state))
@@ -308,11 +322,12 @@ def job_state(
     incumbent: Incumbent | None = None,
     home_site: str | None = None,
     refused: Refused = NOWHERE,
+    read_from: DataState | None = None,
     speeds: tuple[JobSpeed, ...] = (),
 ) -> JobState:
     """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere.
 
-    `sites` are those of the round: a job whose data may not leave a site that is gone can be nowhere.
+    `read_from` says where datasets that must be brought come from. `sites` are those of the round: a job whose data may not leave a site that is gone can be nowhere.
     """
     data, allowed = spec.market.data, spec.market.sites_allowed
     if data is not None and data.home_site not in sites:
@@ -333,7 +348,7 @@ def job_state(
         deadline_ms=spec.market.deadline_ms,
         barred=barred,
         incumbent=incumbent,
-        data=_data(data, home_site),
+        data=_data(data, home_site) if read_from is None else read_from,
         bid_steps=tuple(BidStep(**step.model_dump()) for step in spec.market.bid_steps),
         mixed_types=spec.market.mixed_types,
         speeds=speeds,
@@ -347,8 +362,14 @@ def _data(data: DataTerms | None, home_site: str | None) -> DataState | None:
     return None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0)
 
 
-def _incumbent(
-    session: Session, market: Market, placement: Placement, now_ms: int, equity_micros: int
+def _incumbent(  # noqa: PLR0917  what an incumbent depends on
+    session: Session,
+    market: Market,
+    placement: Placement,
+    now_ms: int,
+    equity_micros: int,
+    spec: JobSpec,
+    abilities: Mapping[str, Ability],
 ) -> Incumbent | None:
     award = Award.model_validate_json(placement.award)
     if placement.state == PlacementState.PROPOSED or placement.term_ends_ms is None:
@@ -365,7 +386,10 @@ def _incumbent(
     configuration = _standing_part(award.configuration, standing)
     if configuration is None:
         return None
-    restart_micros = round(placement.value_micros_per_hour * market.settings.restart_s / SECONDS_PER_HOUR)
+    restart_s = market.settings.restart_s + least_elsewhere_s(spec, abilities, standing)
+    restart_micros = min(
+        round(placement.value_micros_per_hour * restart_s / SECONDS_PER_HOUR), RESTART_MICROS_UNAFFORDABLE
+    )
     if ends_ms > now_ms and restart_micros > equity_micros:
         # A move inside a term is compensated: what the market cannot pay for is not worth any move.
         restart_micros = RESTART_MICROS_UNAFFORDABLE
