@@ -41,8 +41,11 @@ bench-market: install ## hold the optimiser against Gavel, Sia, POP and greedy r
 	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.market.bench_market $(if $(QUICK),--quick) \
 		$(if $(TABLE),--table $(TABLE)) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
-bench-training: install ## hold training across sites against DDP, fp32 and plain TCP on an emulated network (QUICK=1, ONLY=T1, LONG=1, JSON=out.json)
+bench-training: install ## hold training across sites against DDP, fp32 and plain TCP on an emulated network (QUICK=1, ONLY=T1, ONLY=peers, LONG=1, JSON=out.json)
 	@$(BIN)/hansa market compile
+	@[ "$(ONLY)" != peers ] || $(BIN)/python -c 'import hivemind, torchft' 2>/dev/null || \
+		$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint deploy/constraints.txt --editable '.[training-peers]' || \
+		echo "the peers have no wheels for this Python; they are left out" >&2
 	@PYTHONPATH=. $(BIN)/python -m tests.benchmarks.training.bench_training $(if $(QUICK),--quick) \
 		$(if $(LONG),--long) $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 

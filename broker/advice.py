@@ -157,10 +157,11 @@ def newest_noise(streams: StreamStore, lease_id: str) -> float | None:
     for line in reversed(tail.splitlines()):
         try:
             value = json.loads(line).get("noise_scale_samples")
-        except (ValueError, AttributeError, RecursionError):
+            found = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        except (ValueError, AttributeError, RecursionError, OverflowError):
             continue
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
-            return float(value)
+        if math.isfinite(found) and found > 0:
+            return found
     return None
 
 

@@ -90,8 +90,9 @@ def _changes(market: Market, newest: Round, job_id: str) -> tuple[Counterfactual
     if newest.jobs_considered > JOBS_MAX:
         return None
     key = (newest.snapshot_digest, job_id)
-    if key in _remembered:
-        return _remembered[key]
+    known = _remembered.get(key)
+    if known is not None:
+        return known
     try:
         clearing = Clearing.from_json(market.artifacts.get_bytes(newest.clearing_digest))
         left_out = next((row for row in clearing.unplaced if row.job_id == job_id), None)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.database.forecasts import Forecast
-from broker.database.tables import Gpu, Job, Lease, LeasedGpu, Placement, Pool, Site
+from broker.database.tables import PLACEMENT_STANDS, Gpu, Job, Lease, LeasedGpu, Placement, Pool, Site
 from broker.intervals import Interval, Outcome, interval
 from broker.market import Market
 from broker.transitions import FINAL_JOB_STATES, JobState, PlacementState, SiteState
@@ -47,26 +47,38 @@ class _Running:
 
 def keep_forecasts(market: Market) -> int:
     """State and score what is due; return how many rows were written."""
-    if not market.database.read(lambda session: bool(_unstated(session, 1) or _unscored(session, 1))):
+    # What it takes to say something new, a look at every job that waits or runs, holds up nobody's write.
+    stated = market.database.read(lambda session: _stated(session, market))
+    if not stated and not market.database.read(lambda session: _unscored(session, 1)):
         return 0
 
     def work(session: Session) -> int:
-        scored = _score(session, market.clock.now_ms())
+        fresh = [values for values in stated if _is_due(session, values)]
+        session.add_all(Forecast(**values) for values in fresh)
         session.flush()
-        return scored + _state(session, market)
+        return len(fresh) + _score(session, market.clock.now_ms())
 
     return market.database.write("forecasts", work)
 
 
-def _state(session: Session, market: Market) -> int:
+def _is_due(session: Session, values: dict[str, Any]) -> bool:
+    """Return whether nobody has stated it meanwhile, and the job has not gone on."""
+    if session.get(Forecast, (values["job_id"], values["what"], values["number"])) is not None:
+        return False
+    state, epoch = session.execute(select(Job.state, Job.epoch).where(Job.job_id == values["job_id"])).one()
+    return bool(state == JobState.QUEUED if values["number"] == 0 else epoch == values["number"])
+
+
+def _stated(session: Session, market: Market) -> list[dict[str, Any]]:
+    """Return the forecasts that are missing, as rows."""
     jobs = _unstated(session, STATED_MAX)
     if not jobs:
-        return 0
+        return []
     now_ms = market.clock.now_ms()
     free, running = _free_gpus(session), _running(session)
     waiting = _waiting(session)
     records = {family: _record(session, family) for family in FIRST_HALF_WIDTHS}
-    written = 0
+    rows = []
     for job in jobs:
         spec = JobSpec.model_validate_json(job.spec)
         if job.state == JobState.RUNNING:
@@ -75,27 +87,25 @@ def _state(session: Session, market: Market) -> int:
             )
             if placement is not None:
                 left_s = _left_s(job, placement)
-                session.add(
+                rows.append(
                     _row(job, FINISH, "finish/running", left_s, number=job.epoch, now_ms=now_ms, records=records)
                 )
-                written += 1
             continue
         family, wait_s = _wait(spec, free, running, waiting.get(job.job_id, 0), market.settings.heartbeat_s)
-        session.add(_row(job, START, family, wait_s, now_ms=now_ms, records=records))
+        rows.append(_row(job, START, family, wait_s, now_ms=now_ms, records=records))
         work_s = wait_s + _work_s(spec, job.samples_done)
-        session.add(_row(job, FINISH, "finish/waiting", work_s, now_ms=now_ms, records=records))
-        written += 2
-    return written
+        rows.append(_row(job, FINISH, "finish/waiting", work_s, now_ms=now_ms, records=records))
+    return rows
 
 
 def _score(session: Session, now_ms: int) -> int:
     found = _unscored(session, SCORED_MAX)
-    for row, job in found:
+    for row, state, started_ms, ended_ms in found:
         row.scored_ms = now_ms
         if row.what == START:
-            row.actual_ms = job.started_ms
+            row.actual_ms = started_ms
         else:
-            row.actual_ms = job.ended_ms if job.state == JobState.FINISHED else None
+            row.actual_ms = ended_ms if state == JobState.FINISHED else None
     return len(found)
 
 
@@ -112,15 +122,16 @@ def _unstated(session: Session, limit: int) -> list[Job]:
     return jobs + list(session.scalars(runs.order_by(Job.job_id).limit(limit)))
 
 
-def _unscored(session: Session, limit: int) -> list[tuple[Forecast, Job]]:
+def _unscored(session: Session, limit: int) -> list[tuple[Forecast, str, int | None, int | None]]:
+    """Return forecasts whose outcome is known, each with its job's state, start and end."""
     over = Job.state.in_(sorted(FINAL_JOB_STATES))
     rows = session.execute(
-        select(Forecast, Job)
+        select(Forecast, Job.state, Job.started_ms, Job.ended_ms)
         .join(Job, Job.job_id == Forecast.job_id)
         .where(Forecast.scored_ms.is_(None), over | ((Forecast.what == START) & Job.started_ms.is_not(None)))
         .limit(limit)
     )
-    return [(row, job) for row, job in rows]
+    return [(row, state, started_ms, ended_ms) for row, state, started_ms, ended_ms in rows]
 
 
 def _record(session: Session, family: str) -> list[Outcome]:
@@ -142,19 +153,19 @@ def _row(
     number: int = 0,
     now_ms: int,
     records: dict[str, list[Outcome]],
-) -> Forecast:
+) -> dict[str, Any]:
     found: Interval = interval(predicted_s, records[family], first_half_width_log=FIRST_HALF_WIDTHS[family])
-    return Forecast(
-        job_id=job.job_id,
-        what=what,
-        number=number,
-        family=family,
-        stated_ms=now_ms,
-        predicted_s=predicted_s,
-        low_ms=now_ms + math.floor(found.low_s * 1000),
-        middle_ms=now_ms + round(found.middle_s * 1000),
-        high_ms=now_ms + math.ceil(found.high_s * 1000),
-    )
+    return {
+        "job_id": job.job_id,
+        "what": what,
+        "number": number,
+        "family": family,
+        "stated_ms": now_ms,
+        "predicted_s": predicted_s,
+        "low_ms": now_ms + math.floor(found.low_s * 1000),
+        "middle_ms": now_ms + round(found.middle_s * 1000),
+        "high_ms": now_ms + math.ceil(found.high_s * 1000),
+    }
 
 
 def _wait(
@@ -218,7 +229,7 @@ def _running(session: Session) -> list[_Running]:
         select(Placement, Job, Lease.gpu_type, Lease.gpus)
         .join(Job, Job.job_id == Placement.job_id)
         .join(Lease, Lease.placement_id == Placement.placement_id)
-        .where(Placement.state != PlacementState.ENDED)
+        .where(PLACEMENT_STANDS)
     )
     found: dict[str, tuple[float, dict[str, int]]] = {}
     for placement, job, gpu_type, gpus in rows:

@@ -9,21 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import structlog
-from sqlalchemy import or_, select
+from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from broker.abilities import take_abilities
 from broker.attempts import order_for, take_report
 from broker.database.engine import refuses_the_values
-from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
+from broker.database.tables import LEASE_STANDS, Lease, LeasedGpu, Site, SiteCertificate
 from broker.errors import BrokerError, ConflictError, CredentialError, NotFoundError, RefusedError, StaleEpochError
 from broker.leases import confirm, renew_certificate, renew_liveness, veto
 from broker.market import Market
 from broker.metering import accept_usage
 from broker.offers import apply_offer
 from broker.tickets import stream_url
-from broker.transitions import LeaseState, SiteState, change_state, is_round_due, note_change, record_event
+from broker.transitions import (
+    LeaseState,
+    SiteState,
+    change_state,
+    is_round_due,
+    note_change,
+    record_event,
+)
 from broker.wishes import standing_wish
 from sites.protocol import AttemptReport, Confirmation, Heartbeat, HeartbeatAnswer, Refusal, Usage, Veto
 
@@ -115,13 +122,10 @@ class _Taken:
 
     def renew_livenesses(self) -> None:
         """Count anew the liveness of all that runs at the site, and renew the certificates that need it."""
-        for lease in self.session.scalars(
-            select(Lease).where(
-                Lease.site_id == self.site_id, Lease.state.in_([LeaseState.CONFIRMED, LeaseState.ACTIVE])
-            )
-        ):
-            renew_liveness(self.market, lease)
-            renew_certificate(self.market, lease)
+        for lease in self.session.scalars(select(Lease).where(Lease.site_id == self.site_id, LEASE_STANDS)):
+            if lease.state != LeaseState.PROPOSED:
+                renew_liveness(self.market, lease)
+                renew_certificate(self.market, lease)
 
     def confirmation(self, item: Confirmation) -> None:
         """Take the site's word that it accepts a lease."""
@@ -208,14 +212,10 @@ def _heard(session: Session, market: Market, site_id: str, heartbeat: Heartbeat,
 
 def _standing_leases(session: Session, site_id: str) -> list[Lease]:
     """Return the site's leases that are not over, or whose GPUs it has not yet said to be free."""
-    still_held = select(LeasedGpu.lease_id).where(LeasedGpu.lease_id == Lease.lease_id, LeasedGpu.live).exists()
-    return list(
-        session.scalars(
-            select(Lease)
-            .where(Lease.site_id == site_id, or_(Lease.state != LeaseState.ENDED, still_held))
-            .order_by(Lease.lease_id)
-        )
-    )
+    standing = select(Lease.lease_id).where(Lease.site_id == site_id, LEASE_STANDS)
+    still_held = select(LeasedGpu.lease_id).where(LeasedGpu.site_id == site_id, LeasedGpu.live)
+    found = standing.union(still_held).scalar_subquery()
+    return list(session.scalars(select(Lease).where(Lease.lease_id.in_(found)).order_by(Lease.lease_id)))
 
 
 def _renewed_certificate(session: Session, market: Market, site_id: str, csr_pem: str | None) -> str | None:

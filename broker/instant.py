@@ -83,6 +83,9 @@ def commit_offer(session: Session, market: Market, job: Job, offer: InstantOffer
         site = session.get(Site, site_id)
         if site is None or site.version != version:
             return None
+    left = budget_left_micros_per_hour(session, job.tenant_id)
+    if left is not None and offer.award.charge_micros_per_hour > left:
+        return None  # another job of the tenant was placed meanwhile
     award = offer.award.model_copy(update={"job_id": job.job_id, "job_version": job.version})
     sites = propose(session, market, job, award, offer.round_number, lane=LANE)
     if sites is not None:
@@ -115,7 +118,7 @@ def _offer(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> I
     newest = session.scalar(select(func.max(Round.round_number)))
     if newest is None:
         raise InstantRefusedError(f"no round has been held yet, so there are no prices; {_ADVICE}")
-    taken = take(session, market)
+    taken = take(session, market, with_jobs=False)
     job = job_state(
         "instant",
         spec,

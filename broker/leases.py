@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.tables import (
+    PLACEMENT_STANDS,
     Gpu,
     Job,
     JobArtifact,
@@ -46,7 +47,7 @@ from training.spec import JobSpec
 
 def live_placement(session: Session, job_id: str) -> Placement | None:
     """Return the job's placement that is proposed or active, None where it has none."""
-    return session.scalar(select(Placement).where(Placement.job_id == job_id, Placement.state != PlacementState.ENDED))
+    return session.scalar(select(Placement).where(Placement.job_id == job_id, PLACEMENT_STANDS))
 
 
 def leases_of(session: Session, placement: Placement) -> list[Lease]:

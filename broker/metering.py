@@ -20,13 +20,13 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Hold, Lease, Link, Placement, UsageReport
+from broker.database.tables import PLACEMENT_STANDS, Hold, Lease, Link, Placement, UsageReport
 from broker.database.terms import Term
 from broker.errors import ConflictError, RefusedError, StaleEpochError
 from broker.lease_clock import ended_since_ms, ran_ms
 from broker.market import Market
 from broker.terms import Part, spans, split, terms_of
-from broker.transitions import EndCause, LeaseState, PlacementState, record_event
+from broker.transitions import EndCause, LeaseState, record_event
 from pricing.money import MILLISECONDS_PER_HOUR, cost_micros, divide_up, egress_micros, format_credits
 from pricing.settlement import Delivery, LinkTerms, PoolTerms, Settlement, Terms, settle
 from sites.protocol import Usage
@@ -360,7 +360,7 @@ def _reservation_left(session: Session, placement: Placement, term: Term, hold: 
     others: Sequence[Placement] = session.scalars(
         select(Placement).where(
             Placement.job_id == placement.job_id,
-            Placement.state != PlacementState.ENDED,
+            PLACEMENT_STANDS,
             Placement.placement_id != placement.placement_id,
         )
     ).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.database.tables import Gpu, Link, Pool, Round, Site
@@ -52,7 +52,7 @@ def apply_offer(session: Session, site: Site, offer: Offer) -> bool:
 
 def note_times_passed(session: Session, now_ms: int) -> None:
     """Ask for a round where a time that an owner announced has come since the last one: what is sold has changed."""
-    last_ms = session.scalar(select(func.max(Round.taken_ms)))
+    last_ms = session.scalar(select(Round.taken_ms).order_by(Round.round_number.desc()).limit(1))
     if last_ms is None:
         return
     for document in session.scalars(select(Site.offer).where(Site.state == SiteState.LIVE)):

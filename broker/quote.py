@@ -73,7 +73,7 @@ def quote_jobs(market: Market, specs: Sequence[JobSpec], tenant_id: str) -> list
     """Return the candidates of several jobs in one state of the market, those of each best first."""
 
     def work(session: Session) -> list[list[QuotedRow]]:
-        taken = take(session, market)
+        taken = take(session, market, with_jobs=False)
         speeds = read_speeds(session)
         return [_quoted(taken, speeds, spec, tenant_id, market.clock.now_ms()) for spec in specs]
 
@@ -158,11 +158,12 @@ def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
     without = lacking(spec, abilities)
     if offers and without.sites >= set(offers):
         return f"no site of this market has what the job needs: {'; '.join(without.reasons)}"
+    counted = select(Gpu.pool_id, func.count()).where(Gpu.present).group_by(Gpu.pool_id)
+    present = {pool_id: count for pool_id, count in session.execute(counted)}  # noqa: C416  rows are not pairs to mypy
     whole = []
     for pool in session.scalars(
         select(Pool).join(Site, Site.site_id == Pool.site_id).where(Site.state != SiteState.REMOVED)
     ):
-        present = session.scalar(select(func.count()).select_from(Gpu).where(Gpu.pool_id == pool.pool_id, Gpu.present))
         quotas = [each.job_gpus_max for each in offers[pool.site_id].pools if each.gpu_type == pool.gpu_type]
         whole.append(
             PoolState(
@@ -170,7 +171,7 @@ def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
                 site_id=pool.site_id,
                 gpu_type=pool.gpu_type,
                 # What one job may have of it: a quota of the owner's never ends.
-                capacity_gpus=min([present or 0, *(quota for quota in quotas if quota is not None)]),
+                capacity_gpus=min([present.get(pool.pool_id, 0), *(quota for quota in quotas if quota is not None)]),
                 ask_micros_per_gpu_hour=pool.ask_micros_per_gpu_hour,
                 flops_per_s=pool.flops_per_s,
             )

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from broker.attempts import Ending, end_job, lose_lease
 from broker.database.refusals import BarredConfiguration
-from broker.database.tables import Job, Lease, LeasedGpu, Placement, Round, Site
+from broker.database.tables import LEASE_STANDS, PLACEMENT_STANDS, Job, Lease, LeasedGpu, Placement, Round, Site
 from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
 from broker.market import Market
 from broker.offers import note_times_passed
@@ -42,11 +42,9 @@ def reconcile(market: Market) -> bool:
         _mark_silent_sites(session, market)
         wake = _end_dead_leases(session, market)
         session.flush()
-        for placement in list(
-            session.scalars(
-                select(Placement).where(Placement.state != PlacementState.ENDED).order_by(Placement.placement_id)
-            )
-        ):
+        # Sorted here: to give them in order, SQLite would go through every placement that ever was.
+        standing = session.scalars(select(Placement).where(PLACEMENT_STANDS))
+        for placement in sorted(standing, key=lambda placement: placement.placement_id):
             wake.update(_look_at(session, market, placement))
         session.flush()
         _fail_overdue_jobs(session, market)
@@ -81,13 +79,14 @@ def _mark_silent_sites(session: Session, market: Market) -> None:
 def _end_dead_leases(session: Session, market: Market) -> set[str]:
     """End active leases whose liveness is over, and free the GPUs of ended ones for which it is."""
     wake: set[str] = set()
-    for lease in list(session.scalars(select(Lease).where(Lease.state == LeaseState.ACTIVE).order_by(Lease.lease_id))):
+    standing = session.scalars(select(Lease).where(LEASE_STANDS))
+    for lease in sorted(standing, key=lambda lease: lease.lease_id):
         if lease.state == LeaseState.ACTIVE and liveness_over(market, lease):
             silent = f"site {lease.site_id} was not heard for longer than its lease's liveness"
             wake.update(lose_lease(session, market, lease, EndCause.EXPIRED, silent))
     session.flush()
-    held = select(LeasedGpu.lease_id).where(LeasedGpu.lease_id == Lease.lease_id, LeasedGpu.live).exists()
-    for lease in list(session.scalars(select(Lease).where(Lease.state == LeaseState.ENDED, held))):
+    held = select(LeasedGpu.lease_id).where(LeasedGpu.live)
+    for lease in list(session.scalars(select(Lease).where(Lease.state == LeaseState.ENDED, Lease.lease_id.in_(held)))):
         if liveness_over(market, lease):
             free_leased_gpus(session, lease)
     return wake

@@ -24,11 +24,11 @@ def due_of_ended(session: Session, market: Market, job_id: str | None = None) ->
     Counted until a site has reported its processes dead or its liveness is over (the GPUs' rows
     say so), and for no longer than the lease can have run, as `broker.metering` will accept.
     """
-    held = select(LeasedGpu.lease_id).where(LeasedGpu.lease_id == Lease.lease_id, LeasedGpu.live).exists()
+    held = select(LeasedGpu.lease_id).where(LeasedGpu.live)
     ended = (
         select(Lease, Placement)
         .join(Placement, Placement.placement_id == Lease.placement_id)
-        .where(Lease.state == LeaseState.ENDED, Lease.end_cause != EndCause.EXPIRED, held)
+        .where(Lease.state == LeaseState.ENDED, Lease.end_cause != EndCause.EXPIRED, Lease.lease_id.in_(held))
     )
     if job_id is not None:
         ended = ended.where(Lease.job_id == job_id)

@@ -14,7 +14,7 @@ from broker.database.tables import Hold, Job, Lease
 from broker.lease_clock import ended_since_ms
 from broker.market import Market
 from broker.refunds import refund_lost_work
-from broker.transitions import FINAL_JOB_STATES, LeaseState, record_event
+from broker.transitions import FINAL_JOB_STATES, JobState, LeaseState, record_event
 from broker.underdelivery import refund_underdelivery
 from pricing.money import format_credits
 from sites.protocol import AttemptPhase
@@ -33,14 +33,10 @@ def settle(market: Market) -> int:
 
 
 def _open_final_jobs(session: Session) -> list[Job]:
-    return list(
-        session.scalars(
-            select(Job)
-            .join(Hold, Hold.job_id == Job.job_id)
-            .where(Job.state.in_(sorted(FINAL_JOB_STATES)), Hold.closed_ms.is_(None))
-            .order_by(Job.job_id)
-        )
-    )
+    # From the open holds on: final jobs are nearly all that ever were.
+    holding = select(Hold.job_id).where(Hold.closed_ms.is_(None))
+    over = Job.state.not_in(sorted(set(JobState) - FINAL_JOB_STATES))
+    return list(session.scalars(select(Job).where(Job.job_id.in_(holding), over).order_by(Job.job_id)))
 
 
 def _close(session: Session, market: Market, job: Job) -> bool:

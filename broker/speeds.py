@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import func, literal, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from broker.allocation.configuration import Configuration
 from broker.allocation.snapshot import BITS_PER_S_MAX, FLOPS_PER_S_MAX, JobSpeed
@@ -77,10 +77,15 @@ class ExpectedSpeed:
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What was measured: the runs by family and GPU type, and the speeds that agree with them."""
+    """What was measured: the runs by family and GPU type, and the speeds that agree with them.
+
+    `market` is what all families measured, where `runs` are one family's with its job's profile.
+    """
 
     runs: Mapping[Family, Mapping[str, Sequence[MeasuredRun]]]
+    market: Speeds | None = None
     _families: dict[tuple[Family, int], dict[str, SpeedEstimate]] = field(default_factory=dict)
+    _ratios: dict[tuple[str, str], Sequence[float]] = field(default_factory=dict)
 
     def of(self, tenant_id: str, spec: JobSpec) -> dict[str, SpeedEstimate]:
         """Return what is known of a job on each GPU type that it accepts; types that nothing is known of are left out."""
@@ -97,7 +102,7 @@ class Speeds:
                 found[request.gpu_type] = near(spec.market.workload, known[request.gpu_type], runs, middle)
             elif known:
                 nearest = min(known, key=lambda name: (known[name].half_width_log, name))
-                ratios = ratios_between(self._all(), nearest, request.gpu_type)
+                ratios = (self.market or self).ratios(nearest, request.gpu_type)
                 found[request.gpu_type] = carried(known[nearest], nearest, request.gpu_type, ratios)
         return found
 
@@ -148,7 +153,7 @@ class Speeds:
             open_s = PROFILE_OPEN_SHARE * seconds
             run = MeasuredRun(1, float(row.steps * row.batch_per_gpu), seconds, open_s, row.batch_per_gpu)
             own.setdefault(row.gpu_type, []).append(run)
-        return Speeds({**self.runs, family: {**known, **own}})
+        return Speeds({family: {**known, **own}}, market=self)
 
     def _family(self, family: Family, batch_per_gpu: int) -> dict[str, SpeedEstimate]:
         """Return a family's speeds at a batch; runs at others count too, for less."""
@@ -165,10 +170,16 @@ class Speeds:
             self._families[key] = {gpu_type: each for gpu_type, each in found.items() if each.measured}
         return self._families[key]
 
-    def _all(self) -> list[dict[str, SpeedEstimate]]:
-        """Return every family's speeds, each at the batch that it ran at last."""
-        newest = {family: next(iter(by_type.values()))[0] for family, by_type in self.runs.items()}
-        return [self._family(family, run.batch_per_gpu or 1) for family, run in newest.items()]
+    def ratios(self, known: str, wanted: str) -> Sequence[float]:
+        """Return how two GPU types compare in every family that ran on both, each at the batch that it ran at last.
+
+        Kept: a round asks for many jobs, and each answer looks at all families.
+        """
+        if (known, wanted) not in self._ratios:
+            newest = {family: next(iter(by_type.values()))[0] for family, by_type in self.runs.items()}
+            families = [self._family(family, run.batch_per_gpu or 1) for family, run in newest.items()]
+            self._ratios[known, wanted] = ratios_between(families, known, wanted)
+        return self._ratios[known, wanted]
 
 
 def _unprofiled(terms: MarketTerms) -> MarketTerms:
@@ -184,22 +195,20 @@ def read_speeds(
     session: Session, *, tenant_id: str | None = None, but_site: str | None = None, before_ms: int | None = None
 ) -> Speeds:
     """Return what the newest leases measured, if asked only a tenant's, without a site, or ended before a time."""
-    gangs = (
-        select(Lease.placement_id, func.count().label("sites"))
-        .group_by(Lease.placement_id)
-        .having(func.count(Lease.gpu_type.distinct()) == 1)  # else one type's pace is the other's
-        .subquery()
-    )
+    member = aliased(Lease)
+    sites = select(func.count()).where(member.placement_id == Lease.placement_id).scalar_subquery()
+    # Of a gang of several types one's pace is the other's.
+    mixed = select(member.lease_id).where(member.placement_id == Lease.placement_id, member.gpu_type != Lease.gpu_type)
     asked = [] if but_site is None else [Lease.site_id != but_site]
     asked += [] if before_ms is None else [Lease.ended_ms < before_ms]
     asked += [] if tenant_id is None else [Job.tenant_id == tenant_id]
     rows = session.execute(
-        select(Lease, gangs.c.sites, Placement.award, Job.tenant_id, Job.spec)
-        .join(gangs, gangs.c.placement_id == Lease.placement_id)
+        select(Lease, sites, Placement.award, Job.tenant_id, Job.spec)
         .join(Placement, Placement.placement_id == Lease.placement_id)
         .join(Job, Job.job_id == Lease.job_id)
         .where(
-            Lease.delivered_samples > 0,
+            Lease.delivered_samples > literal(0, literal_execute=True),  # as the index `leases_by_start` states it
+            ~mixed.exists(),
             or_(
                 Lease.delivered_gpu_milliseconds >= Lease.gpus * round(SECONDS_MIN * 1000),
                 Lease.pace_to_gpu_milliseconds - Lease.pace_from_gpu_milliseconds

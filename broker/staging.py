@@ -96,6 +96,8 @@ def too_early(spec: JobSpec, abilities: Mapping[str, Ability], *, waited_s: floa
 
 def least_elsewhere_s(spec: JobSpec, abilities: Mapping[str, Ability], standing: set[str]) -> float:
     """Return how long a job that runs would at least wait for its data at any other site."""
+    if not spec.data:
+        return 0.0
     elsewhere = [seconds for site, seconds in _needed_s(spec, abilities).items() if site not in standing]
     return min(elsewhere, default=0.0)
 

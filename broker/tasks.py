@@ -10,6 +10,7 @@ stands in Redis. No results are kept. `clear` runs alone in a dedicated worker (
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ class SteadyConnection(Connection):
     """A connection that is tried again at a steady pace, however long Redis has been away."""
 
     def _ensure_connection(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  kombu has no types
+        # kombu names its own pace where it consumes and gives it by place where it sends: both give way.
+        given = inspect.signature(super()._ensure_connection).bind(*arguments, **options).arguments
         steady = {"interval_start": RECONNECT_S, "interval_step": 0, "interval_max": RECONNECT_S}
-        return super()._ensure_connection(*arguments, **{**options, **steady})  # type: ignore[no-untyped-call]  # as above
+        return super()._ensure_connection(**{**given, **steady})  # type: ignore[no-untyped-call]  # as above
 
 
 class QuietConsumer(Consumer):  # type: ignore[misc]  # celery has no types
@@ -74,6 +77,7 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,  # for ever
         # Messages wait nowhere for an acknowledgement: a ring that dies with its worker is made up by the beat.
         broker_transport_options={"ack_emulation": False},
+        task_publish_retry_policy={"max_retries": 1},  # the next beat rings anyway
         timezone="UTC",
         # In memory: a schedule on disk would be locked by the beat of a worker that was killed, and
         # says nothing that these three do not know.

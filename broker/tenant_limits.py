@@ -13,10 +13,10 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.snapshot import TenantState
-from broker.database.tables import Job, Placement, Tenant
+from broker.database.tables import PLACEMENT_STANDS, Job, Placement, Tenant
 from broker.errors import NotFoundError
 from broker.market import Market
-from broker.transitions import PlacementState, note_change, record_event
+from broker.transitions import note_change, record_event
 from pricing.money import format_credits
 
 FLOOR_GPUS_MAX: Final = 1_000_000
@@ -70,12 +70,28 @@ def budget_left_micros_per_hour(session: Session, tenant_id: str) -> int | None:
     return max(0, tenant.budget_micros_per_hour - spending_micros_per_hour(session, tenant_id))
 
 
+def budgets_left(session: Session) -> dict[str, int]:
+    """Return for each tenant with a budget what it leaves beside the live placements, below 0 where it was lowered."""
+    budgets = select(Tenant.tenant_id, Tenant.budget_micros_per_hour).where(Tenant.budget_micros_per_hour.is_not(None))
+    left = {tenant_id: most or 0 for tenant_id, most in session.execute(budgets)}
+    # Added up here: grouped by tenant, SQLite would go through every job that ever was.
+    standing = (
+        select(Job.tenant_id, Placement.charge_micros_per_hour)
+        .join(Job, Job.job_id == Placement.job_id)
+        .where(PLACEMENT_STANDS)
+    )
+    for tenant_id, charge in session.execute(standing):
+        if tenant_id in left:
+            left[tenant_id] -= charge
+    return left
+
+
 def spending_micros_per_hour(session: Session, tenant_id: str) -> int:
     """Return what the live placements of a tenant cost together, in micro-credits per hour."""
     live = (
         select(func.coalesce(func.sum(Placement.charge_micros_per_hour), 0))
         .join(Job, Job.job_id == Placement.job_id)
-        .where(Job.tenant_id == tenant_id, Placement.state != PlacementState.ENDED)
+        .where(Job.tenant_id == tenant_id, PLACEMENT_STANDS)
     )
     return int(session.scalar(live) or 0)
 

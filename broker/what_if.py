@@ -16,12 +16,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Clearing
+from broker.allocation.engines import engine_of
 from broker.allocation.snapshot import PoolState, Snapshot
 from broker.allocation.solve import clear
 from broker.artifacts import ArtifactMissingError
-from broker.database.tables import Pool, Round, Site
-from broker.errors import BusyError, NotFoundError, RefusedError
+from broker.database.tables import Round, Site
+from broker.errors import BusyError, NotFoundError
 from broker.market import Market
+from broker.wishes import check_asks
 
 ROUNDS_MAX: Final = 20
 # As with explanations: beyond this many jobs a round takes too long to solve while somebody waits.
@@ -29,7 +31,6 @@ JOBS_MAX: Final = 1_000
 SECONDS_MAX: Final = 8.0
 WAIT_S: Final = 10.0
 REMEMBERED_MAX: Final = 64
-ASK_MICROS_MAX: Final = 2**45  # as an offer's (`sites.protocol.Rate`)
 
 _solving = threading.Lock()
 _remembered: OrderedDict[tuple[object, ...], WhatIf] = OrderedDict()
@@ -84,8 +85,9 @@ def what_if(market: Market, site_id: str, asks: Mapping[str, int], *, rounds: in
     assert 0 < rounds <= ROUNDS_MAX, f"1 to {ROUNDS_MAX} rounds are cleared again, not {rounds}"
     recent = market.database.read(lambda session: _recent(session, site_id, asks, rounds))
     key = (site_id, tuple(sorted(asks.items())), tuple(row.round_number for row in recent))
-    if key in _remembered:
-        return _remembered[key]
+    known = _remembered.get(key)
+    if known is not None:
+        return known
     if not _solving.acquire(timeout=WAIT_S):
         raise BusyError("other asks are being tried just now; ask again in a moment")
     try:
@@ -125,14 +127,7 @@ def sold_by(clearing: Clearing, site_id: str) -> Sold:
 def _recent(session: Session, site_id: str, asks: Mapping[str, int], rounds: int) -> list[Round]:
     if session.get(Site, site_id) is None:
         raise NotFoundError(f"there is no site {site_id[:64]!r}")
-    offered = set(session.scalars(select(Pool.gpu_type).where(Pool.site_id == site_id)))
-    unknown = sorted(set(asks) - offered)
-    if unknown:
-        raise RefusedError(
-            f"this site offers no {unknown[0][:40]}; it offers {', '.join(sorted(offered)) or 'nothing'}"
-        )
-    if not all(0 <= ask <= ASK_MICROS_MAX for ask in asks.values()):
-        raise RefusedError("an ask must not be below nought, nor beyond what the market can count")
+    check_asks(session, site_id, asks)
     return list(session.scalars(select(Round).order_by(Round.round_number.desc()).limit(rounds)))
 
 
@@ -150,7 +145,8 @@ def _solved(market: Market, site_id: str, asks: dict[str, int], recent: list[Rou
         except ArtifactMissingError:
             skipped += 1
             continue
-        again = clear(with_asks(snapshot, site_id, asks))
+        engine = engine_of(row.solver, otherwise=market.settings.lp_engine)
+        again = clear(with_asks(snapshot, site_id, asks), engine=engine)
         found.append(RoundWhatIf(row.round_number, sold_by(recorded, site_id), sold_by(again, site_id)))
     return WhatIf(asks, tuple(found), skipped, cut=False)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,9 +19,7 @@ from broker.errors import NotFoundError, RefusedError
 from broker.market import Market
 from broker.transitions import SiteState, record_event
 from pricing.money import format_credits
-from sites.protocol import Heartbeat, Wish
-
-ASK_MICROS_MAX: Final = 2**45  # what an offer may ask (`sites.protocol.Rate`)
+from sites.protocol import RATE_MICROS_MAX, Heartbeat, Wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +47,7 @@ def make_wish(
         site = session.get(Site, site_id)
         if site is None or site.state == SiteState.REMOVED:
             raise NotFoundError(f"there is no site {site_id[:64]!r}")
-        offered = set(session.scalars(select(Pool.gpu_type).where(Pool.site_id == site_id)))
-        unknown = sorted(set(asks) - offered)
-        if unknown:
-            raise RefusedError(f"this site offers no {unknown[0][:40]}; it offers {', '.join(sorted(offered))}")
-        if not all(0 <= ask <= ASK_MICROS_MAX for ask in asks.values()):
-            raise RefusedError("an ask must not be below nought, nor beyond what the market can count")
+        check_asks(session, site_id, asks)
         row = session.get(SiteWish, site_id)
         if row is None:
             row = SiteWish(site_id=site_id, number=0, answered=0, answer="")
@@ -83,15 +75,29 @@ def make_wish(
     return number
 
 
+def check_asks(session: Session, site_id: str, asks: Mapping[str, int]) -> None:
+    """Raise RefusedError for an ask of a type that the site does not offer, or one out of range."""
+    offered = set(session.scalars(select(Pool.gpu_type).where(Pool.site_id == site_id)))
+    unknown = sorted(set(asks) - offered)
+    if unknown:
+        raise RefusedError(
+            f"this site offers no {unknown[0][:40]}; it offers {', '.join(sorted(offered)) or 'nothing'}"
+        )
+    if not all(0 <= ask <= RATE_MICROS_MAX for ask in asks.values()):
+        raise RefusedError("an ask must not be below nought, nor beyond what the market can count")
+
+
 def standing_wish(session: Session, site_id: str, heartbeat: Heartbeat) -> Wish | None:
     """Take a site's word on a wish, and return what its operator wishes now; None for a site that takes no wishes."""
-    if not heartbeat.takes_wishes:
-        return None
     row = session.get(SiteWish, site_id)
     if row is None:
         return None
+    if not heartbeat.takes_wishes:
+        row.answered, row.answer = 0, ""  # its settings allow none any more: what it said before is no answer
+        return None
+    # Said with every heartbeat, and judged anew whenever the agent starts: the newest word counts.
     reply = heartbeat.wish_reply
-    if reply is not None and reply.number == row.number and row.answered != row.number:
+    if reply is not None and reply.number == row.number:
         row.answered, row.answer = reply.number, reply.refused
     return Wish(number=row.number, asks_micros_per_gpu_hour=json.loads(row.asks), draining=row.draining)
 

@@ -34,7 +34,7 @@ from pricing.money import format_credits, parse_credits
 from sites.errors import AskError
 from sites.hours import Window, check_zone, spans
 from sites.identity import write_private
-from sites.protocol import ASK_STEPS_MAX, GPUS_PER_POOL_MAX, Micros
+from sites.protocol import ASK_STEPS_MAX, GPUS_PER_POOL_MAX, RATE_MICROS_MAX, Micros
 from sites.yaml_file import Section
 
 OVERRIDES_FILE: Final = "asks.json"
@@ -42,7 +42,6 @@ POWER_ROWS_MAX: Final = 50_000
 POWER_FILE_BYTES_MAX: Final = 4_000_000
 # The last figure of a power file holds no longer than this: an old price is no price.
 POWER_AGE_MAX: Final = dt.timedelta(hours=24)
-ASK_MICROS_MAX: Final = 2**45
 
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
@@ -99,7 +98,7 @@ class AskRules(Section):
     utilisation: tuple[UtilisedFactor, ...] = Field(default=(), max_length=16)
     power: PowerRule | None = None
     lowest: Credits = 0
-    highest: Credits = ASK_MICROS_MAX
+    highest: Credits = RATE_MICROS_MAX
 
     _known_zone = field_validator("zone")(check_zone)
 
@@ -157,7 +156,7 @@ def ask_at(base: Curve, rules: AskRules, power: PowerFigures | None, moment: dt.
         added = round(rules.power.kw_per_gpu * (price + grams * rules.power.carbon_price / 1000))
         why.append(f"+ {format_credits(added)} for power" + ("" if covered else " (no figure: the file's dearest)"))
     prices = [round(part.price * factor) + added for part in base]
-    bounded = [min(max(price, rules.lowest), rules.highest, ASK_MICROS_MAX) for price in prices]
+    bounded = [min(max(price, rules.lowest), rules.highest, RATE_MICROS_MAX) for price in prices]
     if bounded != prices:
         why.append(f"held at {'lowest' if bounded[0] > prices[0] else 'highest'}")
     return Ask(_joined(zip((part.gpus for part in base), bounded, strict=True)), " ".join(why))
@@ -247,11 +246,15 @@ _OVERRIDES: Final = TypeAdapter(dict[str, tuple[tuple[int, int], ...]])
 
 
 def read_overrides(folder: Path) -> dict[str, Curve]:
-    """Return the bases that `hansa site ask` has set, by GPU type."""
+    """Return the bases that `hansa site ask` has set, by GPU type. Raises AskError where the file cannot be read."""
     try:
         kept = _OVERRIDES.validate_json((folder / OVERRIDES_FILE).read_bytes())
-    except (OSError, ValidationError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValidationError) as error:
+        raise AskError(
+            f"{folder / OVERRIDES_FILE} cannot be read ({str(error)[:200]}); delete it, and set the asks anew"
+        ) from None
     return {kind: tuple(AskPart.model_construct(gpus=n, price=p) for n, p in rows) for kind, rows in kept.items()}
 
 

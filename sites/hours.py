@@ -26,8 +26,9 @@ Span = tuple[dt.datetime, dt.datetime]
 
 
 def _minutes(value: object) -> int:
-    # YAML 1.1 reads 20:00 as 20 * 60 + 0, which is just the number of minutes; 08:00 stays text.
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MINUTES_PER_DAY:
+    # YAML 1.1 reads 20:00 as 20 * 60 + 0, which is just the number of minutes; 08:00 and 00:30 stay text. A smaller
+    # number is what a person wrote for an hour.
+    if isinstance(value, int) and not isinstance(value, bool) and (value == 0 or 60 <= value <= MINUTES_PER_DAY):  # noqa: PLR2004  minutes of an hour
         return value
     hour, colon, minute = str(value).partition(":")
     if colon and hour.isdecimal() and minute.isdecimal() and int(minute) < 60:  # noqa: PLR2004  minutes of an hour

@@ -38,6 +38,7 @@ RESERVATIONS_MAX: Final = 64
 GPUS_PER_POOL_MAX: Final = 65_536
 DATASETS_PER_SITE_MAX: Final = 1000
 LEASES_PER_SITE_MAX: Final = 10_000
+RATE_MICROS_MAX: Final = 2**45  # an ask or a price, per hour or per GB
 HEARTBEAT_BYTES_MAX: Final = 8_000_000
 STREAM_CHUNK_BYTES_MAX: Final = 1_000_000
 ARTIFACT_CHUNK_BYTES_MAX: Final = 4_000_000
@@ -61,7 +62,7 @@ OutputName = Annotated[str, StringConstraints(min_length=1, max_length=OUTPUT_NA
 Sentence = Annotated[str, StringConstraints(max_length=1000)]
 Micros = Annotated[int, Field(ge=0, le=10**15)]
 # An offer beyond these would make a whole round's snapshot invalid, so it is refused at the door.
-Rate = Annotated[int, Field(ge=0, le=2**45)]
+Rate = Annotated[int, Field(ge=0, le=RATE_MICROS_MAX)]
 UtcMs = Annotated[int, Field(ge=0, le=2**53)]
 PlaceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 FlopsPerSecond = Annotated[float, Field(ge=1, le=1e18)]

@@ -28,13 +28,17 @@ _log = structlog.get_logger(__name__)
 
 
 def fetch_statement(broker: Broker, folder: Path) -> None:
-    """Ask the broker and keep what it says; a broker that does not answer, or is too old to know, changes nothing."""
+    """Ask the broker and keep what it says; a broker that does not answer, or is too old to know, changes nothing.
+
+    Raises nothing that a site may meet: it runs on a thread of its own, where nobody would see it.
+    """
     try:
         found = broker.statement(STATEMENT_DAYS)
+        write_private(folder / STATEMENT_FILE, found.model_dump_json().encode())
     except SiteError as error:
         _log.info("statement.unanswered", code=error.code, detail=str(error)[:300])
-        return
-    write_private(folder / STATEMENT_FILE, found.model_dump_json().encode())
+    except OSError as error:
+        _log.warning("statement.not_kept", detail=str(error))
 
 
 def kept_statement(folder: Path) -> SiteStatement:

@@ -186,7 +186,9 @@ class SyncPlan(_Strict):
 
     def placed(self, market: SyncPlan) -> SyncPlan:
         """Return this plan as the market resolved it; what the market does not weigh stays as the tenant wrote it."""
-        weighed = ("strategy", "codec", "period_steps")
+        weighed: tuple[str, ...] = ("strategy", "codec", "period_steps")
+        if self.strategy == "auto":
+            weighed = (*weighed, "overlap_steps", "outer_learning_rate", "outer_momentum")
         return self.model_copy(update={name: getattr(market, name) for name in weighed})
 
     @property

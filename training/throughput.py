@@ -25,15 +25,15 @@ BYTES_PER_PARAMETER: Final = 4
 # How many times smaller than fp32 a contribution is on the wire.
 #   fp32   the parameters themselves
 #   int8   one byte per parameter and one fp32 scale per block of 512: 4 / (1 + 4 / 512) = 3.97
-#   topk2  1 in 64 values, sign and one of two magnitudes, all entropy-coded (SparseLoCo, arXiv 2508.15706,
-#          with 9 bits per kept value in all): 218 as payload, at least 195 once framing, acknowledgements
-#          and the polls of a short round are counted
+#   topk2  1 in 64 values, sign and one of two magnitudes, all coded arithmetically (SparseLoCo, arXiv 2508.15706): 229 as
+#          payload, 207 once headers, framing and acknowledgements are counted, measured on contributions of 105 MB of fp32
+#          (`make bench-training ONLY=T1`, 2026-11-21)
 #   bf16, int4, fp4, sign: 16, 4, 4 and 1 bits, with one fp32 scale per block of 256 (4 bits) or 1,024 (1 bit)
 #   lowrank depends on the model's matrices; 30 is a transformer of width 256, wider ones gain more
 CODEC_RATIOS: Final[dict[str, float]] = {
     "fp32": 1.0,
     "int8": 3.97,
-    "topk2": 195.0,
+    "topk2": 207.0,
     "bf16": 2.0,
     "int4": 7.75,
     "fp4": 7.75,
@@ -115,11 +115,18 @@ Links = Mapping[tuple[str, str], Link]
 
 
 def predict(
-    workload: Workload, sync: SyncPlan, parts: Sequence[SitePart], links: Links, hub_site: str | None = None
+    workload: Workload,
+    sync: SyncPlan,
+    parts: Sequence[SitePart],
+    links: Links,
+    hub_site: str | None = None,
+    *,
+    overlapped: bool = False,
 ) -> Prediction:
     """Return the predicted speed of `parts` under a resolved `sync` plan.
 
-    Several sites need `hub_site` to be one of them and links both ways between it and each other
+    With `overlapped` a streaming plan's rounds, each of one group of fragments, take their time beside its `overlap_steps` inner
+    steps, and only what is longer is waited for; else all plans wait for whole rounds. Several sites need `hub_site` to be one of them and links both ways between it and each other
     site; ValueError says which is missing.
     """
     step_alone_s, compute_s, intra_site_s = max(_step_alone_s(workload, part) for part in parts)
@@ -129,8 +136,13 @@ def predict(
         if hub_site is None or "auto" in (sync.strategy, sync.codec):
             message = "several sites need a hub and a resolved sync plan: call resolve_sync first"
             raise ValueError(message)
-        sync_s, traffic_bytes = _sync_round(workload, sync, [part.site_id for part in parts], links, hub_site)
-        inter_site_s = sync_s / sync.period_steps
+        groups, overlap_s = 1, 0.0
+        if overlapped and sync.strategy == "streaming":
+            groups, overlap_s = sync.fragments, sync.overlap_steps * step_alone_s
+        sync_s, traffic_bytes = _sync_round(
+            workload, sync, [part.site_id for part in parts], links, hub_site, groups=groups
+        )
+        inter_site_s = stall_s(sync_s, overlap_s) * groups / sync.period_steps
     step_s = step_alone_s + inter_site_s
     traffic = tuple(
         _traffic(pair, size_bytes / (step_s * sync.period_steps), links[pair])
@@ -197,6 +209,11 @@ def _hubs(sites: Sequence[str], links: Links, listening: frozenset[str]) -> list
     ]
 
 
+def slowest_step_s(workload: Workload, parts: Sequence[SitePart]) -> float:
+    """Return the seconds of an inner step that waits for no other site: the slowest part's."""
+    return max(_step_alone_s(workload, part)[0] for part in parts)
+
+
 def _step_alone_s(workload: Workload, part: SitePart) -> tuple[float, float, float]:
     """Return one site's inner step and its two parts: compute, all-reduce."""
     gpu = GPU_TYPES[part.gpu_type]
@@ -208,10 +225,10 @@ def _step_alone_s(workload: Workload, part: SitePart) -> tuple[float, float, flo
 
 
 def _sync_round(
-    workload: Workload, sync: SyncPlan, sites: Sequence[str], links: Links, hub: str
+    workload: Workload, sync: SyncPlan, sites: Sequence[str], links: Links, hub: str, *, groups: int = 1
 ) -> tuple[float, dict[tuple[str, str], float]]:
-    """Return the seconds of one sync round and the bytes that each link carries in it."""
-    contribution_bytes = contribution_size_bytes(float(workload.parameters), CODEC_RATIOS[sync.codec])
+    """Return the seconds of one sync round, of one of `groups`, and the bytes that each link carries in all of them."""
+    contribution_bytes = contribution_size_bytes(float(-(-workload.parameters // groups)), CODEC_RATIOS[sync.codec])
     slowest_s = 0.0
     traffic_bytes: dict[tuple[str, str], float] = {}
     for site in sites:
@@ -222,10 +239,11 @@ def _sync_round(
         except KeyError:
             message = f"no link both ways between {site} and the hub {hub}: choose another hub or probe the link"
             raise ValueError(message) from None
-        traffic_bytes[site, hub] = contribution_bytes
-        traffic_bytes[hub, site] = contribution_bytes * (len(sites) - 1)
-        transfer_s = link_transfer_s(traffic_bytes[site, hub], up.bandwidth_bits_per_s, up.loss) + link_transfer_s(
-            traffic_bytes[hub, site], down.bandwidth_bits_per_s, down.loss
+        fetched_bytes = contribution_bytes * (len(sites) - 1)
+        traffic_bytes[site, hub] = contribution_bytes * groups
+        traffic_bytes[hub, site] = contribution_bytes * groups * (len(sites) - 1)
+        transfer_s = link_transfer_s(contribution_bytes, up.bandwidth_bits_per_s, up.loss) + link_transfer_s(
+            fetched_bytes, down.bandwidth_bits_per_s, down.loss
         )
         slowest_s = max(slowest_s, transfer_s + ROUND_TRIPS_PER_SYNC * (up.delay_s + down.delay_s))
     return slowest_s, traffic_bytes
@@ -254,6 +272,11 @@ def contribution_size_bytes(parameters: float, codec_ratio: float) -> float:
 def link_transfer_s(size_bytes: float, bandwidth_bits_per_s: float, loss: float) -> float:
     """Return the seconds that a link takes to carry `size_bytes`, delay not counted."""
     return size_bytes * 8 / (bandwidth_bits_per_s * LINK_EFFICIENCY * (1 - loss))
+
+
+def stall_s(round_s: float, overlap_s: float) -> float:
+    """Return the seconds of a sync round that nothing is computed beside."""
+    return max(0.0, round_s - overlap_s)
 
 
 def _traffic(pair: tuple[str, str], bytes_per_s: float, link: Link) -> LinkTraffic:

@@ -5,7 +5,8 @@ What bounds a span at a pattern, or at any pattern of a group, from above:
     speed   batch x gpus / (slowest + sync / H); slowest is at least the compute time of the slowest
             kind and the fastest kind's step at ceil(gpus / parts) GPUs, since some part has as many;
             sync is at least size x a + b of the hub's slowest partner (a: seconds per byte up and
-            down, b: two round trips) with the most compressed codec that the job may use
+            down, b: two round trips) with the most compressed codec that the job may use. An open plan may stream, and
+            then nothing waits: it counts no sync, and its least bytes over the longest period that may be chosen
     value   the bid at that speed, and what the hold affords over the shortest term; the longest term
             gives the least restart rate
     toll    what grows with speed (data egress, link egress, link shares at their price) makes every piece
@@ -27,10 +28,11 @@ import numpy as np
 from broker.allocation.compiled import inlined
 from broker.allocation.instance import Instance, Int, Jobs
 from broker.allocation.kernel import CHARGE_MAX, CODECS, EGRESS, PART_FIELDS, PARTS, VALUE, budget_shares, kind_step_s
-from training import throughput
+from training import sync_rule, throughput
 
 _RATIOS: Final = np.array([throughput.CODEC_RATIOS[codec] for codec in CODECS])
 _MOST_COMPRESSED: Final = float(max(throughput.CODEC_RATIOS[codec] for codec in throughput.AUTO_CODECS))
+_PERIOD_LAST: Final = float(sync_rule.PERIOD_STEPS_LAST)
 _BYTES_PER_PARAMETER: Final = throughput.BYTES_PER_PARAMETER
 # Bounds are computed in floats: this much is added so that rounding never cuts off the best column.
 MARGIN: Final = 1e-9
@@ -139,6 +141,13 @@ def least_sync_bytes(instance: Instance, job: int) -> float:
     codec = instance.jobs.codec[job]
     ratio = _RATIOS[codec] if codec >= 0 else _MOST_COMPRESSED
     return instance.jobs.parameters[job] * _BYTES_PER_PARAMETER / ratio
+
+
+@inlined
+def most_period_steps(instance: Instance, job: int) -> float:
+    """Return the most inner steps that a job may train between two exchanges of the same parameters."""
+    period = instance.jobs.period_steps[job]
+    return max(period, _PERIOD_LAST) if instance.jobs.sync_open[job] else period
 
 
 @inlined

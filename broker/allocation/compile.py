@@ -202,6 +202,11 @@ def _jobs(tables: Tables) -> tuple[Jobs, NDArray[np.uint64]]:
         data_bytes_per_sample=tables["jobs.data_bytes_per_sample"].copy(),
         period_steps=tables["jobs.period_steps"].astype(np.float64),
         codec=_CODEC_INDEX[tables["jobs.codec"]],
+        sync_open=tables["jobs.sync_open"] & (tables["jobs.strategy"] == STRATEGIES.index("auto")),
+        samples=tables["jobs.samples"].astype(np.float64),
+        target=tables["jobs.target_utilisation"].copy(),
+        egress_gb_max=np.where(tables["jobs.max_egress_gb"] > 0, tables["jobs.max_egress_gb"], np.inf),
+        fragments=tables["jobs.fragments"].astype(np.float64),
         flops_per_s=measured[0],
         ring_bits_per_s=measured[1],
         barred_start=np.zeros(count + 1, np.int64),
@@ -287,6 +292,9 @@ def _leases(tables: Tables, market: _Market) -> Leases:
     gpus = tables["incumbent_parts.gpus"]
     paid = np.zeros(count, np.int64)
     np.add.at(paid, owner, np.minimum(prices, RATE_MICROS_PER_HOUR_MAX // gpus) * gpus)
+    # Where the plan was not the market's to choose, a streaming round counts as if nothing went on beside it.
+    streaming = tables["jobs.sync_open"][tables["incumbents.job"]]
+    streaming = streaming & (tables["incumbents.strategy"] == STRATEGIES.index("streaming"))
     return Leases(
         job=tables["incumbents.job"].copy(),
         part_start=start,
@@ -299,6 +307,8 @@ def _leases(tables: Tables, market: _Market) -> Leases:
             tables["incumbents.strategy"] == STRATEGIES.index("auto"), NONE, _CODEC_INDEX[tables["incumbents.codec"]]
         ),
         period_steps=tables["incumbents.period_steps"].copy(),
+        groups=np.where(streaming, tables["incumbents.fragments"], 1),
+        overlap_steps=np.where(streaming, tables["incumbents.overlap_steps"], 0),
         speed=tables["incumbents.samples_per_s"].copy(),
         traffic_start=starts(tables["incumbent_traffic.incumbent"], count),
         traffic_link=_found(link_key, sent_from * sites + sent_to, (sent_from >= 0) & (sent_to >= 0)),

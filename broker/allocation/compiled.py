@@ -22,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from training import throughput
+from training import sync_rule, throughput
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DIGEST_LENGTH: Final = 16
 # Modules without compiled functions whose constants are compiled into others.
-_CONSTANTS: Final = frozenset({"instance", "configuration", "throughput"})
+_CONSTANTS: Final = frozenset({"instance", "configuration", "throughput", "sync_rule"})
 _COMPLETE: Final = "complete"
 
 
@@ -82,7 +82,7 @@ def _jitted(function: F, **options: object) -> F:
 def _cache_folder() -> Path:
     sources = [
         source
-        for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(throughput.__file__)]
+        for source in [*sorted(Path(__file__).parent.glob("*.py")), Path(throughput.__file__), Path(sync_rule.__file__)]
         if source.stem in _CONSTANTS or b"allocation.compiled import" in source.read_bytes()
     ]
     return _root() / "hansa-compiled" / digest_of(sources)

@@ -23,6 +23,15 @@ SPANS_TRIED_MAX: Final = 1024
 # a quarter more than predicted, since predictions err, and long enough to be worth a lease.
 TERM_MARGIN: Final = 1.25
 TERM_S_MIN: Final = 60
+PLAN_STATED: Final = (
+    "strategy",
+    "codec",
+    "period_steps",
+    "outer_learning_rate",
+    "outer_momentum",
+    "checkpoint_rounds",
+    "patience_s",
+)
 
 
 class Part(Row):
@@ -85,6 +94,17 @@ class Configuration(Row):
     def gpus(self) -> int:
         """All GPUs, in all sites together."""
         return sum(part.gpus for part in self.parts)
+
+
+def as_sold(plan: SyncPlan, *, is_open: bool) -> SyncPlan:
+    """Return what a configuration states of a plan: all that the market weighs, and no more than that.
+
+    The rest stays as the tenant wrote it (`SyncPlan.placed`). `is_open` says that the plan was the market's to choose.
+    """
+    stated = set(PLAN_STATED)
+    if is_open:
+        stated |= {"fragments", "overlap_steps"} if plan.strategy == "streaming" else {"fragments"}
+    return SyncPlan.model_validate(plan.model_dump(include=stated))
 
 
 def configuration_of(

@@ -7,6 +7,7 @@ are valued together as numpy columns. Slow, and with nothing in common with the 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, cast
@@ -28,6 +29,7 @@ from broker.allocation.snapshot import JobState
 from training import throughput
 from training.catalogue import GPU_TYPES
 from training.spec import GpuRequest
+from training.sync_rule import OVERLAP_STEPS_MAX, PERIOD_STEPS_MIN, PERIOD_STEPS_OPEN, ROUNDS_MIN, WAYS
 
 Prices = Mapping[Row, int]
 # The closed form works on columns element by element, though it is written for one.
@@ -319,12 +321,16 @@ class Demand:
         """Return the best surplus over some rows of a spread."""
         pool, up, down = spread.pool[rows], spread.up[rows], spread.down[rows]
         counts, total, parts = spread.counts[rows], spread.total, spread.parts
-        work, period = job.workload, job.sync.period_steps
+        work = job.workload
         flops, ring = self._speeds(job, pool)
         alone = _compute_s(float(work.batch_per_gpu), work.flops_per_sample, flops)
         slowest = (alone + _all_reduce_s(float(work.parameters), counts, ring)).max(axis=1)
-        sync_s, size = self._sync(job, parts, up, down, period * slowest)
-        step_s = slowest + sync_s / period
+        if job.sync_open and job.sync.strategy == "auto":
+            waits_s, size, period = self._chosen(job, total, up, down, slowest)
+        else:
+            period = np.full(len(rows), float(job.sync.period_steps))
+            waits_s, size = self._sync(job, up, down, period * slowest)
+        step_s = slowest + waits_s / period
         speed = work.batch_per_gpu * total / step_s
         ok = ~self._late(job, speed, 0.0)
         egress, rounded = np.zeros(len(pool), dtype=np.int64), np.ones(len(pool), dtype=np.int64)
@@ -357,21 +363,67 @@ class Demand:
         ok &= ~self._barred_group(job, pool, counts)
         return int(np.where(ok, surplus, NEVER).max(initial=NEVER))
 
-    def _sync(self, job: JobState, parts: int, up: Array, down: Array, steps_s: Array) -> tuple[Array, Array]:
+    def _sync(self, job: JobState, up: Array, down: Array, steps_s: Array) -> tuple[Array, Array]:
         """Return a sync round's seconds and a contribution's bytes by group, with the codec that each takes."""
         codecs = throughput.AUTO_CODECS if job.sync.codec == "auto" else (job.sync.codec,)
         seconds, sizes = np.zeros(len(up)), np.zeros(len(up))
         open_ = np.ones(len(up), dtype=bool)
-        used, a, b = up >= 0, np.maximum(up, 0), np.maximum(down, 0)
         for codec in codecs:
             size = throughput.contribution_size_bytes(float(job.workload.parameters), throughput.CODEC_RATIOS[codec])
-            there = _link_transfer_s(size, self._bits[a], self._loss[a])
-            back = _link_transfer_s(size * (parts - 1), self._bits[b], self._loss[b])
-            trip = there + back + throughput.ROUND_TRIPS_PER_SYNC * (self._delay[a] + self._delay[b])
-            slowest = np.where(used, trip, 0.0).max(axis=1)
+            slowest = self._round_s(size, up, down)
             seconds, sizes = np.where(open_, slowest, seconds), np.where(open_, size, sizes)
             open_ &= ~(slowest / steps_s <= throughput.SYNC_SHARE_MAX)
         return seconds, sizes
+
+    def _chosen(self, job: JobState, total: int, up: Array, down: Array, step_s: Array) -> tuple[Array, Array, Array]:
+        """Return, by group, what an open plan becomes: seconds waited and bytes sent in a period, and its steps."""
+        asked, work = job.sync, job.workload
+        steps = max(1, work.samples // (work.batch_per_gpu * total))
+        cap = asked.max_egress_gb or math.inf
+        waits, sizes, periods = np.zeros(len(up)), np.zeros(len(up)), np.ones(len(up))
+        over, share = np.full(len(up), math.inf), np.full(len(up), -1.0)
+        open_ = np.ones(len(up), dtype=bool)
+        for strategy, own_codec, period_max in WAYS:
+            codec, streams = own_codec if asked.codec == "auto" else asked.codec, strategy == "streaming"
+            groups = asked.fragments if streams else 1
+            size = throughput.contribution_size_bytes(
+                float(-(-work.parameters // groups)), throughput.CODEC_RATIOS[codec]
+            )
+            round_s = self._round_s(size, up, down)
+            beside = np.minimum(OVERLAP_STEPS_MAX, np.maximum(1, np.ceil(round_s / step_s))) if streams else 0.0
+            wait_s = np.maximum(0.0, round_s - beside * step_s)
+            if strategy == "every_step":
+                period = np.ones(len(up))
+            elif asked.period_steps != PERIOD_STEPS_OPEN:
+                period = np.full(len(up), float(max(groups, asked.period_steps // groups * groups)))
+            else:
+                wanted = wait_s / step_s * groups * asked.target_utilisation / (1 - asked.target_utilisation)
+                least = max(PERIOD_STEPS_MIN, (OVERLAP_STEPS_MAX + 1) * groups if groups > 1 else 1)
+                most = min(period_max, max(1, steps // ROUNDS_MIN))
+                period = np.ceil(np.maximum(1, np.minimum(most, np.maximum(wanted, least))) / groups) * groups
+            if streams:
+                beside = np.minimum(beside, period / groups - 1)
+                wait_s = np.maximum(0.0, round_s - beside * step_s)
+            computing = period * step_s / (period * step_s + wait_s * groups)
+            sent_gb = steps / period * work.parameters * throughput.BYTES_PER_PARAMETER
+            sent_gb = sent_gb / throughput.CODEC_RATIOS[codec] / 1e9
+            does = (computing >= asked.target_utilisation) & (sent_gb <= cap)
+            beyond = np.maximum(sent_gb, cap)
+            take = open_ & (does | (share < 0) | (beyond < over) | ((beyond == over) & (computing > share)))
+            waits, sizes = np.where(take, wait_s * groups, waits), np.where(take, size * groups, sizes)
+            over, share = np.where(take, beyond, over), np.where(take, computing, share)
+            periods = np.where(take, period, periods)
+            open_ &= ~does
+        return waits, sizes, periods
+
+    def _round_s(self, size: float, up: Array, down: Array) -> Array:
+        """Return the seconds of a sync round by group, for contributions of `size` bytes."""
+        used, a, b = up >= 0, np.maximum(up, 0), np.maximum(down, 0)
+        there = _link_transfer_s(size, self._bits[a], self._loss[a])
+        back = _link_transfer_s(size * (up.shape[1] - 1), self._bits[b], self._loss[b])
+        trip = there + back + throughput.ROUND_TRIPS_PER_SYNC * (self._delay[a] + self._delay[b])
+        slowest: Array = np.where(used, trip, 0.0).max(axis=1)
+        return slowest
 
     def _barred_group(self, job: JobState, pool: Array, counts: Array) -> Array:
         if not any("+" in key for key in job.barred):

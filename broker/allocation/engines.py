@@ -27,6 +27,16 @@ def engine_maker(name: str) -> Callable[[], Engine]:
     raise EngineMissingError(f"there is no LP engine {name[:40]!r}; choose one of {', '.join(ENGINES)}")
 
 
+def engine_of(solver: str, *, otherwise: str = HIGHS) -> str:
+    """Return the engine that a clearing's `solver` names, to solve it again; `otherwise` where it is not installed here."""
+    name = CLP if f" {CLP}/" in solver else HIGHS
+    try:
+        engine_maker(name)
+    except EngineMissingError:
+        return otherwise
+    return name
+
+
 def engine_version(name: str) -> str:
     """Return the versions that decide the bits of a solve with that engine. HiGHS solves every MIP."""
     highs = highspy.Highs()  # type: ignore[no-untyped-call]  # highspy's own signature lacks types

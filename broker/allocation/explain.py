@@ -43,9 +43,13 @@ def why_placed(market: Market, prices: Int, column: Won) -> str:
     price = f"{' and '.join(scarce)} above ask, as others want it too" if scarce else "at the sites' asks"
     kept = format_credits(max(0, column.value - column.egress - gross + uplift))
     discount = f", {format_credits(uplift)} of it borne by the market" if uplift else ""
+    plan = ""
+    if column.action != "renew" and len(column.configuration.parts) > 1 and market.instance.jobs.sync_open[column.job]:
+        reasons = market.names.plan_reasons(column.job, column.configuration)
+        plan = f". Between its sites: {'; '.join(reversed(reasons))}"
     return (
         f"{where}: worth {format_credits(column.value)} credits an hour, costs {format_credits(gross)}"
-        f"{discount} ({price}), and leaves {kept}"
+        f"{discount} ({price}), and leaves {kept}{plan}"
     )
 
 

@@ -170,6 +170,8 @@ def _incumbents(arrays: dict[str, Array], draw: np.random.Generator) -> None:
         hub_site=np.full(len(job), NONE),
         strategy=np.full(len(job), STRATEGIES.index("local")),
         codec=np.full(len(job), CODECS.index("fp32")),
+        fragments=np.full(len(job), 4),
+        overlap_steps=np.full(len(job), 1),
         **{
             name: arrays[f"jobs.{name}"][job]
             for name in ("period_steps", "outer_learning_rate", "outer_momentum", "checkpoint_rounds", "patience_s")

@@ -22,6 +22,7 @@ _RATIOS: Final = np.array([throughput.CODEC_RATIOS[codec] for codec in kernel.CO
 _ROUND_TRIPS: Final = throughput.ROUND_TRIPS_PER_SYNC
 _contribution_bytes = compiled(throughput.contribution_size_bytes)
 _transfer_s = compiled(throughput.link_transfer_s)
+_stall_s = compiled(throughput.stall_s)
 
 
 class Leases(NamedTuple):
@@ -29,7 +30,7 @@ class Leases(NamedTuple):
 
     A part's pool is -1 where it is no longer offered; hub_part is -1 where no part is the hub;
     up and down are the links of each part to and from the hub, -1 where there is none; codec is
-    -1 where the sold plan left it open. Traffic is as sold, link -1 where it is gone.
+    -1 where the sold plan left it open; groups of fragments take turns, each beside overlap_steps. Traffic is as sold, link -1 where it is gone.
     """
 
     job: Index
@@ -41,6 +42,8 @@ class Leases(NamedTuple):
     hub_part: Index
     codec: Index
     period_steps: Int
+    groups: Int
+    overlap_steps: Int
     speed: Real
     traffic_start: Int
     traffic_link: Index
@@ -165,12 +168,13 @@ def _predicted_anew(instance: Instance, leases: Leases, lease: int, slot_s: floa
         slowest_s = max(slowest_s, kernel.site_step_s(instance, job, pool, leases.part_gpus[part]))
         gpus += leases.part_gpus[part]
     sync_s, contribution, sites = 0.0, 0.0, end - first
-    period = float(leases.period_steps[lease])
+    period, groups_of = float(leases.period_steps[lease]), float(leases.groups[lease])
     if sites > 1:
         hub = leases.hub_part[lease]
         if leases.codec[lease] < 0 or hub < 0:
             return
-        contribution = _contribution_bytes(jobs.parameters[job], _RATIOS[leases.codec[lease]])
+        travelling = float(math.ceil(jobs.parameters[job] / groups_of))
+        contribution = _contribution_bytes(travelling, _RATIOS[leases.codec[lease]])
         for part in range(first, end):
             if part == first + hub:
                 continue
@@ -181,7 +185,7 @@ def _predicted_anew(instance: Instance, leases: Leases, lease: int, slot_s: floa
                 contribution * (sites - 1), links.bits_per_s[down], links.loss[down]
             )
             sync_s = max(sync_s, transfer_s + _ROUND_TRIPS * (links.delay_s[up] + links.delay_s[down]))
-    step_s = slowest_s + sync_s / period
+    step_s = slowest_s + _stall_s(sync_s, leases.overlap_steps[lease] * slowest_s) * groups_of / period
     speed = jobs.batch_per_gpu[job] * gpus / step_s
     left_s = jobs.samples_left[job] / speed
     if not (speed > 0.0 and left_s <= min(jobs.deadline_s[job], LEFT_S_MAX)):
@@ -195,7 +199,8 @@ def _predicted_anew(instance: Instance, leases: Leases, lease: int, slot_s: floa
                 continue
             for direction in range(2):
                 link = leases.part_up[part] if direction == 0 else leases.part_down[part]
-                size = contribution if direction == 0 else contribution * (sites - 1)
+                sent_bytes = contribution * groups_of
+                size = sent_bytes if direction == 0 else sent_bytes * (sites - 1)
                 sent = int(math.ceil(size / (step_s * period)))
                 shares = kernel.link_shares(links.bits_per_s[link], sent)
                 if shares > SHARES:

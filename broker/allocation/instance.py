@@ -25,7 +25,7 @@ A *column* is one way to place one job, named by (form, item, place):
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +126,8 @@ class Jobs(NamedTuple):
     restart               micro-credits that leaving `own` destroys; 0 without an incumbent
     batch_per_gpu, parameters, flops_per_sample, data_bytes_per_sample, period_steps
     codec                 index into CODECS, -1: the least lossy that is cheap enough
+    sync_open             its plan between sites is chosen for each column (training.sync_rule), of `samples` in all, so that
+                          `target` of the time computes and a site sends at most egress_gb_max (inf: any); fragments: P
     flops_per_s, ring_bits_per_s  [job, gpu type] as measured for this job; nan: the kind's
     barred_start, barred  keys of columns (see `column_key`) that a site vetoed
     """
@@ -151,10 +153,26 @@ class Jobs(NamedTuple):
     data_bytes_per_sample: Real
     period_steps: Real
     codec: Index
+    sync_open: Flag
+    samples: Real
+    target: Real
+    egress_gb_max: Real
+    fragments: Real
     flops_per_s: Real
     ring_bits_per_s: Real
     barred_start: Int
     barred: Int
+
+
+def stated_plans(jobs: int) -> dict[str, Any]:
+    """Return the columns of Jobs that only a choice of plans looks at, for jobs whose plans are not chosen."""
+    return {
+        "sync_open": np.zeros(jobs, np.bool_),
+        "samples": np.ones(jobs),
+        "target": np.full(jobs, 0.95),
+        "egress_gb_max": np.full(jobs, np.inf),
+        "fragments": np.ones(jobs),
+    }
 
 
 class Singles(NamedTuple):

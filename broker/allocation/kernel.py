@@ -26,12 +26,18 @@ from broker.allocation.instance import (
     Int,
     Jobs,
 )
-from training import throughput
+from training import sync_rule, throughput
 
 # Index of Jobs.codec; `auto` (-1) takes the first of AUTO_CODECS that is cheap enough.
 CODECS: Final = tuple(throughput.CODEC_RATIOS)
 _CODEC_RATIOS: Final = np.array([throughput.CODEC_RATIOS[codec] for codec in CODECS])
 _AUTO: Final = np.array([CODECS.index(codec) for codec in throughput.AUTO_CODECS])
+# The ways between which a job with an open plan has the choice, from the least lossy on.
+_WAY_CODEC: Final = np.array([CODECS.index(way.codec) for way in sync_rule.WAYS])
+_WAY_PERIOD_MAX: Final = np.array([float(way.period_steps_max) for way in sync_rule.WAYS])
+_WAY_STREAMS: Final = np.array([way.strategy == "streaming" for way in sync_rule.WAYS])
+_WAY_EVERY_STEP: Final = np.array([way.strategy == "every_step" for way in sync_rule.WAYS])
+_PERIOD_OPEN: Final = float(sync_rule.PERIOD_STEPS_OPEN)
 _SYNC_SHARE_MAX: Final = throughput.SYNC_SHARE_MAX
 _ROUND_TRIPS: Final = throughput.ROUND_TRIPS_PER_SYNC
 
@@ -39,6 +45,14 @@ _compute_s = compiled(throughput.compute_s)
 _all_reduce_s = compiled(throughput.all_reduce_s)
 _contribution_bytes = compiled(throughput.contribution_size_bytes)
 _transfer_s = compiled(throughput.link_transfer_s)
+_stall_s = compiled(throughput.stall_s)
+_overlap_steps = compiled(sync_rule.overlap_steps)
+_overlap_within = compiled(sync_rule.overlap_within)
+_period_steps = compiled(sync_rule.period_steps)
+_stated_period_steps = compiled(sync_rule.stated_period_steps)
+_utilisation = compiled(sync_rule.utilisation)
+_sent_gb = compiled(sync_rule.sent_gb)
+_comes_closer = compiled(sync_rule.comes_closer)
 
 
 @inlined
@@ -190,8 +204,12 @@ EGRESS: Final = 1
 CHARGE_MAX: Final = 2
 TERM_S: Final = 3
 CODEC: Final = 4
+# What was chosen for an open plan: index into sync_rule.WAYS (-1: the job's own strategy), period and overlap in steps.
+WAY: Final = 5
+PERIOD: Final = 6
+OVERLAP: Final = 7
 # Then, by part: GPUs, bytes/s up, shares up, bytes/s down, shares down, bytes/s of data read.
-PARTS: Final = 5
+PARTS: Final = 8
 PART_FIELDS: Final = 6
 SPAN_OUT: Final = PARTS + PART_FIELDS * SPAN_SITES_MAX
 
@@ -218,23 +236,25 @@ def span_column(instance: Instance, job: int, span: int, pattern: int, out: Int)
         if counts[part] > pools.job_max[pool] or not site_allowed(instance, job, pools.site[pool]):
             return 0.0
         slowest_s = max(slowest_s, site_step_s(instance, job, pool, counts[part]))
-    steps_s = jobs.period_steps[job] * slowest_s
-    sync_s = 0.0
-    codec = jobs.codec[job]
-    if codec >= 0:
-        sync_s = _sync_round_s(instance, job, pattern, codec)
+    way, codec, period, overlap, groups, sync_s = -1, int(jobs.codec[job]), jobs.period_steps[job], 0.0, 1.0, 0.0
+    if jobs.sync_open[job]:
+        way, codec, period, overlap, groups, sync_s = chosen_way(
+            instance, job, pattern, instance.spans.gpus[span], slowest_s
+        )
+    elif codec >= 0:
+        sync_s = _sync_round_s(instance, job, pattern, codec, 1.0)
     else:
         for choice in _AUTO:
             codec = choice
-            sync_s = _sync_round_s(instance, job, pattern, codec)
-            if sync_s / steps_s <= _SYNC_SHARE_MAX:
+            sync_s = _sync_round_s(instance, job, pattern, codec, 1.0)
+            if sync_s / (period * slowest_s) <= _SYNC_SHARE_MAX:
                 break
-    step_s = slowest_s + sync_s / jobs.period_steps[job]
+    step_s = slowest_s + _stall_s(sync_s, overlap * slowest_s) * groups / period
     speed = jobs.batch_per_gpu[job] * instance.spans.gpus[span] / step_s
     if jobs.samples_left[job] / speed > jobs.deadline_s[job]:
         return 0.0
-    contribution = _contribution_bytes(jobs.parameters[job], _CODEC_RATIOS[codec])
-    interval_s = step_s * jobs.period_steps[job]
+    contribution = _contribution_bytes(float(math.ceil(jobs.parameters[job] / groups)), _CODEC_RATIOS[codec]) * groups
+    interval_s = step_s * period
     egress, rounded = np.int64(0), 1
     for part in range(parts):
         field = PARTS + part * PART_FIELDS
@@ -268,7 +288,51 @@ def span_column(instance: Instance, job: int, span: int, pattern: int, out: Int)
     out[CHARGE_MAX] = value - egress - (jobs.locked[job] if jobs.must[job] else 0)
     out[TERM_S] = np.int64(term_s)
     out[CODEC] = codec
+    out[WAY], out[PERIOD], out[OVERLAP] = way, np.int64(period), np.int64(overlap)
     return speed
+
+
+@inlined
+def chosen_way(
+    instance: Instance, job: int, pattern: int, gpus: int, step_s: float
+) -> tuple[int, int, float, float, float, float]:
+    """Return what an open plan becomes on a pattern: way, codec, period, overlap, groups and the seconds of a round.
+
+    The first way that leaves the target's share of the time to computing and sends no more than the cap, else the one that
+    comes closest, as `training.sync_choice` says it.
+    """
+    jobs = instance.jobs
+    steps = max(1.0, float(math.floor(jobs.samples[job] / (jobs.batch_per_gpu[job] * gpus))))
+    target, cap = jobs.target[job], jobs.egress_gb_max[job]
+    best, best_codec, best_period, best_overlap, best_groups, best_round_s = -1, -1, 1.0, 0.0, 1.0, 0.0
+    best_over, best_share = 0.0, 0.0
+    for way in range(len(_WAY_CODEC)):
+        codec = int(jobs.codec[job])
+        if codec < 0:
+            codec = int(_WAY_CODEC[way])
+        groups = jobs.fragments[job] if _WAY_STREAMS[way] else 1.0
+        round_s = _sync_round_s(instance, job, pattern, codec, groups)
+        overlap = _overlap_steps(round_s, step_s) if _WAY_STREAMS[way] else 0.0
+        waits_s = _stall_s(round_s, overlap * step_s)
+        period = 1.0
+        if not _WAY_EVERY_STEP[way]:
+            if jobs.period_steps[job] != _PERIOD_OPEN:
+                period = _stated_period_steps(jobs.period_steps[job], groups)
+            else:
+                period = _period_steps(waits_s / step_s, groups, target, _WAY_PERIOD_MAX[way], steps)
+        if _WAY_STREAMS[way]:
+            overlap = _overlap_within(overlap, period, groups)
+            waits_s = _stall_s(round_s, overlap * step_s)
+        share = _utilisation(period, groups, step_s, waits_s)
+        sent = _sent_gb(steps, period, jobs.parameters[job], _CODEC_RATIOS[codec])
+        does = share >= target and sent <= cap
+        over = max(sent, cap)
+        if does or best < 0 or _comes_closer(over, share, best_over, best_share):
+            best, best_codec, best_period, best_overlap = way, codec, period, overlap
+            best_groups, best_round_s, best_over, best_share = groups, round_s, over, share
+        if does:
+            break
+    return best, best_codec, best_period, best_overlap, best_groups, best_round_s
 
 
 @inlined
@@ -278,10 +342,11 @@ def link_shares(bits_per_s: float, bytes_per_s: int) -> int:
 
 
 @inlined
-def _sync_round_s(instance: Instance, job: int, pattern: int, codec: int) -> float:
-    """Return the seconds of one sync round through the pattern's hub."""
+def _sync_round_s(instance: Instance, job: int, pattern: int, codec: int, groups: float) -> float:
+    """Return the seconds of one sync round through the pattern's hub, which carries one of `groups` of fragments."""
     links, patterns = instance.links, instance.patterns
-    contribution = _contribution_bytes(instance.jobs.parameters[job], _CODEC_RATIOS[codec])
+    travelling = float(math.ceil(instance.jobs.parameters[job] / groups))
+    contribution = _contribution_bytes(travelling, _CODEC_RATIOS[codec])
     slowest_s = 0.0
     for part in range(patterns.parts[pattern]):
         up, down = patterns.up[pattern, part], patterns.down[pattern, part]

@@ -5,7 +5,7 @@ Sites veto configurations by name ("ada/H100:8+bob/H100:8"); here such names bec
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from broker.allocation.incumbents import Leases, Own
 from broker.allocation.instance import BUNDLE, SINGLE, SPAN, SPAN_SITES_MAX, Flag, Instance, Int
 from broker.allocation.tables import CODECS, STRATEGIES, Tables, starts
 from training.catalogue import GPU_TYPES
-from training.spec import SyncPlan, Workload
+from training.spec import Codec, SyncPlan, Workload
+from training.sync_choice import choose_sync, completed
+from training.sync_rule import WAYS
 from training.throughput import Link, SitePart, predict
 
 _TYPES: Final = tuple(GPU_TYPES)
@@ -87,6 +89,17 @@ class Names:
         hub = self._tables["incumbents.hub_site"][lease]
         return self._predicted(job, parts, self._plan("incumbents", lease), self._texts[hub] if hub >= 0 else None)
 
+    def plan_reasons(self, job: int, sold: Configuration) -> tuple[str, ...]:
+        """Return why an open plan became what it is on several sites: a sentence for each way weighed, the last the one taken."""
+        tables, places = self._tables, {pool_id: place for place, pool_id in enumerate(self.pools)}
+        parts = [self._part(job, places[part.pool_id], part.gpus) for part in sold.parts]
+        cap = float(tables["jobs.max_egress_gb"][job]) or None
+        target = float(tables["jobs.target_utilisation"][job])
+        asked = self._plan("jobs", job).model_copy(update={"target_utilisation": target, "max_egress_gb": cap})
+        listening = frozenset({str(sold.hub_site)})
+        chosen = choose_sync(self._workload(job), asked, parts, self._speeds(parts, sold.hub_site), listening)
+        return () if chosen is None else chosen.reasons
+
     def slots(self, form: int, item: int) -> tuple[int, int]:
         """Return the first slot of a column and the one after its last."""
         instance = self._instance
@@ -108,8 +121,11 @@ class Names:
             for part in range(patterns.parts[pattern])
         ]
         codec = kernel.CODECS[out[kernel.CODEC]]
-        asked = self._plan("jobs", job)
+        asked, way = self._plan("jobs", job), int(out[kernel.WAY])
         plan = asked.model_copy(update={"strategy": asked.between_sites, "codec": codec})
+        if way >= 0:
+            taken = WAYS[way]._replace(codec=cast("Codec", codec))
+            plan = completed(asked, taken, period=float(out[kernel.PERIOD]), overlap=float(out[kernel.OVERLAP]))
         return self._predicted(job, parts, plan, parts[patterns.hub[pattern]].site_id)
 
     def _part(self, job: int, pool: int, gpus: int) -> SitePart:
@@ -126,15 +142,19 @@ class Names:
         )
 
     def _predicted(self, job: int, parts: list[SitePart], plan: SyncPlan, hub: str | None) -> Configuration:
+        overlapped = bool(self._tables["jobs.sync_open"][job])
+        links = self._speeds(parts, hub)
+        prediction = predict(self._workload(job), plan, parts, links, hub, overlapped=overlapped)
+        return configuration_of(parts, plan, hub, prediction)
+
+    def _workload(self, job: int) -> Workload:
         tables = self._tables
-        workload = Workload(
+        return Workload(
             samples=int(tables["jobs.samples"][job]),
             batch_per_gpu=int(tables["jobs.batch_per_gpu"][job]),
             parameters=int(tables["jobs.parameters"][job]),
             flops_per_sample=float(tables["jobs.flops_per_sample"][job]),
         )
-        prediction = predict(workload, plan, parts, self._speeds(parts, hub), hub)
-        return configuration_of(parts, plan, hub, prediction)
 
     def _speeds(self, parts: list[SitePart], hub: str | None) -> dict[tuple[str, str], Link]:
         """Return the links between the hub and the other parts."""
@@ -155,6 +175,8 @@ class Names:
         fields: dict[str, Any] = {name: self._tables[f"{group}.{name}"][row].item() for name in _PLAN}
         fields["strategy"] = STRATEGIES[self._tables[f"{group}.strategy"][row]]
         fields["codec"] = CODECS[self._tables[f"{group}.codec"][row]]
+        for name in ("fragments", "overlap_steps") if group == "incumbents" else ("fragments",):
+            fields[name] = self._tables[f"{group}.{name}"][row].item()
         return SyncPlan(**fields)
 
     def _sold(self, lease: int) -> Configuration:

@@ -25,6 +25,7 @@ from broker.allocation.bounds import (
     least_step_s,
     least_sync_bytes,
     most_gpus,
+    most_period_steps,
     single_surplus,
     span_surplus,
     value_bound,
@@ -404,7 +405,8 @@ def _best_across_sites(
         alike = layout.home_class[home] if home >= 0 else len(layout.within_region) - 1
         near_price, far_price, farther_price, reach = data_prices(jobs, job, home)
         size = least_sync_bytes(instance, job)
-        steps, batch = jobs.period_steps[job], jobs.batch_per_gpu[job]
+        steps, batch = most_period_steps(instance, job), jobs.batch_per_gpu[job]
+        waits = 0.0 if jobs.sync_open[job] else 1.0
         for span in range(spans.start[job], spans.start[job + 1]):
             if not doubtful[span]:
                 continue
@@ -428,7 +430,7 @@ def _best_across_sites(
                     steps_s[parts, 0] = least_s
                     steps_s[parts, 1] = float(affordable_rate(jobs, job, term_seconds(instance, job, fastest), 1))
                 least_s, afford = steps_s[parts, 0], steps_s[parts, 1]
-                step_s = least_s + (size * layout.group_sync[group] + layout.group_delay[group]) / steps
+                step_s = least_s + waits * (size * layout.group_sync[group] + layout.group_delay[group]) / steps
                 speed = batch * gpus / step_s
                 if jobs.samples_left[job] / speed > jobs.deadline_s[job] * (1 + MARGIN):
                     continue
@@ -444,7 +446,7 @@ def _best_across_sites(
                         rest[span] = max(rest[span], worth - dues)
                         break
                     sync_s = size * ranked.terms[slots - 1, at, 1] + ranked.terms[slots - 1, at, 2]
-                    speed = batch * gpus / (least_s + sync_s / steps)
+                    speed = batch * gpus / (least_s + waits * sync_s / steps)
                     toll = reading + per_speed * ranked.terms[slots - 1, at, 3]
                     closer = value_bound(instance, job, slots, speed, afford, toll) + fixed
                     if any_found and closer - dues < top - room:

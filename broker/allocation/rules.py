@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from broker.allocation.configuration import TERM_MARGIN, TERM_S_MIN, Configuration
+from broker.allocation.configuration import TERM_MARGIN, TERM_S_MIN, Configuration, as_sold
 from broker.allocation.snapshot import JobState, PoolState, Snapshot, TenantState
 from training import throughput
 from training.spec import GpuRequest, SyncPlan
+from training.sync_choice import choose_sync
 from training.throughput import Link, SitePart
 
 Pair = tuple[str, str]
@@ -211,9 +212,12 @@ class Rules:
             found = throughput.resolve_sync(job.workload, job.sync, parts, self.speeds, self.listening)
         elif hub is None:
             return None
+        elif job.sync_open and job.sync.strategy == "auto":
+            chosen = choose_sync(job.workload, job.sync, parts, self.speeds, frozenset({hub}))
+            return None if chosen is None else as_sold(chosen.plan, is_open=True)
         else:
             found = throughput.resolve_sync(job.workload, job.sync, parts, self.speeds, frozenset({hub}))
-        return None if found is None else found.plan
+        return None if found is None else as_sold(found.plan, is_open=job.sync_open)
 
     # What it is worth.
 
@@ -259,7 +263,7 @@ class Rules:
         start: int = 0,
     ) -> Option | None:
         """Return what these parts are to a job, None where it may not have them: late, or too much traffic."""
-        prediction = throughput.predict(job.workload, sync, parts, self.speeds, hub)
+        prediction = throughput.predict(job.workload, sync, parts, self.speeds, hub, overlapped=job.sync_open)
         speed = prediction.samples_per_s
         held = self.slots_of(job, speed if len(parts) == 1 or action == "renew" else self._ceiling(job, parts), start)
         sent = {(row.from_site, row.to_site): math.ceil(row.bytes_per_s) for row in prediction.traffic}

@@ -228,6 +228,10 @@ class JobState(Row):
     )
     speeds: tuple[JobSpeed, ...] = Field(default=(), max_length=len(GPU_TYPES))
     mixed_types: bool = Field(default=False, description="it may span two sites with different kinds of GPU")
+    sync_open: bool = Field(
+        default=False,
+        description="strategy, codec and period between sites are chosen by configuration where `sync` leaves them open",
+    )
 
     @property
     def samples_left(self) -> int:
@@ -241,6 +245,9 @@ class JobState(Row):
         unknown = [speed.gpu_type for speed in self.speeds if speed.gpu_type not in GPU_TYPES]
         if unknown:
             message = f"speeds name an unknown GPU type {unknown[0]!r}; the market knows {', '.join(sorted(GPU_TYPES))}"
+            raise ValueError(message)
+        if self.sync_open and (self.sync.strategy != "auto" or self.sync.merge != "mean"):
+            message = "sync_open leaves the plan to the market, so sync.strategy must be auto and sync.merge mean"
             raise ValueError(message)
         if self.workload.flops_per_sample < 1:
             message = f"workload.flops_per_sample is {self.workload.flops_per_sample}; a sample costs at least one FLOP"

@@ -26,7 +26,7 @@ from broker.allocation.tables import Tables
 from broker.allocation.won import Market
 from broker.allocation.writing import written
 
-ALGORITHM: Final = "configuration-lp/2"
+ALGORITHM: Final = "configuration-lp/3"
 
 
 def clear(

@@ -41,6 +41,7 @@ from training.spec import GpuRequest, SyncPlan, Workload
 _MARKET: Final = tuple(SCHEMA["market"])
 _WORKLOAD: Final = ("samples", "batch_per_gpu", "parameters", "flops_per_sample")
 _PLAN: Final = ("period_steps", "outer_learning_rate", "outer_momentum", "checkpoint_rounds", "patience_s")
+_UNUSED: Final = SyncPlan()
 _TIMES: Final = ("samples_per_s", "compute_s", "intra_site_s", "inter_site_s", "step_s")
 
 
@@ -209,6 +210,7 @@ def _jobs(build: TablesBuilder, jobs: list[JobState], names: Names, site_index: 
         site_list=[-1 if job.sites_allowed is None else lists[job.sites_allowed] for job in jobs],
         **_plain([job.workload for job in jobs], *_WORKLOAD),
         **_sync([job.sync for job in jobs]),
+        **_open_sync(jobs),
         deadline_ms=[_or(job.deadline_ms, -1) for job in jobs],
         tenant_id=[names[job.tenant_id] for job in jobs],
         data_home=[-1 if job.data is None else site_index[job.data.home_site] for job in jobs],
@@ -249,6 +251,9 @@ def _incumbents(build: TablesBuilder, jobs: list[JobState], names: Names) -> Non
         **_plain(leases, "epoch", "term_ends_ms", "restart_cost_micros"),
         hub_site=[names[configuration.hub_site] for configuration in sold],
         **_sync([configuration.sync for configuration in sold]),
+        **_sold_sync(
+            [(jobs[index], configuration.sync) for (index, _), configuration in zip(running, sold, strict=True)]
+        ),
         **_plain(sold, *_TIMES),
     )
     parents, parts = _flat([configuration.parts for configuration in sold])
@@ -282,6 +287,21 @@ def _sync(plans: list[SyncPlan]) -> dict[str, list[Any]]:
         "codec": [CODECS.index(plan.codec) for plan in plans],
         **_plain(plans, *_PLAN),
     }
+
+
+def _open_sync(jobs: list[JobState]) -> dict[str, list[Any]]:
+    """Return what a choice of plans looks at, as not used where none is made."""
+    plans = [job.sync if job.sync_open else _UNUSED for job in jobs]
+    return {
+        "sync_open": [job.sync_open for job in jobs],
+        "max_egress_gb": [plan.max_egress_gb or 0.0 for plan in plans],
+        **_plain(plans, "target_utilisation", "fragments"),
+    }
+
+
+def _sold_sync(leases: list[tuple[JobState, SyncPlan]]) -> dict[str, list[Any]]:
+    """Return what leases were sold with that only a choice of plans decides."""
+    return _plain([plan if job.sync_open else _UNUSED for job, plan in leases], "fragments", "overlap_steps")
 
 
 def _plain(rows: Sequence[Any], *names: str) -> dict[str, list[Any]]:
@@ -397,7 +417,7 @@ def _job_states(tables: Tables, site_ids: list[str]) -> Iterable[JobState]:
             sites_max=row["sites_max"],
             sites_allowed=None if row["site_list"] < 0 else lists[row["site_list"]],
             workload=Workload(**{name: row[name] for name in _WORKLOAD}),
-            sync=_plan(row),
+            sync=_plan(row, target_utilisation=row["target_utilisation"], max_egress_gb=row["max_egress_gb"] or None),
             samples_done=row["samples_done"],
             bid_micros_per_million_samples=row["bid_micros_per_million_samples"],
             hold_left_micros=row["hold_left_micros"],
@@ -419,6 +439,7 @@ def _job_states(tables: Tables, site_ids: list[str]) -> Iterable[JobState]:
                 JobSpeed(**{**speed, "ring_bits_per_s": _number(speed["ring_bits_per_s"])}) for speed in speeds[index]
             ),
             mixed_types=row["mixed_types"],
+            sync_open=row["sync_open"],
         )
 
 
@@ -445,12 +466,14 @@ def _incumbent_rows(tables: Tables) -> dict[int, Incumbent]:
     return found
 
 
-def _plan(row: dict[str, Any]) -> SyncPlan:
+def _plan(row: dict[str, Any], **further: float | None) -> SyncPlan:
     return SyncPlan.model_validate(
         {
             "strategy": STRATEGIES[row["strategy"]],
             "codec": CODECS[row["codec"]],
-            **{name: row[name] for name in _PLAN},
+            "fragments": row["fragments"],
+            **{name: row[name] for name in (*_PLAN, "overlap_steps") if name in row},
+            **further,
         }
     )
 

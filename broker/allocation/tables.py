@@ -35,8 +35,19 @@ RESIDENCIES: Final[tuple[str, ...]] = get_args(limits.Residency)
 PAYMENT_RULES: Final[tuple[str, ...]] = tuple(PaymentRule)
 # Columns that came after the version did, with the value that means "not used". Where they have it they are no
 # part of the digest, and a file without them is read as if they had it: what was taken before keeps its name.
-LATER_COLUMNS: Final[Mapping[str, int]] = MappingProxyType(
-    {"market.payment_rule": 0, "market.follow_last_prices": 0, "links.last_price_micros_per_share_hour": 0}
+LATER_COLUMNS: Final[Mapping[str, float]] = MappingProxyType(
+    {
+        "market.payment_rule": 0,
+        "market.follow_last_prices": 0,
+        "links.last_price_micros_per_share_hour": 0,
+        # What only a choice of plans looks at, and where only an open plan says other than this.
+        "jobs.sync_open": 0,
+        "jobs.target_utilisation": 0.95,
+        "jobs.max_egress_gb": 0,
+        "jobs.fragments": 4,
+        "incumbents.fragments": 4,
+        "incumbents.overlap_steps": 1,
+    }
 )
 NAME_LENGTH_MAX: Final = 100
 FINITE_MAX: Final = 1e300
@@ -164,6 +175,10 @@ SCHEMA: Final[Mapping[str, Mapping[str, Column]]] = MappingProxyType(
             "data_residency": _choice(RESIDENCIES),
             "data_bytes_per_sample": _real(limits.BYTES_PER_SAMPLE_MAX),
             "mixed_types": _FLAG,
+            "sync_open": _FLAG,
+            "target_utilisation": _real(0.999, 0.5),
+            "max_egress_gb": _real(1e9),
+            "fragments": _whole(64, 1),
         },
         "accelerators": {
             "job": _to("jobs"),
@@ -190,6 +205,8 @@ SCHEMA: Final[Mapping[str, Mapping[str, Column]]] = MappingProxyType(
             "restart_cost_micros": _whole(BUDGET_MICROS_MAX),
             "hub_site": _to("names", optional=True),
             **_SYNC,
+            "fragments": _whole(64, 1),
+            "overlap_steps": _whole(1000),
             "samples_per_s": _real(FINITE_MAX),
             "compute_s": _real(FINITE_MAX),
             "intra_site_s": _real(FINITE_MAX),

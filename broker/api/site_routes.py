@@ -20,7 +20,7 @@ from broker.api.downloads import send_artifact
 from broker.api.errors import MalformedRequestError, MediaTypeError, RouteError
 from broker.api.problems import invalid, json_answer
 from broker.artifacts import ArtifactMissingError
-from broker.database.tables import JobArtifact, Lease, LeasedGpu
+from broker.database.tables import LEASE_STANDS, JobArtifact, Lease, LeasedGpu
 from broker.earnings import site_statement
 from broker.enrol import enrol
 from broker.errors import NotFoundError, StaleEpochError
@@ -29,7 +29,6 @@ from broker.identity.site_requests import spend_sequence
 from broker.market import Market
 from broker.streams import STREAM_NAMES, streams_of
 from broker.tenant_secrets import box_for_site
-from broker.transitions import LeaseState
 from broker.uploads import site_upload, take_chunk
 from sites.protocol import ROUTE_PREFIX, Enrolment, Heartbeat, SecretsAnswer, SecretsRequest
 
@@ -154,14 +153,14 @@ def _may_read(session: Session, site_id: str, digest: str) -> bool:
     held = (
         select(Lease.lease_id)
         .join(JobArtifact, JobArtifact.job_id == Lease.job_id)
-        .where(JobArtifact.digest == digest, Lease.site_id == site_id, Lease.state != LeaseState.ENDED)
+        .where(JobArtifact.digest == digest, Lease.site_id == site_id, LEASE_STANDS)
     )
     return session.scalar(held.limit(1)) is not None
 
 
 def _holds_any_lease(session: Session, site_id: str) -> bool:
     # A lease that has ended still counts while its processes live: its last checkpoint is on its way.
-    standing = select(Lease.lease_id).where(Lease.site_id == site_id, Lease.state != LeaseState.ENDED)
+    standing = select(Lease.lease_id).where(Lease.site_id == site_id, LEASE_STANDS)
     stopping = select(LeasedGpu.lease_id).where(LeasedGpu.site_id == site_id, LeasedGpu.live)
     return any(session.scalar(query.limit(1)) is not None for query in (standing, stopping))
 

@@ -10,8 +10,19 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.audit.finding import Finding
-from broker.database.tables import Event, Job, JobArtifact, Lease, LeasedGpu, Placement, Site, UsageReport, ViewChange
-from broker.transitions import LEGAL, EndCause, LeaseState, PlacementState
+from broker.database.tables import (
+    LEASE_STANDS,
+    Event,
+    Job,
+    JobArtifact,
+    Lease,
+    LeasedGpu,
+    Placement,
+    Site,
+    UsageReport,
+    ViewChange,
+)
+from broker.transitions import LEGAL, EndCause, PlacementState
 
 Step = tuple[str, str]
 
@@ -29,7 +40,7 @@ def check_gpus(session: Session) -> Iterator[Finding]:
     held: dict[str, set[tuple[str, str]]] = {}
     for row in session.scalars(select(LeasedGpu).where(LeasedGpu.live)):
         held.setdefault(row.lease_id, set()).add((row.site_id, row.gpu_id))
-    for lease in session.scalars(select(Lease).where(Lease.state != LeaseState.ENDED)):
+    for lease in session.scalars(select(Lease).where(LEASE_STANDS)):
         gpus = held.get(lease.lease_id, set())
         elsewhere = sorted({site_id for site_id, _ in gpus} - {lease.site_id})
         if len(gpus) != lease.gpus or elsewhere:

@@ -28,6 +28,7 @@ from broker.allocation.instance import (
     Singles,
     Sites,
     Spans,
+    stated_plans,
 )
 from broker.backtest.engine import SECONDS_PER_HOUR, Costs
 from broker.backtest.sites import Federation
@@ -199,6 +200,7 @@ def _jobs(book: Book, workload: Workload, destroyed: Real, types: int) -> Jobs:
         data_bytes_per_sample=np.zeros(count),
         period_steps=ones,
         codec=none,
+        **stated_plans(count),
         flops_per_s=np.full((count, types), np.nan),
         ring_bits_per_s=np.full((count, types), np.nan),
         barred_start=np.zeros(count + 1, dtype=np.int64),

@@ -17,4 +17,4 @@ class SiteAbilities(Table):
     __tablename__ = "site_abilities"
     site_id: Mapped[str] = mapped_column(ForeignKey("sites.site_id"), primary_key=True)
     skills: Mapped[str] = mapped_column(String(400), default="")
-    data: Mapped[str] = mapped_column(Text, default="")
+    data: Mapped[str] = mapped_column(Text, default="", server_default="")

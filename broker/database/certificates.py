@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Text
+from sqlalchemy import ForeignKey, Index, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from broker.database.tables import Table
@@ -21,3 +21,4 @@ class RoundCertificate(Table):
     document: Mapped[str] = mapped_column(Text)
     sites: Mapped[str] = mapped_column(Text, default="[]")
     signed_ms: Mapped[int]
+    __table_args__ = (Index("certificates_by_economics", "economics", "round_number"),)

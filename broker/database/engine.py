@@ -50,7 +50,7 @@ class Database:
     """
 
     def __init__(self, url: str, *, at_commit: CommitHook | None = None) -> None:
-        """Connect to `url`, a SQLAlchemy URL for SQLite or PostgreSQL (pg8000)."""
+        """Connect to `url`, a SQLAlchemy URL for SQLite or PostgreSQL (psycopg)."""
         self.url = url
         self._at_commit = at_commit or (lambda _point: None)
         self._is_sqlite = url.startswith("sqlite")
@@ -110,11 +110,10 @@ def refuses_the_values(error: DBAPIError) -> bool:
     """Say whether a statement failed for what it was to write: the same would fail again, another would not."""
     if error.connection_invalidated:
         return False
-    # pg8000 gives the server's answer as a mapping; SQLSTATE classes 22 and 23 are data and constraints.
-    answer = error.orig.args[0] if error.orig is not None and error.orig.args else None
-    if isinstance(answer, dict):
-        return str(answer.get("C", ""))[:2] in _VALUE_SQLSTATE_CLASSES
-    return isinstance(error.orig, sqlite3.IntegrityError | sqlite3.DataError)
+    # SQLSTATE classes 22 and 23 are data and constraints.
+    return _sqlstate(error)[:2] in _VALUE_SQLSTATE_CLASSES or isinstance(
+        error.orig, sqlite3.IntegrityError | sqlite3.DataError
+    )
 
 
 def _sqlite_engine(url: str) -> Engine:
@@ -160,11 +159,12 @@ def _postgresql_engine(url: str) -> Engine:
 
 
 def _must_retry(error: DBAPIError) -> bool:
-    original = error.orig
-    # pg8000 gives the server's answer as a mapping whose "C" is the SQLSTATE.
-    if original is not None and original.args and isinstance(original.args[0], dict):
-        return original.args[0].get("C") in _RETRY_SQLSTATES
-    return False
+    return _sqlstate(error) in _RETRY_SQLSTATES
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    """Return PostgreSQL's code for what failed; SQLite has none. Asked by name: not every broker loads psycopg."""
+    return getattr(error.orig, "sqlstate", None) or ""
 
 
 def _gave_up_waiting(error: DBAPIError) -> bool:

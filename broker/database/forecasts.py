@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import CheckConstraint, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from broker.database.tables import Table
+from broker.database.tables import Table, where
 
 
 class Forecast(Table):
@@ -31,4 +31,5 @@ class Forecast(Table):
     __table_args__ = (
         CheckConstraint("low_ms <= middle_ms AND middle_ms <= high_ms", name="forecast_ordered"),
         Index("forecasts_by_family", "family", "scored_ms"),
+        Index("forecasts_unscored", "job_id", **where("scored_ms IS NULL")),
     )

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, text
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, literal, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # SQLite gives rowid behaviour only to INTEGER PRIMARY KEY.
 _SERIAL = BigInteger().with_variant(Integer, "sqlite")
 
 
-def _where(condition: str) -> dict[str, Any]:
-    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+def where(condition: str, on_sqlite: str | None = None) -> dict[str, Any]:
+    """Return the arguments of an index over the rows for which a condition holds, as each engine's queries state it."""
+    return {"sqlite_where": text(on_sqlite or condition), "postgresql_where": text(condition)}
 
 
 class Table(DeclarativeBase):
@@ -214,6 +215,7 @@ class Hold(Table):
     voided_micros: Mapped[int] = mapped_column(default=0)
     closed_ms: Mapped[int | None]
     __table_args__ = (
+        Index("open_holds", "job_id", **where("closed_ms IS NULL")),
         CheckConstraint("posted_micros >= 0 AND voided_micros >= 0", name="hold_signs"),
         CheckConstraint("posted_micros + voided_micros <= amount_micros", name="hold_bound"),
         CheckConstraint(
@@ -278,7 +280,7 @@ class Placement(Table):
     lane: Mapped[str] = mapped_column(default="round", server_default="round")
     __table_args__ = (
         Index("one_placement_per_epoch", "job_id", "epoch", unique=True),
-        Index("one_live_placement_per_job", "job_id", unique=True, **_where("state <> 'ended'")),
+        Index("one_live_placement_per_job", "job_id", unique=True, **where("state <> 'ended'")),
         CheckConstraint("charged_micros <= reserved_micros", name="placement_charge_bound"),
     )
 
@@ -295,7 +297,7 @@ class Lease(Table):
     __tablename__ = "leases"
     lease_id: Mapped[str] = mapped_column(primary_key=True)
     placement_id: Mapped[str] = mapped_column(ForeignKey("placements.placement_id"), index=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), index=True)
     epoch: Mapped[int]
     site_id: Mapped[str] = mapped_column(ForeignKey("sites.site_id"), index=True)
     pool_id: Mapped[str] = mapped_column(String(100), ForeignKey("pools.pool_id"))
@@ -329,7 +331,11 @@ class Lease(Table):
     ended_monotonic_ms: Mapped[int | None]
     ended_era: Mapped[str | None]
     end_cause: Mapped[str] = mapped_column(default="")
-    __table_args__ = (Index("one_lease_per_site_and_placement", "placement_id", "site_id", unique=True),)
+    __table_args__ = (
+        Index("one_lease_per_site_and_placement", "placement_id", "site_id", unique=True),
+        Index("standing_leases", "site_id", **where("state <> 'ended'")),
+        Index("leases_by_start", "active_ms", **where("delivered_samples > 0")),
+    )
 
 
 class LeasedGpu(Table):
@@ -340,7 +346,10 @@ class LeasedGpu(Table):
     site_id: Mapped[str] = mapped_column(primary_key=True)
     gpu_id: Mapped[str] = mapped_column(primary_key=True)
     live: Mapped[bool] = mapped_column(Boolean)
-    __table_args__ = (Index("one_live_lease_per_gpu", "site_id", "gpu_id", unique=True, **_where("live")),)
+    # Where booleans are numbers, a query asks for `live = 1`, and only an index that says so is used for it.
+    __table_args__ = (
+        Index("one_live_lease_per_gpu", "site_id", "gpu_id", unique=True, **where("live", on_sqlite="live = 1")),
+    )
 
 
 class UsageReport(Table):
@@ -491,3 +500,9 @@ class JobArtifact(Table):
     outer_hash: Mapped[str | None]
     samples_done: Mapped[int]
     created_ms: Mapped[int]
+
+
+# What is not over, for queries. The state is written into the statement and not bound to it: a database uses an index over
+# some rows only for a statement that says by itself that it wants none but those, and history grows for ever.
+LEASE_STANDS = Lease.state != literal("ended", literal_execute=True)
+PLACEMENT_STANDS = Placement.state != literal("ended", literal_execute=True)

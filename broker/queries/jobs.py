@@ -14,7 +14,17 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.forecasts import Forecast
-from broker.database.tables import Artifact, Event, Hold, Job, JobArtifact, Lease, Placement, ViewChange
+from broker.database.tables import (
+    PLACEMENT_STANDS,
+    Artifact,
+    Event,
+    Hold,
+    Job,
+    JobArtifact,
+    Lease,
+    Placement,
+    ViewChange,
+)
 from broker.errors import NotFoundError
 from broker.invoices import Invoice, invoice
 from broker.queries.forecasts import newest_forecasts
@@ -129,7 +139,7 @@ def list_jobs(
     query = (
         select(Job, Hold, Placement.configuration_key)
         .join(Hold, Hold.job_id == Job.job_id)
-        .join(Placement, (Placement.job_id == Job.job_id) & (Placement.state != PlacementState.ENDED), isouter=True)
+        .join(Placement, (Placement.job_id == Job.job_id) & (PLACEMENT_STANDS), isouter=True)
         .where(Job.tenant_id == tenant_id)
         .order_by(Job.submitted_ms.desc(), Job.job_id.desc())
         .limit(JOBS_PER_PAGE + 1)

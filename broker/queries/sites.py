@@ -8,11 +8,10 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from broker.database.tables import Account, Event, Lease, Link, Pool, Site
+from broker.database.tables import LEASE_STANDS, Account, Event, Lease, Link, Pool, Site
 from broker.errors import NotFoundError
 from broker.ledger import site_account
 from broker.queries.market import PoolRow, list_pools
-from broker.transitions import LeaseState
 from sites.protocol import Offer
 
 SITES_PER_PAGE: Final = 100
@@ -50,9 +49,7 @@ def list_sites(session: Session, *, after: str = "", limit: int = SITES_PER_PAGE
     names = [row.site_id for row in rows]
     leases = dict(
         session.execute(
-            select(Lease.site_id, func.count())
-            .where(Lease.site_id.in_(names), Lease.state != LeaseState.ENDED)
-            .group_by(Lease.site_id)
+            select(Lease.site_id, func.count()).where(Lease.site_id.in_(names), LEASE_STANDS).group_by(Lease.site_id)
         ).all()
     )
     accounts = [site_account(name) for name in names]
@@ -75,7 +72,7 @@ def read_site(session: Session, site_id: str, prices: dict[str, int]) -> SiteVie
     row = session.get(Site, site_id)
     if row is None:
         raise NotFoundError(f"there is no site {site_id[:64]!r}")
-    leases = select(Lease).where(Lease.site_id == site_id, Lease.state != LeaseState.ENDED)
+    leases = select(Lease).where(Lease.site_id == site_id, LEASE_STANDS)
     links = select(Link).where((Link.source == site_id) | (Link.target == site_id))
     events = select(Event).where(Event.site_id == site_id).order_by(Event.event_id.desc()).limit(EVENTS_MAX)
     pool_ids = list(session.scalars(select(Pool.pool_id).where(Pool.site_id == site_id)))

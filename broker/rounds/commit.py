@@ -1,7 +1,8 @@
 """The commit of a round: one short write transaction in which every placement is guarded.
 
 A placement is dropped, and the drop recorded, where its job or its offer has changed since the
-snapshot, where its GPUs are no longer free, or where the hold no longer covers its term.
+snapshot, where a site has refused it or its tenant's budget has shrunk meanwhile, where its GPUs are no
+longer free, or where the hold no longer covers its term.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker import ledger
-from broker.abilities import lacking
+from broker.abilities import lacking, needs_abilities
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
 from broker.database.certificates import RoundCertificate
@@ -23,12 +24,13 @@ from broker.database.tables import Hold, Job, Lease, MarketState, Placement, Rou
 from broker.errors import ConflictError
 from broker.leases import end_placement, live_placement, propose, requeue
 from broker.market import Market
-from broker.refusals import NOWHERE, read_refusals
+from broker.refusals import NOWHERE, Refused, read_refusals
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
 from broker.rounds.last_round import write_links
 from broker.rounds.snapshot import TakenSnapshot, free_equity, left_s
 from broker.staging import too_early
+from broker.tenant_limits import budgets_left
 from broker.terms import append_term
 from broker.transitions import EndCause, JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
@@ -101,7 +103,8 @@ def commit(
     session.flush()
     committed = Committed(row)
     dropped: list[dict[str, str]] = []
-    step = _Step(session, market, taken, committed)
+    refused = read_refusals(session, row.committed_ms)
+    step = _Step(session, market, taken, committed, refused, _shrunk(taken, budgets_left(session)))
     # Moves last: what compensates them is what the new placements' uplift leaves.
     for award in sorted(clearing.placements, key=lambda award: award.action == "move"):
         try:
@@ -111,16 +114,16 @@ def commit(
             record_event(
                 session, "dropped", now_ms=row.committed_ms, job_id=award.job_id, round_number=number, detail=str(drop)
             )
-    refused = read_refusals(session, row.committed_ms)
     for unplaced in clearing.unplaced:
         job = session.get(Job, unplaced.job_id)
         if job is not None and job.state == JobState.QUEUED:
-            spec = JobSpec.model_validate_json(job.spec)
-            declined = refused.get(job.job_id, NOWHERE) | lacking(spec, taken.abilities)
-            waited_s = (taken.snapshot.taken_at_ms - job.submitted_ms) / 1000
-            declined |= too_early(
-                spec, taken.abilities, waited_s=waited_s, left_s=left_s(spec, taken.snapshot.taken_at_ms)
-            )
+            declined = refused.get(job.job_id, NOWHERE)
+            if needs_abilities(job.spec):
+                spec = JobSpec.model_validate_json(job.spec)
+                taken_ms = taken.snapshot.taken_at_ms
+                waited_s = (taken_ms - job.submitted_ms) / 1000
+                declined |= lacking(spec, taken.abilities)
+                declined |= too_early(spec, taken.abilities, waited_s=waited_s, left_s=left_s(spec, taken_ms))
             job.reason_code, job.reason = unplaced.code, "; ".join((unplaced.sentence, *declined.reasons))[:1000]
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)
@@ -174,6 +177,11 @@ def _certificate(
     )
 
 
+def _shrunk(taken: TakenSnapshot, left: Mapping[str, int]) -> frozenset[str]:
+    """Return the tenants whose budget leaves less than the snapshot knew: it was set or lowered, or spent at once."""
+    return frozenset(tenant_id for tenant_id, now in left.items() if now < taken.budgets_left.get(tenant_id, now + 1))
+
+
 class _DroppedError(Exception):
     """A placement that no longer holds; the message says why."""
 
@@ -186,6 +194,8 @@ class _Step:
     market: Market
     taken: TakenSnapshot
     committed: Committed
+    refused: Mapping[str, Refused]
+    shrunk_budgets: frozenset[str]
 
     def apply(self, award: Award) -> None:
         """Carry out one placement; raises _DroppedError where it no longer holds."""
@@ -198,6 +208,10 @@ class _Step:
             site = self.session.get(Site, part.site_id)
             if site is None or self.taken.site_versions.get(part.site_id) != site.version:
                 raise _DroppedError(f"the offer of {part.site_id} has changed since the snapshot")
+        declined = self.refused.get(job.job_id, NOWHERE)
+        sites = {part.site_id for part in award.configuration.parts}
+        if declined.sites & sites or (declined.gangs and len(sites) > 1):
+            raise _DroppedError("; ".join(declined.reasons))
         placement = live_placement(self.session, job.job_id)
         if award.action == "start":
             self._start(job, placement, award)
@@ -213,6 +227,8 @@ class _Step:
     def _start(self, job: Job, placement: Placement | None, award: Award) -> None:
         if placement is not None or job.state != JobState.QUEUED:
             raise _DroppedError("the job is no longer waiting")
+        if job.tenant_id in self.shrunk_budgets:
+            raise _DroppedError("its tenant's hourly budget leaves less than at the snapshot")
         if award.reservation_micros > self._unposted(job):
             raise _DroppedError("the hold no longer covers the term")
         sites = propose(self.session, self.market, job, award, self.committed.round.round_number)

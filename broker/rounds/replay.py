@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from broker.allocation.clearing import Clearing
+from broker.allocation.engines import engine_of
 from broker.allocation.snapshot import Snapshot
 from broker.allocation.solve import clear
 from broker.allocation.verify import verify
@@ -45,7 +46,8 @@ def replay(market: Market, round_number: int) -> Replay:
         raise NotFoundError(message)
     snapshot = Snapshot.from_json(market.artifacts.get_bytes(row.snapshot_digest))
     recorded = Clearing.from_json(market.artifacts.get_bytes(row.clearing_digest))
-    again = clear(snapshot, engine=market.settings.lp_engine)
+    # By the engine that it was solved with: the market may have changed to another since.
+    again = clear(snapshot, engine=engine_of(row.solver, otherwise=market.settings.lp_engine))
     return Replay(
         round_number=round_number,
         identical=again.digest() == row.clearing_digest,

@@ -32,6 +32,8 @@ from broker.allocation.snapshot import (
 )
 from broker.database.refusals import BarredConfiguration
 from broker.database.tables import (
+    LEASE_STANDS,
+    PLACEMENT_STANDS,
     Account,
     Gpu,
     Hold,
@@ -54,9 +56,9 @@ from broker.reservations import due_of_ended
 from broker.rounds.last_round import SitePair, may_follow, read_last_round
 from broker.speeds import read_speeds
 from broker.staging import least_elsewhere_s, read_from, too_early
-from broker.tenant_limits import limited_tenants
+from broker.tenant_limits import budgets_left, limited_tenants
 from broker.transitions import JobState as State
-from broker.transitions import LeaseState, PlacementState
+from broker.transitions import PlacementState
 from broker.transitions import SiteState as Hearing
 from pricing.money import SECONDS_PER_HOUR
 from sites.protocol import Offer, PoolOffer
@@ -73,30 +75,32 @@ class TakenSnapshot:
     """A snapshot and what its commit must find unchanged; `changes` and `events_seen` are the market's counters then.
 
     `abilities` is what each site can do for a job beyond running it.
+    `budgets_left` is what the hourly budgets of tenants left, in micro-credits: no less may be left at the commit.
     """
 
     snapshot: Snapshot
     site_versions: dict[str, int]
     changes: int
     abilities: Mapping[str, Ability]
-    events_seen: int = 0
+    events_seen: int
+    budgets_left: dict[str, int]
 
 
-def take(session: Session, market: Market) -> TakenSnapshot:
-    """Read the snapshot for the next round."""
+def take(session: Session, market: Market, *, with_jobs: bool = True) -> TakenSnapshot:
+    """Read the snapshot for the next round; without its jobs for who asks for another one's place and price alone."""
     now_ms = market.clock.now_ms()
     state = session.get(MarketState, 1)
     sites = list(session.scalars(select(Site).where(Site.state != Hearing.REMOVED)))
     number = (session.scalar(select(func.max(Round.round_number))) or 0) + 1
     placements = {
-        placement.job_id: placement
-        for placement in session.scalars(select(Placement).where(Placement.state != PlacementState.ENDED))
+        placement.job_id: placement for placement in session.scalars(select(Placement).where(PLACEMENT_STANDS))
     }
     tenants = limited_tenants(session)
     abilities = read_abilities(session)
     limited = {tenant.tenant_id for tenant in tenants}
     last = read_last_round(session, market.settings)
-    jobs = _jobs(session, market, placements, now_ms, number, abilities)
+    names = {site.site_id for site in sites}
+    jobs = _jobs(session, market, placements, now_ms, number, abilities) if with_jobs else []
     snapshot = Snapshot(
         round_number=number,
         taken_at_ms=now_ms,
@@ -107,7 +111,7 @@ def take(session: Session, market: Market) -> TakenSnapshot:
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
-        links=tuple(standing_links(session, {site.site_id for site in sites}, last.link_prices)),
+        links=tuple(standing_links(session, names, last.link_prices)),
         jobs=tuple(job if owner not in limited else job.model_copy(update={"tenant_id": owner}) for owner, job in jobs),
         last_prices=last.prices,
         follow_last_prices=may_follow(last, jobs=len(jobs), settings=market.settings),
@@ -119,10 +123,11 @@ def take(session: Session, market: Market) -> TakenSnapshot:
     )
     return TakenSnapshot(
         snapshot,
-        {site.site_id: site.version for site in sites},
+        site_versions={site.site_id: site.version for site in sites},
         changes=0 if state is None else state.changes,
         events_seen=last.events_seen,
         abilities=abilities,
+        budgets_left=budgets_left(session),
     )
 
 
@@ -193,11 +198,7 @@ def _terms_of_offer(offer: Offer, offered: PoolOffer | None) -> dict[str, Any]:
 def _held_by_pool(session: Session, sites: dict[str, Site], now_ms: int) -> dict[str, int]:
     """Count the GPUs of live leases. A site that drains keeps its running terms and renews none."""
     held: dict[str, int] = {}
-    live = (
-        select(Lease, Placement)
-        .join(Placement, Placement.placement_id == Lease.placement_id)
-        .where(Lease.state != LeaseState.ENDED)
-    )
+    live = select(Lease, Placement).join(Placement, Placement.placement_id == Lease.placement_id).where(LEASE_STANDS)
     for lease, placement in session.execute(live):
         site = sites.get(lease.site_id)
         up_for_renewal = placement.term_ends_ms is not None and now_ms >= renewal_starts_ms(placement)
@@ -351,6 +352,8 @@ def job_state(
         data=_data(data, home_site) if read_from is None else read_from,
         bid_steps=tuple(BidStep(**step.model_dump()) for step in spec.market.bid_steps),
         mixed_types=spec.market.mixed_types,
+        # A rule of merging that few ways go with leaves nothing to choose.
+        sync_open=spec.market.sync.strategy == "auto" and spec.market.sync.merge == "mean",
         speeds=speeds,
     )
 
@@ -379,9 +382,7 @@ def _incumbent(  # noqa: PLR0917  what an incumbent depends on
     else:
         ends_ms = placement.term_ends_ms
     standing = set(
-        session.scalars(
-            select(Lease.site_id).where(Lease.placement_id == placement.placement_id, Lease.state != LeaseState.ENDED)
-        )
+        session.scalars(select(Lease.site_id).where(Lease.placement_id == placement.placement_id, LEASE_STANDS))
     )
     configuration = _standing_part(award.configuration, standing)
     if configuration is None:
@@ -426,9 +427,7 @@ def free_equity(session: Session, now_ms: int) -> int:
     equity = session.get(Account, EQUITY)
     balance = 0 if equity is None else equity.balance_micros
     promised = 0
-    for placement in session.scalars(
-        select(Placement).where(Placement.state != PlacementState.ENDED, Placement.uplift_micros_per_hour > 0)
-    ):
+    for placement in session.scalars(select(Placement).where(PLACEMENT_STANDS, Placement.uplift_micros_per_hour > 0)):
         ends_ms = placement.term_ends_ms or now_ms + placement.term_s * 1000
         promised += placement.uplift_micros_per_hour * max(0, ends_ms - now_ms) // 3_600_000 + 1
     return max(0, balance - promised)

@@ -82,7 +82,8 @@ def test_batches_of_a_profile_are_tried_beside_the_jobs_own() -> None:
 
 def test_the_newest_noise_scale_is_read_from_whatever_a_site_wrote(tmp_path: Path) -> None:
     streams = StreamStore(tmp_path, 1_000_000)
-    rows = [json.dumps({"noise_scale_samples": 30.0}), json.dumps({"noise_scale_samples": 70.5}), "[]", "{nonsense"]
+    rows = [json.dumps({"noise_scale_samples": value}) for value in (30.0, 70.5, 10**400, True, "70", float("inf"))]
+    rows += ["[]", "{nonsense"]
     streams.append("lease_1", "metrics", 0, "\n".join(rows).encode())
     assert newest_noise(streams, "lease_1") == 70.5
     assert newest_noise(streams, "lease_2") is None

@@ -18,13 +18,16 @@ from typing import Any
 
 import pytest
 import redis
+from celery.beat import Scheduler, SchedulingError
 
 from broker.celery_doorbell import CeleryDoorbell
 from broker.reconcile import reconcile
 from broker.rounds.clear import hold_round
+from broker.settings import Settings
 from broker.supervise.errors import ServiceUnavailableError
 from broker.supervise.processes import Supervisor
 from broker.supervise.valkey import ValkeySource, resolve
+from broker.tasks import UPKEEP_QUEUE, make_app
 from tests.broker.speaking import Scene
 
 REPOSITORY = Path(__file__).parents[2]
@@ -146,10 +149,11 @@ def test_a_ring_leads_to_a_round_and_what_strangers_push_to_nothing(
     assert not marker.exists()
     assert len(scene.events("job")) == events + 2  # submitted and proposed, nothing besides
     assert scene.rounds() == 2
-    log = worker.log.read_text()
-    assert "Traceback" not in log
-    told = [reason for reason in ("not JSON", "no id", "unknown task", "arguments", "too large") if reason in log]
-    assert told == ["not JSON", "no id", "unknown task", "arguments", "too large"], log[-3000:]
+    # A ring from before may place the second job while some of the hostile messages still wait.
+    for reason in ("not JSON", "no id", "unknown task", "arguments", "too large"):
+        _until(lambda reason=reason: reason in worker.log.read_text(), f"the log says {reason!r}")
+    assert not worker.is_over()
+    assert "Traceback" not in worker.log.read_text()
 
 
 def test_keys_of_another_kind_and_orders_to_workers_stop_no_worker(
@@ -188,6 +192,24 @@ def test_without_valkey_a_submit_succeeds_as_quickly_and_the_next_beat_catches_u
     assert reconcile(scene.market)
     assert hold_round(scene.market) is not None
     assert scene.job(job_id).state == "proposed"
+
+
+def test_the_beat_rings_again_when_its_server_is_back(valkey: ValkeySource, supervisor: Supervisor) -> None:
+    app = make_app(Settings(redis_url=valkey.url))
+    beat = Scheduler(app)
+    entry = beat.schedule["reconcile"]
+    with redis.Redis.from_url(valkey.url) as client:
+        beat.apply_async(entry, beat.producer, advance=False)
+        assert client.llen(UPKEEP_QUEUE) == 1
+        assert valkey.process is not None
+        supervisor.kill(valkey.process.name)
+        for _ in range(2):
+            with pytest.raises(SchedulingError):
+                beat.apply_async(entry, beat.producer, advance=False)
+        supervisor.start(valkey.process)
+        beat.apply_async(entry, beat.producer, advance=False)
+        assert client.llen(UPKEEP_QUEUE) == 1
+    beat.close()
 
 
 def test_a_server_that_hangs_holds_up_no_submit(scene: Scene, supervisor: Supervisor) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
+from broker.allocation.clearing import Clearing
 from broker.database.refusals import SiteRefusal
 from broker.database.tables import Event, Lease
+from broker.rounds import clear as clear_module
 from sites.protocol import RefusalScope, Veto
 from tests.broker.speaking import TERM_S, Scene, SpeakingSite
 
@@ -117,6 +119,28 @@ def test_a_running_lease_that_is_not_renewed_runs_to_the_end_of_its_term_and_the
     assert former.ended_ms is not None
     assert former.active_ms is not None
     assert former.ended_ms - former.active_ms >= (TERM_S - 12) * 1000
+
+
+def test_a_refusal_that_comes_while_a_round_is_solved_stops_the_renewal(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = scene.submit(2, samples=10_000_000)
+    (site,) = scene.start(job_id)
+    order = site.order()
+    said = Veto(lease_id=order.lease_id, epoch=order.epoch, scope=RefusalScope.SITE, **TENANT_REFUSED)
+    scene.round()
+    scene.pass_s(TERM_S * 0.75, "ada", "bob", "cid")
+    scene.reconcile()
+    solved = clear_module.clear
+
+    def then_refused(*given: Any, **named: Any) -> Clearing:
+        site.say(vetoes=(said,), attempts=tuple(site.reports.values()))
+        return solved(*given, **named)
+
+    monkeypatch.setattr(clear_module, "clear", then_refused)
+    scene.round()
+    assert "declined it (policy.tenant" in scene.events("dropped")[-1].detail
+    assert not scene.events("renewed")
 
 
 @pytest.mark.parametrize("skills", [(), ("gang",)])

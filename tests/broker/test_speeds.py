@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from broker import speeds as speeds_module
 from broker.allocation.clearing import Placement as Award
 from broker.api.documents import placement_document
 from broker.database.tables import Job, Placement
 from broker.quote import quote_job
 from broker.rounds.snapshot import take
-from broker.speeds import read_speeds
+from broker.speeds import Speeds, read_speeds
 from sites.protocol import ExitCause, Usage
 from tests.broker.speaking import Scene, SpeakingSite, spec
 from tests.simulation.founding import TENANT_ID
-from training.spec import ProfileTerms
-from training.speeds import cold
+from training.spec import GpuRequest, ProfileTerms, Resources
+from training.speeds import MeasuredRun, SpeedEstimate, cold, estimate
 
 TRAINED_S = 240
 
@@ -178,3 +180,32 @@ def test_a_profile_in_the_job_file_stands_in_until_its_family_has_run(market: Sc
     promised = trained(market, 0.5)
     after = quote_job(market.market, profiled, TENANT_ID)[0]
     assert after.samples_per_s_expected == pytest.approx(0.5 * promised, rel=0.12)
+
+
+def test_a_profile_costs_a_round_no_look_at_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round asks for the speeds of each of its jobs, and a market has many families."""
+    looked = 0
+
+    def counted(*given: Any, **named: Any) -> SpeedEstimate:
+        nonlocal looked
+        looked += 1
+        return estimate(*given, **named)
+
+    monkeypatch.setattr(speeds_module, "estimate", counted)
+    run = MeasuredRun(1, 3000.0, 300.0, 5.0, 8)
+    faster = MeasuredRun(1, 9000.0, 300.0, 5.0, 8)
+    families = {(f"tenant-{n}", 100_000, 1e7): {"T4": [run], "A100": [faster]} for n in range(30)}
+    speeds = Speeds(families)
+    rows = (ProfileTerms(gpu_type="T4", batch_per_gpu=8, steps=100, step_s=0.8),)
+    both = Resources(accelerators=tuple(GpuRequest(gpu_type=name, count_min=1, count_max=1) for name in ("T4", "A100")))
+    job = spec(1, profile=rows).model_copy(update={"resources": both})
+    found = speeds.of("newcomer", job)
+    # What other families say of the two types carries the profile from one to the other.
+    alone = Speeds({}).of("newcomer", job)
+    of_catalogue = cold("A100").flops_per_s / cold("T4").flops_per_s
+    ratio = speeds.ratios("T4", "A100")[0] / of_catalogue
+    assert found["A100"].flops_per_s == pytest.approx(ratio * alone["A100"].flops_per_s)
+    once = looked
+    for number in range(10):
+        speeds.of(f"newcomer-{number}", job)
+    assert looked - once == 10

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.orm import Session
 
-from broker import ledger
+from broker import ledger, submit
+from broker.allocation.clearing import Clearing
 from broker.cancel import request_cancel
 from broker.database.tables import Tenant
 from broker.database.uploads import WorkdirUpload
 from broker.errors import NotFoundError
-from broker.instant import InstantRefusedError
+from broker.instant import InstantOffer, InstantRefusedError
+from broker.market import Market
+from broker.rounds import clear as clear_module
 from broker.rounds.replay import replay
 from broker.submit import submit_job
 from broker.tenant_limits import set_budget, set_floor, spending_micros_per_hour
 from tests.broker.speaking import ASK, CREDIT, Scene, spec
 from tests.simulation.founding import TENANT_ID, WORKDIR
+from training.spec import JobSpec
 
 RIVAL = "rival"
 
@@ -91,6 +96,49 @@ def test_the_instant_lane_keeps_to_the_budget(scene: Scene) -> None:
     limit(scene, 4 * ASK)
     scene.submit(2, start="now")
     assert spending(scene) == 4 * ASK
+
+
+def test_two_instant_jobs_at_once_share_one_budget(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.round()
+    limit(scene, 3 * ASK)
+    offered = submit.make_offer
+
+    def then_another(market: Market, tenant_id: str, wanted: JobSpec) -> InstantOffer:
+        offer = offered(market, tenant_id, wanted)
+        monkeypatch.setattr(submit, "make_offer", offered)
+        scene.submit(2, start="now", sites_allowed=["bob"])
+        return offer
+
+    monkeypatch.setattr(submit, "make_offer", then_another)
+    with pytest.raises(InstantRefusedError, match=r"budget of .* has 0\.10 an hour left"):
+        scene.submit(2, start="now", sites_allowed=["ada"])
+    assert spending(scene) == 2 * ASK
+
+
+@pytest.mark.parametrize("meanwhile", ["lowered", "spent"])
+def test_a_budget_that_shrinks_while_a_round_is_solved_lets_nothing_start(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    scene.round()
+    limit(scene, 1000 * CREDIT)
+    waiting = scene.submit(2, sites_allowed=["ada"])
+    solved = clear_module.clear
+
+    def then_shrunk(*given: Any, **named: Any) -> Clearing:
+        monkeypatch.setattr(clear_module, "clear", solved)
+        if meanwhile == "lowered":
+            limit(scene, 1)
+        else:
+            scene.submit(2, sites_allowed=["bob"], start="now")
+        return solved(*given, **named)
+
+    monkeypatch.setattr(clear_module, "clear", then_shrunk)
+    scene.round()
+    assert scene.job(waiting).state == "queued"
+    assert "hourly budget leaves less" in scene.events("dropped")[-1].detail
+    limit(scene, None)
+    scene.round()
+    assert scene.job(waiting).state == "proposed"
 
 
 def test_a_floor_gives_way_to_no_higher_bid(pair: Scene) -> None:

@@ -45,6 +45,20 @@ def test_a_wish_is_said_until_another_stands_and_its_answer_is_kept(bremen: Agen
     assert (standing.is_answered, standing.refused) == (False, "")
 
 
+def test_the_newest_word_on_a_wish_counts(bremen: Agent) -> None:
+    """An owner who changes the site's settings starts the agent anew, which judges the same wish again."""
+    make_wish(bremen.market, "bremen", {"cpu-slot": 1_000_000}, draining=None)
+    bremen.say(takes_wishes=True, wish_reply=WishReply(number=1))
+    bremen.say(takes_wishes=True, wish_reply=WishReply(number=1, refused="now outside"))
+    standing = bremen.market.database.read(lambda session: read_wish(session, "bremen"))
+    assert standing is not None
+    assert (standing.is_answered, standing.refused) == (True, "now outside")
+    bremen.say()
+    standing = bremen.market.database.read(lambda session: read_wish(session, "bremen"))
+    assert standing is not None
+    assert not standing.is_answered, "a site whose settings allow nothing any more has not taken it"
+
+
 def test_an_agent_that_takes_no_wishes_is_told_none(bremen: Agent) -> None:
     make_wish(bremen.market, "bremen", {"cpu-slot": 1_000_000}, draining=True)
     assert bremen.say().wish is None

@@ -42,6 +42,7 @@ from broker.demo.world import BROKER_SETTINGS, CREDIT_MICROS, GPU_TYPE, DemoSite
 from broker.ledger import TransferKind
 from broker.supervise import descendants
 from broker.supervise.processes import ProcessSpec, Supervisor
+from sites.drivers import ranks as rank_starter
 from tests.journey.rows import Chain, MarketRows, content_of
 from tests.sites.waiting import lives, wait_until
 from training.roundlog.manifest import Manifest
@@ -190,7 +191,7 @@ class RunningMarket(MarketRows):
 
     def ranks(self, site_id: str) -> set[int]:
         """Return the processes of a site that train."""
-        return {pid for pid in self.pids_running(site_id, "training.launch") if not self._is_torchrun(pid)}
+        return {pid for pid in self.pids_running(site_id, "training.launch") if not self._starts_ranks(pid)}
 
     def cut_power(self, site_id: str) -> None:
         """End everything of a site at one instant."""
@@ -203,10 +204,10 @@ class RunningMarket(MarketRows):
         wait_until(lambda: not self.pids_of_site(site_id))
 
     @staticmethod
-    def _is_torchrun(pid: int) -> bool:
+    def _starts_ranks(pid: int) -> bool:
         try:
-            return b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
+            return Path(rank_starter.__file__).name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:  # it has ended, so that it trains no more either
             return True
 
     # --- jobs -------------------------------------------------------------------------------------

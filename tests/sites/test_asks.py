@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sites.asks import AskBook, AskPart, AskRules, PricedPool, ask_at, first_gpus, parse_curve, read_power
+from sites.asks import (
+    OVERRIDES_FILE,
+    AskBook,
+    AskPart,
+    AskRules,
+    PricedPool,
+    ask_at,
+    first_gpus,
+    parse_curve,
+    read_overrides,
+    read_power,
+    write_overrides,
+)
 from sites.errors import AskError, SettingsError
 from sites.settings import load_settings
 from sites.site_cli import app
@@ -54,6 +66,17 @@ def test_power_and_its_carbon_come_on_top(tmp_path: Path) -> None:
     assert at == [1_070_000, 1_205_000]
     late = asked(rules, NOON + dt.timedelta(days=3), power=tmp_path / "power.csv")[0]
     assert late == 1_000_000 + round(0.5 * (400_000 + 400 * 100)), "without a figure the dearest of the file is asked"
+
+
+def test_a_broken_file_of_overrides_leaves_what_was_asked_before(tmp_path: Path) -> None:
+    pool = PricedPool("A100", 16, BASE, AskRules())
+    book = AskBook([pool], tmp_path)
+    write_overrides(tmp_path, {"A100": parse_curve("2.50", 16)})
+    assert book.asks([pool], NOON, {})["A100"].curve[0].price == 2_500_000
+    (tmp_path / OVERRIDES_FILE).write_text("{")
+    assert book.asks([pool], NOON, {})["A100"].curve[0].price == 2_500_000
+    with pytest.raises(AskError, match="delete it"):
+        read_overrides(tmp_path)
 
 
 def test_an_ask_stays_within_what_the_owner_names_and_rises_strictly() -> None:

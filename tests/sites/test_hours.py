@@ -56,6 +56,7 @@ def test_times_are_read_as_yaml_leaves_them() -> None:
     [
         {"open": [{"from": "25:00"}]},
         {"open": [{"from": "8 o'clock"}]},
+        {"open": [{"from": 8, "to": 20}]},  # eight minutes past midnight is not what was meant
         {"open": [{"days": "monday"}]},
         {"open": []},
         {"zone": "Hanse/Lubeck", "open": [{}]},

@@ -51,6 +51,7 @@ def test_what_the_agent_was_told_is_shown_and_a_silent_broker_changes_nothing(tm
     assert (code, "[statement.missing]" in output) == (1, True)
     fetch_statement(Told(), folder)
     fetch_statement(Away(), folder)
+    fetch_statement(Told(), tmp_path / "gone")  # as where the disk is full: told in the log, on whatever thread
     code, output = hansa_site(*words)
     assert code == 0, output
     rows = {line[:22].strip(): line[22:].split()[0] for line in output.splitlines()[1:]}

@@ -79,6 +79,13 @@ def test_a_short_job_still_has_its_ten_rounds() -> None:
     assert chosen(2e8, samples=1600 * 120).plan.period_steps == 12
 
 
+def test_a_streaming_plan_of_a_short_job_is_one_that_a_site_takes() -> None:
+    for samples in (1600 * 10, 1600 * 45, 1600 * 200, 1600 * 2000):
+        plan = chosen(5e9, samples=samples, strategy="streaming").plan
+        assert plan.period_steps % plan.fragments == 0
+        assert plan.overlap_steps < plan.period_steps // plan.fragments
+
+
 @pytest.mark.parametrize("parts", [PARTS[:1], PARTS])
 def test_one_site_and_sites_without_a_hub_have_nothing_to_choose(parts: list[SitePart]) -> None:
     assert choose_sync(WORKLOAD, SyncPlan(), parts, {}, frozenset()) is None

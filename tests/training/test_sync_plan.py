@@ -43,6 +43,17 @@ def test_what_the_market_does_not_weigh_stays_as_the_tenant_wrote_it() -> None:
     assert placed.round_steps == 10
 
 
+def test_what_the_market_chose_for_an_open_plan_is_taken_whole() -> None:
+    asked = plan(outer_momentum=0.9, max_egress_gb=4, fragments=2)
+    sold = plan(strategy="sparse", codec="topk2", period_steps=40, outer_momentum=0.0, outer_learning_rate=1.0)
+    placed = asked.placed(sold)
+    assert (placed.strategy, placed.codec, placed.period_steps) == ("sparse", "topk2", 40)
+    assert (placed.outer_momentum, placed.outer_learning_rate) == (0.0, 1.0)
+    assert (placed.max_egress_gb, placed.fragments) == (4, 2)
+    streaming = asked.placed(plan(strategy="streaming", period_steps=20, fragments=2, overlap_steps=5))
+    assert streaming.overlap_steps == 5
+
+
 def test_every_step_has_no_period() -> None:
     assert plan(strategy="every_step").period_steps == 1
     with pytest.raises(ValidationError, match="leave period_steps out"):

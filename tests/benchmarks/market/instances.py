@@ -30,6 +30,7 @@ from broker.allocation.instance import (
     Singles,
     Sites,
     Spans,
+    stated_plans,
 )
 from tests.benchmarks.market.tables import SCALES, Speeds
 
@@ -262,6 +263,7 @@ def _plain_jobs(jobs: int, kinds: int) -> Jobs:
         data_bytes_per_sample=same(0),
         period_steps=same(1),
         codec=same(-1, np.int32),
+        **stated_plans(jobs),
         flops_per_s=np.full((jobs, kinds), np.nan),
         ring_bits_per_s=np.full((jobs, kinds), np.nan),
         barred_start=np.zeros(jobs + 1, np.int64),

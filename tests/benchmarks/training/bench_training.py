@@ -3,6 +3,7 @@
     make bench-training                    everything
     make bench-training QUICK=1            some three minutes
     make bench-training ONLY=T1            one part
+    make bench-training ONLY=peers         beside torchft and hivemind, which it installs where pip has them
     make bench-training LONG=1 ONLY=T3     held-out loss against DDP, as many hours as the budget asks for
 
 Sites are network namespaces joined by an emulated wide-area network (`training.lab.wan`), which needs root. Every figure
@@ -22,7 +23,7 @@ from typing import Final
 from rich.console import Console
 
 from tests.benchmarks.market.figures import Figure, show, write
-from tests.benchmarks.training import faults, link_fill, quality, utilisation, wire
+from tests.benchmarks.training import faults, link_fill, peers, quality, utilisation, wire
 from tests.benchmarks.training.utilisation import Case
 
 Group = Callable[[], Iterator[Figure]]
@@ -45,6 +46,7 @@ def groups(*, quick: bool, long: bool, chart: Path | None) -> dict[str, Group]:
         "T1, T2": partial(
             wire.measured, period_steps=2 if quick else wire.PERIOD_STEPS, more_sites=() if quick else (3, 8)
         ),
+        **({} if quick else {"T2 with whole periods": wire.whole_periods}),
         "T4": partial(
             utilisation.measured, cases=_CURVE[-1:] if quick else _CURVE, blocks=4 if quick else 8, chart=chart
         ),
@@ -56,6 +58,7 @@ def groups(*, quick: bool, long: bool, chart: Path | None) -> dict[str, Group]:
         ),
         "T7": faults.site_dies,
         "T8": faults.hub_dies,
+        "peers": peers.measured,
         **({"T3": partial(quality.measured, steps=40 if quick else 6000, seeds=1 if quick else 3)} if long else {}),
     }
 

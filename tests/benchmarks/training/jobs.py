@@ -23,7 +23,8 @@ from training.spec import JobSpec
 
 WORKDIR: Final = Path(__file__).parent / "job"
 _ASK_S: Final = 0.05
-_START_S: Final = 120.0
+# Generous: on a busy machine eight processes take minutes to import torch.
+_START_S: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from broker.allocation.instance import (
     Sites,
     Spans,
     capacity,
+    stated_plans,
 )
 
 TERM_S = 3600.0
@@ -127,6 +128,10 @@ def small(seed: int) -> Instance:  # noqa: PLR0912, PLR0915 - one market, writte
     flops = rng.uniform(5e12, 60e12, (jobs_count, types))
     flops[rng.random((jobs_count, types)) < 0.5] = np.nan
     ring = np.full((jobs_count, types), np.nan)
+    # Some leave their plan to the market; drawn apart, so that the rest is as it is without them.
+    open_draw = np.random.default_rng(jobs_count)
+    sync_open = open_draw.random(jobs_count) < 0.4
+    leaves_period = sync_open & (open_draw.random(jobs_count) < 0.7)
     jobs = Jobs(
         must=np.zeros(jobs_count, bool),
         own=np.full(jobs_count, NONE, np.int32),
@@ -147,8 +152,13 @@ def small(seed: int) -> Instance:  # noqa: PLR0912, PLR0915 - one market, writte
         parameters=rng.uniform(1e7, 1e9, jobs_count),
         flops_per_sample=rng.uniform(1e10, 1e11, jobs_count),
         data_bytes_per_sample=rng.choice([0.0, 1e3, 1e4], jobs_count),
-        period_steps=rng.integers(20, 400, jobs_count).astype(float),
+        period_steps=np.where(leaves_period, 20.0, rng.integers(20, 400, jobs_count)),
         codec=rng.integers(-1, 3, jobs_count).astype(np.int32),
+        sync_open=sync_open,
+        samples=open_draw.uniform(1e6, 1e9, jobs_count).round(),
+        target=open_draw.choice([0.8, 0.95, 0.99], jobs_count),
+        egress_gb_max=open_draw.choice([np.inf, 0.1, 10.0], jobs_count),
+        fragments=open_draw.integers(1, 6, jobs_count).astype(float),
         flops_per_s=flops,
         ring_bits_per_s=ring,
         barred_start=np.zeros(jobs_count + 1, np.int64),
@@ -303,6 +313,7 @@ def large(  # noqa: PLR0915 - one market, written out feature by feature
         data_bytes_per_sample=rng.choice([0.0, 2e2, 2e3], job_count),
         period_steps=rng.integers(30, 300, job_count).astype(float),
         codec=rng.choice(np.array([-1, 1, 1], np.int32), job_count).astype(np.int32),
+        **stated_plans(job_count),
         flops_per_s=kinds.flops_per_s[None, :] * affinity,
         ring_bits_per_s=np.full((job_count, len(_TYPES)), np.nan),
         barred_start=np.zeros(job_count + 1, np.int64),

@@ -146,3 +146,24 @@ def random_market(
         links=tuple(links),
         jobs=tuple(book),
     )
+
+
+def with_open_plans(snapshot: Snapshot, seed: int) -> Snapshot:
+    """Return the market with plans between sites that are its to choose, some with a period, codec or cap of their own."""
+    draw = random.Random(seed)  # noqa: S311 - a seeded test market, nothing secret
+
+    def opened(job: JobState) -> JobState:
+        if job.sync.strategy != "auto":
+            return job
+        plan = job.sync.model_copy(
+            update={
+                "codec": draw.choice(["auto", "auto", "auto", "int8"]),
+                "period_steps": draw.choice([20, 20, 20, 50]),
+                "target_utilisation": draw.choice([0.8, 0.95, 0.99]),
+                "max_egress_gb": draw.choice([None, None, 0.5, 50.0]),
+                "fragments": draw.choice([3, 4]),
+            }
+        )
+        return job.model_copy(update={"sync": plan, "sync_open": True})
+
+    return snapshot.model_copy(update={"jobs": tuple(opened(job) for job in snapshot.jobs)})

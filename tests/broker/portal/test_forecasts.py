@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import expect
-from sqlalchemy import delete, select
+from sqlalchemy import delete, event, select
 from sqlalchemy.orm import Session
 
 from broker.cancel import request_cancel
@@ -60,6 +60,23 @@ def test_a_job_that_finds_free_gpus_is_said_to_start_at_once(stated: Scene) -> N
     assert start.scored_ms is not None
     assert start.actual_ms is None
     assert not [row for row in stated.market.database.read(calibrations) if row.family == start.family]
+
+
+def test_what_a_pass_looks_at_holds_up_nobodys_write(scene: Scene) -> None:
+    statements: list[str] = []
+
+    def executed(*said: object) -> None:
+        statements.append(str(said[2]))
+
+    event.listen(scene.market.database.engine, "before_cursor_execute", executed)
+    try:
+        assert keep_forecasts(scene.market) > 0
+    finally:
+        event.remove(scene.market.database.engine, "before_cursor_execute", executed)
+        scene.market.database.write("forget", lambda session: session.execute(delete(Forecast)))
+    held = statements[statements.index("BEGIN IMMEDIATE") :]
+    assert any("INSERT INTO forecasts" in statement for statement in held)
+    assert [statement for statement in held if "spec" in statement] == []
 
 
 def test_what_came_is_scored_and_the_admin_sees_how_often_it_held(admin: Visitor, stated: Scene) -> None:

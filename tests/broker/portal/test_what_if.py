@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
+
 import pytest
 
 from broker import what_if as what_if_module
@@ -11,6 +14,8 @@ from broker.allocation.solve import clear
 from broker.database.tables import Round
 from broker.errors import BusyError, NotFoundError, RefusedError
 from broker.what_if import sold_by, what_if, with_asks
+from pricing.money import format_credits
+from tests.broker.portal.conftest import Client
 from tests.broker.portal.scene import Scene
 
 pytestmark = pytest.mark.xdist_group("portal")
@@ -77,6 +82,32 @@ def test_time_is_bounded_and_what_was_left_out_is_said(scene: Scene, monkeypatch
     monkeypatch.setattr(what_if_module, "JOBS_MAX", 0)
     none = what_if_module._solved(scene.market, "bremen", asks, [row, row])
     assert (none.rounds, none.skipped, none.cut) == ((), 2, False)
+
+
+def test_an_answer_holds_the_sites_own_sales_and_nothing_of_its_buyers(
+    scene: Scene, client_of: dict[str, Client]
+) -> None:
+    tried = what_if(scene.market, "bremen", {"cpu-slot": 1_050_000})
+    assert set(asdict(tried)) == {"asks", "rounds", "skipped", "cut"}
+    for row in asdict(tried)["rounds"]:
+        assert set(row) == {"round_number", "was", "would_be"}
+        assert set(row["was"]) == set(row["would_be"]) == {"gpus", "payout_micros_per_hour"}
+    olga = client_of["olga"]
+    answer = olga.client.post("/site/ask", data={"form_token": olga.form_token, "step": "try", "ask-cpu-slot": "1.05"})
+    assert answer.status_code == 200
+    told = answer.text.split('aria-label="At these asks"')[1].split("</section>")[0]
+    assert "Round by round" in told
+    snapshot, _ = first_round(scene)
+    assert snapshot.jobs
+    secrets = {job.job_id for job in snapshot.jobs} | set(scene.jobs.values()) | set(scene.jobs) - {"queued"}
+    secrets |= {site.site_id for site in snapshot.sites} - {"bremen"} | {"ada@", "bob@"}
+    for job in snapshot.jobs:
+        secrets |= {format_credits(job.bid_micros_per_million_samples), format_credits(job.hold_left_micros)}
+        secrets |= {str(job.bid_micros_per_million_samples), str(job.hold_left_micros)}
+    figures = {format_credits(sold.payout_micros_per_hour) for row in tried.rounds for sold in (row.was, row.would_be)}
+    figures |= {format_credits(tried.was.payout_micros_per_hour), format_credits(tried.would_be.payout_micros_per_hour)}
+    words = set(re.split(r"[\s<>,;]+", told))
+    assert not {secret for secret in secrets if secret in words} - figures
 
 
 def test_one_question_at_a_time(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

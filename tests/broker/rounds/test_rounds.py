@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,10 @@ from broker.rounds.replay import replay
 from broker.rounds.snapshot import TakenSnapshot, renewal_starts_ms, take
 from broker.transitions import EndCause, change_state, note_change
 from sites.protocol import ExitCause
-from tests.broker.speaking import ASK, LIVENESS_S, MARGIN_S, TERM_S, Scene
+from tests.broker.speaking import ASK, LIVENESS_S, MARGIN_S, TERM_S, Scene, spec
 from tests.simulation.founding import TENANT_ID
+from training.sync_choice import choose_sync
+from training.throughput import Link, SitePart
 
 ALL = ("ada", "bob", "cid")
 
@@ -210,6 +213,15 @@ def test_a_committed_round_replays_to_the_bit_and_verifies(scene: Scene) -> None
         replay(scene.market, 99)
 
 
+def test_a_round_replays_by_the_engine_that_solved_it(scene: Scene) -> None:
+    scene.submit(2)
+    scene.round()
+    settings = scene.market.settings.model_copy(update={"lp_engine": "clp"})
+    again = replay(dataclasses.replace(scene.market, settings=settings), 1)
+    assert again.identical
+    assert again.solver_now == again.solver_recorded
+
+
 def test_a_replay_tells_a_round_that_was_tampered_with(scene: Scene) -> None:
     scene.submit(2)
     scene.round()
@@ -388,6 +400,35 @@ def test_a_round_that_was_overtaken_says_so_and_any_other_conflict_is_no_quiet_e
         patch.setattr(clear_module, "commit", break_down)
         with pytest.raises(IllegalTransitionError):
             scene.round()
+
+
+def test_a_plan_left_open_is_chosen_for_the_links_it_gets_and_the_tenant_is_told_why(scene: Scene) -> None:
+    asked = spec(4).market
+    link = Link(bandwidth_bits_per_s=1e8, delay_s=0.02)
+    parts = [SitePart(site_id, "cpu-slot", 2) for site_id in ("ada", "bob")]
+    links = {("ada", "bob"): link, ("bob", "ada"): link}
+    chosen = choose_sync(asked.workload, asked.sync, parts, links, frozenset({"ada"}))
+    assert chosen is not None
+    job_id = scene.submit(4, sites_max=2, sites_allowed=["ada", "bob"])
+    ada, _ = scene.start(job_id)
+    attempt = ada.order().attempt
+    assert attempt is not None
+    assert attempt.sync == asked.sync.placed(chosen.plan)
+    assert chosen.reasons[-1] in scene.placement(job_id).why
+    assert len(chosen.reasons) > 1
+    found = replay(scene.market, 1)
+    assert (found.identical, found.findings) == (True, ())
+
+
+def test_a_plan_that_is_stated_is_left_as_it_is(scene: Scene) -> None:
+    stated = {"strategy": "diloco", "codec": "int8", "period_steps": 33, "target_utilisation": 0.6}
+    job_id = scene.submit(4, sites_max=2, sites_allowed=["ada", "bob"], sync=stated)
+    ada, _ = scene.start(job_id)
+    attempt = ada.order().attempt
+    assert attempt is not None
+    assert attempt.sync == spec(4, sync=stated).market.sync
+    assert "Between its sites" not in scene.placement(job_id).why
+    assert replay(scene.market, 1).findings == ()
 
 
 def test_one_round_after_another_never_sells_a_gpu_twice(scene: Scene) -> None:
