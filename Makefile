@@ -52,6 +52,7 @@ bench-training: install ## hold training across sites against DDP, fp32 and plai
 soak: install ## run the long kills, fuzz the API (FUZZ_REQUESTS=…), then search for broken invariants with new seeds for SOAK_MINUTES
 	@$(BIN)/hansa market compile
 	@$(BIN)/pytest -m soak
+	@HANSA_EXAMPLES=100 $(BIN)/pytest tests/broker/allocation/test_clearing_promises.py
 	@$(BIN)/python -c 'import schemathesis' 2>/dev/null || \
 		$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint deploy/constraints.txt --editable '.[fuzz]'
 	@PYTHONPATH=. $(BIN)/python -m tests.broker.api.fuzz --requests $(FUZZ_REQUESTS)

@@ -8,6 +8,7 @@ from its newest checkpoint.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +22,7 @@ from broker.database.uploads import SiteUpload
 from broker.errors import ConflictError
 from broker.leases import end_lease, end_placement, free_leased_gpus, leases_of, requeue
 from broker.market import Market
+from broker.moves import leaving_of, look_at_move
 from broker.transitions import (
     EndCause,
     JobState,
@@ -95,12 +97,14 @@ def order_for(session: Session, market: Market, lease: Lease, skills: Collection
         peers=_peers(session, lease) if phase is LeasePhase.PROPOSED and Skill.GANG in skills else None,
         term_s=placement.term_s if Skill.GANG in skills else None,
         spec=spec if phase is LeasePhase.PROPOSED else None,
-        attempt=_attempt_order(session, placement, lease, spec) if phase is LeasePhase.ACTIVE else None,
+        attempt=_attempt_order(session, placement, lease, spec, skills) if phase is LeasePhase.ACTIVE else None,
     )
 
 
 def _peers(session: Session, lease: Lease) -> tuple[str, ...]:
-    gang = select(Lease.site_id).where(Lease.placement_id == lease.placement_id, Lease.site_id != lease.site_id)
+    gang = select(Lease.site_id).where(
+        Lease.placement_id == lease.placement_id, Lease.site_id != lease.site_id, Lease.state != LeaseState.ENDED
+    )
     return tuple(session.scalars(gang.order_by(Lease.site_id)))
 
 
@@ -147,6 +151,7 @@ def take_report(session: Session, market: Market, lease: Lease, report: AttemptR
             wake += _conclude(session, market, lease, report)
         else:
             wake += take_complaints(session, market, lease, report)
+            wake += look_at_move(session, market, session.get_one(Placement, lease.placement_id))
     elif lease.state == LeaseState.ENDED and report.phase is AttemptPhase.EXITED:
         free_leased_gpus(session, lease)
     return wake
@@ -165,6 +170,9 @@ def _conclude(session: Session, market: Market, lease: Lease, report: AttemptRep
     cause = report.cause or ExitCause.SITE
     if cause is ExitCause.DONE:
         return _conclude_done(session, market, placement)
+    if cause is ExitCause.LEFT and leaving_of(session, lease) is not None:
+        # Its gateway stays until the lease ends: those that go on may still fetch the last round from it.
+        return look_at_move(session, market, placement)
     if cause in TENANTS_CAUSES:
         wake = end_placement(session, market, placement, EndCause(cause.value))
         free_leased_gpus(session, lease)
@@ -210,7 +218,7 @@ def _after_loss(session: Session, market: Market, placement: Placement, reason: 
             after="reduced",
             detail=reason[:1000],
         )
-        return check_view(session, market, placement)
+        return [*check_view(session, market, placement), *look_at_move(session, market, placement)]
     # A site that was left out of the last view may still hold its lease, but not what was sealed without it.
     wake = end_placement(session, market, placement, EndCause.LOST)
     job.failures += 1
@@ -249,10 +257,14 @@ def _is_done(lease: Lease) -> bool:
     return report.phase is AttemptPhase.EXITED and report.cause is ExitCause.DONE
 
 
-def _attempt_order(session: Session, placement: Placement, lease: Lease, spec: JobSpec) -> AttemptOrder:
+def _attempt_order(
+    session: Session, placement: Placement, lease: Lease, spec: JobSpec, skills: Collection[str]
+) -> AttemptOrder:
     award = Award.model_validate_json(placement.award)
-    issued = issued_view(session, lease.job_id, lease.epoch)
-    newest = newest_view(session, lease.job_id, lease.epoch)
+    issued = issued_view(session, lease.job_id, placement.epoch)
+    newest = newest_view(session, lease.job_id, placement.epoch)
+    if lease.epoch != placement.epoch and issued is not None and lease.site_id not in json.loads(issued.sites):
+        issued = None  # it joins a gang that runs: the first view that it sees is the one that has it
     assert lease.certificate_pem is not None, "an active lease has its attempt's certificate"
     return AttemptOrder(
         spec=spec,
@@ -260,19 +272,23 @@ def _attempt_order(session: Session, placement: Placement, lease: Lease, spec: J
         seed=_seed_of(lease.job_id),
         weight_max=weight_max(spec, award, lease),
         certificate_pem=lease.certificate_pem,
-        checkpoint=_checkpoint_reference(session, lease),
+        checkpoint=_checkpoint_reference(session, lease, skills),
         view=SignedDocument.model_validate_json(issued.document) if issued is not None else None,
         promise=newest.number if newest is not None and newest.state == ViewState.PROMISING else None,
+        leaving=leaving_of(session, lease) if Skill.LEAVE in skills else None,
     )
 
 
-def _checkpoint_reference(session: Session, lease: Lease) -> CheckpointReference | None:
+def _checkpoint_reference(session: Session, lease: Lease, skills: Collection[str]) -> CheckpointReference | None:
     if lease.checkpoint_digest is None:
         return None
     artifact = session.get_one(Artifact, lease.checkpoint_digest)
     placement = session.get_one(Placement, lease.placement_id)
     return CheckpointReference(
-        digest=artifact.digest, size_bytes=artifact.size_bytes, round_number=placement.base_round
+        digest=artifact.digest,
+        size_bytes=artifact.size_bytes,
+        round_number=placement.base_round,
+        heir_of=lease.heir_of if Skill.LEAVE in skills else None,
     )
 
 

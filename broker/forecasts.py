@@ -19,7 +19,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.database.forecasts import Forecast
-from broker.database.tables import PLACEMENT_STANDS, Gpu, Job, Lease, LeasedGpu, Placement, Pool, Site
+from broker.database.standing import PLACEMENT_STANDS
+from broker.database.tables import Gpu, Job, Lease, LeasedGpu, Placement, Pool, Site
 from broker.intervals import Interval, Outcome, interval
 from broker.market import Market
 from broker.transitions import FINAL_JOB_STATES, JobState, PlacementState, SiteState

@@ -16,9 +16,11 @@ from sqlalchemy.orm import Session
 from broker.abilities import take_abilities
 from broker.attempts import order_for, take_report
 from broker.database.engine import refuses_the_values
-from broker.database.tables import LEASE_STANDS, Lease, LeasedGpu, Site, SiteCertificate
+from broker.database.standing import LEASE_STANDS
+from broker.database.tables import Lease, LeasedGpu, Site, SiteCertificate
 from broker.errors import BrokerError, ConflictError, CredentialError, NotFoundError, RefusedError, StaleEpochError
 from broker.leases import confirm, renew_certificate, renew_liveness, veto
+from broker.links.probes import orders_for, take_word
 from broker.market import Market
 from broker.metering import accept_usage
 from broker.offers import apply_offer
@@ -84,6 +86,7 @@ def receive(
             taken.usage(usage, heartbeat.sent_ms)
         for report in heartbeat.attempts:
             taken.report(report)
+        taken.wake.update(take_word(session, market, site, heartbeat))
         session.flush()
         answer = HeartbeatAnswer(
             leases=tuple(
@@ -95,6 +98,7 @@ def receive(
             heartbeat_s=market.settings.heartbeat_s,
             wake_url=stream_url(market, "site", site_id),
             wish=standing_wish(session, site_id, heartbeat),
+            probes=orders_for(session, market, heartbeat, site_id),
         )
         return answer, taken.wake - {site_id}, taken.jobs, is_round_due(session)
 

@@ -8,15 +8,19 @@ own monotonic clock, which waits longer than the agent's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from cryptography import x509
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
+from broker.allocation.configuration import Part
+from broker.database.moves import Move
+from broker.database.standing import PLACEMENT_STANDS
 from broker.database.tables import (
-    PLACEMENT_STANDS,
     Gpu,
     Job,
     JobArtifact,
@@ -34,6 +38,7 @@ from broker.transitions import (
     EndCause,
     JobState,
     LeaseState,
+    MoveState,
     PlacementState,
     change_state,
     note_change,
@@ -69,22 +74,38 @@ def free_gpus(session: Session, pool_id: str) -> list[str]:
     )
 
 
-def propose(  # noqa: PLR0917  what a placement is
-    session: Session, market: Market, job: Job, award: Award, round_number: int, lane: str = "round"
-) -> list[str] | None:
-    """Write the placement that `job` won and its proposed leases; return the sites to wake.
-
-    `lane` is instant where it was placed between rounds, at the prices of `round_number`.
-
-    Returns None, and writes nothing, where the GPUs are no longer free.
-    """
-    now_ms = market.clock.now_ms()
+def choose_gpus(session: Session, parts: Sequence[Part]) -> dict[str, list[str]] | None:
+    """Return free GPUs for each part by pool, None where a pool has too few."""
     chosen: dict[str, list[str]] = {}
-    for part in award.configuration.parts:
+    for part in parts:
         free = free_gpus(session, part.pool_id)
         if len(free) < part.gpus:
             return None
         chosen[part.pool_id] = free[: part.gpus]
+    return chosen
+
+
+def propose(  # noqa: PLR0917  what a placement is
+    session: Session,
+    market: Market,
+    job: Job,
+    award: Award,
+    round_number: int,
+    lane: str = "round",
+    *,
+    heirs: Mapping[str, str] = MappingProxyType({}),
+) -> list[str] | None:
+    """Write the placement that `job` won and its proposed leases; return the sites to wake.
+
+    `lane` is instant where it was placed between rounds, at the prices of `round_number`. `heirs` maps a site to the
+    one whose place it takes, and whose checkpoint is its own.
+
+    Returns None, and writes nothing, where the GPUs are no longer free.
+    """
+    now_ms = market.clock.now_ms()
+    chosen = choose_gpus(session, award.configuration.parts)
+    if chosen is None:
+        return None
     checkpoint = newest_checkpoint(session, job.job_id)
     job.epoch += 1
     placement = Placement(
@@ -118,31 +139,49 @@ def propose(  # noqa: PLR0917  what a placement is
     job.reason_code, job.reason = "proposed", award.why[:1000]
     change_state(session, job, JobState.PROPOSED, now_ms=now_ms, round_number=round_number)
     session.flush()
-    prices = {charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools}
     for part in award.configuration.parts:
-        lease = Lease(
-            lease_id=market.ids.new("lease"),
-            placement_id=placement.placement_id,
-            job_id=job.job_id,
-            epoch=job.epoch,
-            site_id=part.site_id,
-            pool_id=part.pool_id,
-            gpu_type=part.gpu_type,
-            gpus=part.gpus,
-            price_micros_per_gpu_hour=prices[part.pool_id],
-            state="",
-            checkpoint_digest=None if checkpoint is None else _checkpoint_for(session, checkpoint, part.site_id),
-            phase="",
-            attempt="",
-            end_cause="",
-        )
-        session.add(lease)
-        change_state(session, lease, LeaseState.PROPOSED, now_ms=now_ms, tenant_id=job.tenant_id)
-        session.flush()
-        for gpu_id in chosen[part.pool_id]:
-            session.add(LeasedGpu(lease_id=lease.lease_id, site_id=part.site_id, gpu_id=gpu_id, live=True))
-    session.flush()
+        started = None if checkpoint is None else _start_for(session, checkpoint, part.site_id, heirs.get(part.site_id))
+        propose_lease(session, market, job, placement, part, chosen[part.pool_id], started or Start())
     return [part.site_id for part in award.configuration.parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The checkpoint that a site starts from, and the site that wrote it where this one takes its place."""
+
+    checkpoint_digest: str | None = None
+    heir_of: str | None = None
+
+
+def propose_lease(  # noqa: PLR0917  what a lease is
+    session: Session, market: Market, job: Job, placement: Placement, part: Part, gpu_ids: Sequence[str], start: Start
+) -> None:
+    """Write one site's proposed lease under the job's newest epoch, and take its GPUs."""
+    award = Award.model_validate_json(placement.award)
+    price = next(row.price_micros_per_gpu_hour for row in award.pools if row.pool_id == part.pool_id)
+    lease = Lease(
+        lease_id=market.ids.new("lease"),
+        placement_id=placement.placement_id,
+        job_id=job.job_id,
+        epoch=job.epoch,
+        site_id=part.site_id,
+        pool_id=part.pool_id,
+        gpu_type=part.gpu_type,
+        gpus=part.gpus,
+        price_micros_per_gpu_hour=price,
+        state="",
+        checkpoint_digest=start.checkpoint_digest,
+        heir_of=start.heir_of,
+        phase="",
+        attempt="",
+        end_cause="",
+    )
+    session.add(lease)
+    change_state(session, lease, LeaseState.PROPOSED, now_ms=market.clock.now_ms(), tenant_id=job.tenant_id)
+    session.flush()
+    for gpu_id in gpu_ids:
+        session.add(LeasedGpu(lease_id=lease.lease_id, site_id=part.site_id, gpu_id=gpu_id, live=True))
+    session.flush()
 
 
 def confirm(session: Session, market: Market, lease: Lease, confirmation: Confirmation) -> list[str]:
@@ -161,6 +200,8 @@ def confirm(session: Session, market: Market, lease: Lease, confirmation: Confir
     renew_liveness(market, lease)
     session.flush()
     placement = session.get_one(Placement, lease.placement_id)
+    if placement.state == PlacementState.ACTIVE:
+        return _join(session, market, lease)
     gang = leases_of(session, placement)
     if all(member.state == LeaseState.CONFIRMED for member in gang):
         _activate(session, market, placement, gang)
@@ -183,9 +224,14 @@ def renew_certificate(market: Market, lease: Lease) -> None:
 def veto(session: Session, market: Market, lease: Lease, refusal: Veto) -> list[str]:
     """Void the whole gang, keep its next rounds away from what was refused, and return the sites to wake.
 
-    Of an active lease the site refuses the renewal: it runs to the end of its term.
+    Of an active lease the site refuses the renewal: it runs to the end of its term. A site that was to join a running
+    gang stays away; the others go on.
     """
     placement = session.get_one(Placement, lease.placement_id)
+    if placement.state == PlacementState.ACTIVE and lease.state in {LeaseState.PROPOSED, LeaseState.CONFIRMED}:
+        remember(session, market, lease, refusal)
+        stay_away(session, market, lease, EndCause.VETOED, f"declined ({refusal.code}): {refusal.reason}")
+        return []
     if placement.state == PlacementState.ACTIVE and refusal.scope is not RefusalScope.CONFIGURATION:
         remember(session, market, lease, refusal)
         return []
@@ -194,6 +240,21 @@ def veto(session: Session, market: Market, lease: Lease, refusal: Veto) -> list[
     remember(session, market, lease, refusal)
     reason = f"site {lease.site_id} declined ({refusal.code}): {refusal.reason}"
     return void_proposal(session, market, placement, EndCause.VETOED, reason)
+
+
+def stay_away(session: Session, market: Market, lease: Lease, cause: EndCause, reason: str) -> None:
+    """End the proposal of a site that was to join a running gang; a round finds it another."""
+    end_lease(session, market, lease, cause)
+    record_event(
+        session,
+        "gang",
+        now_ms=market.clock.now_ms(),
+        job_id=lease.job_id,
+        tenant_id=session.get_one(Job, lease.job_id).tenant_id,
+        after="reduced",
+        detail=f"{lease.site_id} does not join: {reason}"[:1000],
+    )
+    note_change(session)
 
 
 def void_proposal(session: Session, market: Market, placement: Placement, cause: EndCause, reason: str) -> list[str]:
@@ -218,6 +279,11 @@ def end_placement(session: Session, market: Market, placement: Placement, cause:
     if placement.state == PlacementState.ENDED:
         return []
     now_ms = market.clock.now_ms()
+    for move in session.scalars(
+        select(Move).where(Move.placement_id == placement.placement_id, Move.state == MoveState.LEAVING)
+    ):
+        move.ended_ms = now_ms
+        change_state(session, move, MoveState.ABANDONED, now_ms=now_ms, detail=f"its placement ended ({cause})")
     placement.ended_ms, placement.end_cause = now_ms, cause
     change_state(session, placement, PlacementState.ENDED, now_ms=now_ms, detail=cause)
     gang = leases_of(session, placement)
@@ -314,8 +380,16 @@ def _resumable_samples(session: Session, job: Job) -> int:
     return min(checkpoint.samples_done, samples - 1)
 
 
-def _checkpoint_for(session: Session, newest: JobArtifact, site_id: str) -> str:
-    # A site that has its own checkpoint of that very round keeps its carry and its moments.
+def _start_for(session: Session, newest: JobArtifact, site_id: str, heir_of: str | None) -> Start:
+    # A site that has its own checkpoint of that very round, or its predecessor's, keeps the carry and the moments.
+    for owner in (site_id, heir_of):
+        digest = None if owner is None else _checkpoint_of(session, newest, owner)
+        if digest is not None:
+            return Start(digest, heir_of if owner == heir_of else None)
+    return Start(newest.digest)
+
+
+def _checkpoint_of(session: Session, newest: JobArtifact, site_id: str) -> str | None:
     own = session.scalar(
         select(JobArtifact).where(
             JobArtifact.job_id == newest.job_id,
@@ -325,7 +399,26 @@ def _checkpoint_for(session: Session, newest: JobArtifact, site_id: str) -> str:
             JobArtifact.chain_hash == newest.chain_hash,
         )
     )
-    return newest.digest if own is None else own.digest
+    return None if own is None else own.digest
+
+
+def _join(session: Session, market: Market, lease: Lease) -> list[str]:
+    """Let a site take its part in a gang that runs; `broker.views` takes it into the log once its gateway answers."""
+    now_ms = market.clock.now_ms()
+    stamp_active(lease, market.clock)
+    change_state(session, lease, LeaseState.ACTIVE, now_ms=now_ms)
+    follows = f" in the place of {lease.heir_of}" if lease.heir_of else ""
+    record_event(
+        session,
+        "gang",
+        now_ms=now_ms,
+        job_id=lease.job_id,
+        tenant_id=session.get_one(Job, lease.job_id).tenant_id,
+        site_id=lease.site_id,
+        after="joining",
+        detail=f"{lease.site_id} joins the running gang{follows}",
+    )
+    return [lease.site_id]
 
 
 def _activate(session: Session, market: Market, placement: Placement, gang: Sequence[Lease]) -> None:

@@ -20,7 +20,8 @@ from sqlalchemy.orm import Session
 
 from broker import ledger
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import PLACEMENT_STANDS, Hold, Lease, Link, Placement, UsageReport
+from broker.database.standing import PLACEMENT_STANDS
+from broker.database.tables import Hold, Lease, Link, Placement, UsageReport
 from broker.database.terms import Term
 from broker.errors import ConflictError, RefusedError, StaleEpochError
 from broker.lease_clock import ended_since_ms, ran_ms

@@ -21,7 +21,8 @@ from broker.allocation.snapshot import PoolState
 from broker.allocation.snapshot import SiteState as Listening
 from broker.database.tables import Gpu, Pool, Site
 from broker.market import Market
-from broker.rounds.snapshot import TakenSnapshot, job_state, standing_links, take
+from broker.rounds.round_links import declared_links
+from broker.rounds.snapshot import TakenSnapshot, job_state, take
 from broker.speeds import LINKS_HALF_WIDTH_LOG, Speeds, read_speeds
 from broker.staging import Staging, read_from, require_known_sites, staging_at
 from broker.transitions import SiteState
@@ -186,4 +187,4 @@ def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
         refused=without,
     )
     listening = [Listening(site_id=site_id, listens=offer.listens) for site_id, offer in offers.items()]
-    return never_possible(job, whole, listening, standing_links(session, {site.site_id for site in sites}))
+    return never_possible(job, whole, listening, declared_links(session, {site.site_id for site in sites}))

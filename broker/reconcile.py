@@ -13,9 +13,19 @@ from sqlalchemy.orm import Session
 
 from broker.attempts import Ending, end_job, lose_lease
 from broker.database.refusals import BarredConfiguration
-from broker.database.tables import LEASE_STANDS, PLACEMENT_STANDS, Job, Lease, LeasedGpu, Placement, Round, Site
-from broker.leases import end_placement, free_leased_gpus, liveness_over, requeue, void_proposal
+from broker.database.standing import LEASE_STANDS, PLACEMENT_STANDS
+from broker.database.tables import Job, Lease, LeasedGpu, Placement, Round, Site
+from broker.leases import (
+    end_placement,
+    free_leased_gpus,
+    leases_of,
+    liveness_over,
+    requeue,
+    stay_away,
+    void_proposal,
+)
 from broker.market import Market
+from broker.moves import look_at_move, open_farewell, open_move_of
 from broker.offers import note_times_passed
 from broker.refusals import drop_refusals_over
 from broker.rounds.snapshot import renewal_starts_ms
@@ -108,6 +118,9 @@ def _look_at(session: Session, market: Market, placement: Placement) -> list[str
     if placement.state != PlacementState.ACTIVE:
         return []
     assert placement.term_ends_ms is not None, "an active placement has a term"
+    wake = look_at_move(session, market, placement, term_is_over=now_ms >= placement.term_ends_ms)
+    if placement.state != PlacementState.ACTIVE:
+        return wake
     if now_ms >= placement.term_ends_ms:
         wake = end_placement(session, market, placement, EndCause.TERM_ENDED)
         job = session.get_one(Job, placement.job_id)
@@ -115,9 +128,28 @@ def _look_at(session: Session, market: Market, placement: Placement) -> list[str
         return wake
     if release_finished(session, placement):
         note_change(session)  # what it holds no longer may pay for more
-    if now_ms >= renewal_starts_ms(placement) and not _was_offered_again(session, placement, now_ms):
-        note_change(session)
-    return check_view(session, market, placement)
+    _end_stale_joins(session, market, placement, now_ms)
+    if now_ms >= renewal_starts_ms(placement):
+        if not _was_offered_again(session, placement, now_ms):
+            note_change(session)
+        elif now_ms >= _farewell_starts_ms(placement) and open_move_of(session, placement.placement_id) is None:
+            wake += open_farewell(session, market, placement)
+    return [*wake, *check_view(session, market, placement)]
+
+
+def _end_stale_joins(session: Session, market: Market, placement: Placement, now_ms: int) -> None:
+    """End the proposals of sites that were to join a running gang and did not confirm in time."""
+    if now_ms < placement.proposal_ends_ms:
+        return
+    for lease in leases_of(session, placement):
+        if lease.state in {LeaseState.PROPOSED, LeaseState.CONFIRMED}:
+            stay_away(session, market, lease, EndCause.UNCONFIRMED, "it did not confirm in time")
+
+
+def _farewell_starts_ms(placement: Placement) -> int:
+    """Return when the sites of a term that nobody renewed are asked to stop: half of the time since it was offered again."""
+    assert placement.term_ends_ms is not None, "only an active placement has a term"
+    return (renewal_starts_ms(placement) + placement.term_ends_ms) // 2
 
 
 def _was_offered_again(session: Session, placement: Placement, now_ms: int) -> bool:

@@ -10,6 +10,7 @@ made good by the next.
     idempotency      after 7 days
     certificates, sessions, join tokens   a day after they ended
     bars             once they have lifted
+    link probes      and what they measured, after 90 days
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Final
 from sqlalchemy import ColumnElement, delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
+from broker.database.idempotency import IdempotencyKey
+from broker.database.probes import LinkMeasurement, LinkProbe
 from broker.database.refusals import BarredConfiguration
 from broker.database.tables import (
     Artifact,
     BrowserSession,
-    IdempotencyKey,
     Job,
     JobArtifact,
     JoinToken,
@@ -42,6 +44,7 @@ from broker.uploads import discard_unkept
 DAY_MS: Final = 86_400 * 1000
 JOB_FILES_LIFE_MS: Final = 30 * DAY_MS
 IDEMPOTENCY_LIFE_MS: Final = 7 * DAY_MS
+LINKS_LIFE_MS: Final = 90 * DAY_MS
 UPLOAD_IDLE_MS_MAX: Final = DAY_MS
 SWEPT_AT_ONCE_MAX: Final = 1000
 BATCHES_MAX: Final = 50
@@ -199,6 +202,8 @@ def _retire_rows(session: Session, now_ms: int) -> int:
         delete(JoinToken).where(JoinToken.expires_ms <= over_ms),
         delete(BrowserSession).where(BrowserSession.expires_ms <= over_ms),
         delete(SiteCertificate).where(SiteCertificate.not_after_ms <= over_ms),
+        delete(LinkMeasurement).where(LinkMeasurement.measured_ms <= now_ms - LINKS_LIFE_MS),
+        delete(LinkProbe).where(LinkProbe.ended_ms <= now_ms - LINKS_LIFE_MS),
         delete(BarredConfiguration).where(BarredConfiguration.until_round < newest),
     )
     return sum(max(0, getattr(session.execute(statement), "rowcount", 0)) for statement in statements)

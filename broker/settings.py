@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from broker.allocation.instance import RATE_MICROS_PER_HOUR_MAX
 from broker.allocation.snapshot import SLOT_S_MAX, SLOTS_MAX
+from sites.links.messages import PROBE_BYTES_MAX
 
 # A site's warden takes up to 2 s to kill what expired (`sites.drivers.warden.GRACE_EXPIRED_S`), and must be seen to have
 # done so on another machine's clock: with less a GPU could serve two.
@@ -58,6 +59,9 @@ class Settings(BaseSettings):
     settle_s: float = Field(default=60.0, gt=0, description="how long a final report may lag behind a lost lease")
     grace_s: float = Field(default=2.0, ge=0, le=3600, description="how long a hub waits after the quorum is in")
     restart_s: float = Field(default=60.0, gt=0, description="working time that moving a running job is taken to cost")
+    handover_s: float = Field(
+        default=60.0, gt=0, le=3600, description="how long a moving job's sites may take to the end of a sync round"
+    )
     hub_lost_s: float = Field(
         default=6.0, gt=0, description="a hub that its members do not reach for this long is moved"
     )
@@ -93,6 +97,21 @@ class Settings(BaseSettings):
         le=RATE_MICROS_PER_HOUR_MAX,
         description="what a GPU less than a tenant's floor costs the market; 0: no floors",
     )
+
+    link_probe_interval_s: float = Field(
+        default=1800.0,
+        ge=0,
+        description="how long two sites' links are left alone after a probe, or after a site joined",
+    )
+    link_probe_bytes_max: int = Field(
+        default=500_000_000, ge=1, le=PROBE_BYTES_MAX, description="of one probe, in each direction"
+    )
+    link_probe_bytes_per_day: int = Field(
+        default=4_000_000_000,
+        ge=0,
+        description="of one site, sent and received; its owner may allow less. 0: no probes",
+    )
+    link_half_life_s: float = Field(default=86_400.0, gt=0, description="what a measured link's weight halves in")
 
     requests_per_s: float = Field(
         default=50.0, gt=0, description="of one token, person or address to one API process; ten seconds' worth at once"

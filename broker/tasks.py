@@ -26,6 +26,7 @@ from broker.bootstrap import open_market
 from broker.celery_doorbell import celery_url
 from broker.celery_guard import guard_redis
 from broker.forecasts import keep_forecasts
+from broker.links.probes import plan_probes
 from broker.market import Market
 from broker.reconcile import reconcile
 from broker.retention import sweep
@@ -37,6 +38,8 @@ from broker.supervise.deathwatch import die_with_parent
 ROUNDS_QUEUE: Final = "rounds"
 UPKEEP_QUEUE: Final = "upkeep"
 SWEEP_S: Final = 3600
+# A probe is wanted some times a day: a look reads every link.
+LINKS_S: Final = 10.0
 # How long a worker waits between two tries to reach a lost Redis. Celery's own wait grows to half a minute, and a
 # lost doorbell may delay by one beat only.
 RECONNECT_S: Final = 1.0
@@ -136,6 +139,8 @@ def reconcile_task() -> None:
     """Bring everything that stands to where it should be, then say when jobs will start and finish."""
     reconcile(_market())
     keep_forecasts(_market())
+    if _LOOK_AT_LINKS.is_due(_market().clock.monotonic_s()):
+        plan_probes(_market())
 
 
 @app.task(name="hansa.settle")  # type: ignore[untyped-decorator]  # celery has no types
@@ -147,17 +152,19 @@ def settle_task() -> None:
 
 
 @dataclass(slots=True)
-class _Sweep:
-    """When this worker last swept; a new worker sweeps at once, which does no harm."""
+class _Seldom:
+    """When this worker last did what is not due with every beat; a new worker does it at once, which does no harm."""
 
+    every_s: float
     last_s: float | None = None
 
     def is_due(self, now_s: float) -> bool:
-        """Say whether an hour has passed, and count from now if so."""
-        if self.last_s is not None and now_s - self.last_s < SWEEP_S:
+        """Say whether it is time again, and count from now if so."""
+        if self.last_s is not None and now_s - self.last_s < self.every_s:
             return False
         self.last_s = now_s
         return True
 
 
-_SWEEP: Final = _Sweep()
+_SWEEP: Final = _Seldom(SWEEP_S)
+_LOOK_AT_LINKS: Final = _Seldom(LINKS_S)

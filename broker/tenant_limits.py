@@ -13,7 +13,8 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.snapshot import TenantState
-from broker.database.tables import PLACEMENT_STANDS, Job, Placement, Tenant
+from broker.database.standing import PLACEMENT_STANDS
+from broker.database.tables import Job, Placement, Tenant
 from broker.errors import NotFoundError
 from broker.market import Market
 from broker.transitions import note_change, record_event

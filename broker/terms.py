@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
-from broker.database.tables import Lease, Placement
+from broker.database.tables import Lease, LeasedGpu, Placement
 from broker.database.terms import Term
+from broker.transitions import LeaseState
 from pricing.money import divide_up
 from sites.protocol import Usage
 
@@ -62,11 +63,24 @@ def append_term(session: Session, placement: Placement, award: Award, round_numb
     placement.reserved_micros += award.reservation_micros
 
 
+def cut_terms(session: Session, placement: Placement, now_ms: int) -> None:
+    """End a placement's running term now, and give back what a renewal reserved for a time that will not come."""
+    for term in terms_of(session, placement.placement_id):
+        if term.ends_ms is None or term.ends_ms <= now_ms:
+            continue
+        if term.starts_ms is not None and term.starts_ms >= now_ms:
+            left = term.reserved_micros - term.charged_micros
+            term.starts_ms, term.reserved_micros = now_ms, term.reserved_micros - left
+            placement.reserved_micros -= left
+        term.ends_ms = now_ms
+    placement.term_ends_ms = now_ms
+
+
 def release_finished(session: Session, placement: Placement) -> int:
     """Give back to a running placement's job what its finished terms reserved and nobody can charge; return how much.
 
-    A term is finished once every lease that had a part in it has reported beyond its end: reports follow one another,
-    so none of it is still to come.
+    A term is finished once every lease that had a part in it has reported beyond its end, or is over and its GPUs are
+    free: reports follow one another, so none of it is still to come.
     """
     terms = terms_of(session, placement.placement_id)
     released = 0
@@ -81,7 +95,15 @@ def release_finished(session: Session, placement: Placement) -> int:
 
 
 def _reported_until(session: Session, placement: Placement, ends_ms: int) -> bool:
-    leases = list(session.scalars(select(Lease).where(Lease.placement_id == placement.placement_id)))
+    held = select(LeasedGpu.lease_id).where(LeasedGpu.lease_id == Lease.lease_id, LeasedGpu.live).exists()
+    leases = session.scalars(
+        select(Lease).where(
+            Lease.placement_id == placement.placement_id,
+            # One that joined later had no part in it.
+            Lease.active_ms < ends_ms,
+            or_(Lease.state != LeaseState.ENDED, held),
+        )
+    )
     return all(lease.usage_until_ms is not None and lease.usage_until_ms >= ends_ms for lease in leases)
 
 

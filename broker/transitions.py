@@ -6,6 +6,7 @@ A placement:  proposed -> active -> ended
 A lease:      proposed -> confirmed -> active -> ended
 A site:       live <-> silent, and removed for good
 A view:       promising -> issued, or abandoned when another change overtakes it
+A move:       leaving -> done, or abandoned when its placement ends before
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
+from broker.database.moves import Move
 from broker.database.tables import Event, Job, Lease, MarketState, Placement, Site, ViewChange
 from broker.errors import IllegalTransitionError
 
@@ -69,6 +71,7 @@ class EndCause(enum.StrEnum):
     LIMIT = "limit"
     EXCHANGE = "exchange"
     ORDERED = "ordered"
+    LEFT = "left"
     SITE = "site"
 
 
@@ -85,6 +88,14 @@ class ViewState(enum.StrEnum):
 
     PROMISING = "promising"
     ISSUED = "issued"
+    ABANDONED = "abandoned"
+
+
+class MoveState(enum.StrEnum):
+    """Where a move stands; while sites are leaving, what the job had and what it gets are both its own."""
+
+    LEAVING = "leaving"
+    DONE = "done"
     ABANDONED = "abandoned"
 
 
@@ -125,9 +136,10 @@ LEGAL: Final[dict[str, frozenset[tuple[str, str]]]] = {
     "view": frozenset(
         {("", "promising"), ("", "issued"), ("promising", "issued"), ("promising", "abandoned")},
     ),
+    "move": frozenset({("", "leaving"), ("leaving", "done"), ("leaving", "abandoned")}),
 }
 
-Stateful = Job | Placement | Lease | Site | ViewChange
+Stateful = Job | Placement | Lease | Site | ViewChange | Move
 
 
 def change_state(
@@ -225,9 +237,10 @@ def _kind(thing: Stateful) -> str:
         Lease: "lease",
         Site: "site",
         ViewChange: "view",
+        Move: "move",
     }
     return kinds[type(thing)]
 
 
 def _round_of(thing: Stateful) -> int | None:
-    return thing.round_number if isinstance(thing, Placement) else None
+    return thing.round_number if isinstance(thing, Placement | Move) else None

@@ -84,7 +84,8 @@ def issued_view(session: Session, job_id: str, epoch: int) -> ViewChange | None:
 def take_promise(session: Session, market: Market, lease: Lease, report: ViewReport) -> list[str]:
     """Record a gateway's promise; with the last one issue the view. Returns the sites to wake."""
     change = session.get(ViewChange, (lease.job_id, report.promised))
-    if change is None or change.state != ViewState.PROMISING or change.epoch != lease.epoch:
+    epoch = session.get_one(Placement, lease.placement_id).epoch
+    if change is None or change.state != ViewState.PROMISING or change.epoch != epoch:
         return []
     if lease.site_id not in json.loads(change.sites):
         return []
@@ -129,13 +130,13 @@ def take_complaints(session: Session, market: Market, lease: Lease, report: Atte
     Whoever is complained about is woken too: one that lives answers at once, and is not taken for lost.
     """
     gateway = report.gateway
-    issued = issued_view(session, lease.job_id, lease.epoch)
+    placement = session.get_one(Placement, lease.placement_id)
+    issued = issued_view(session, lease.job_id, placement.epoch)
     if gateway is None or issued is None:
         return []
     accused = sorted(gateway.members_lost_s) if gateway.hub_lost_s is None else [issued.hub]
     if not accused and lease.site_id in json.loads(issued.sites):
         return []
-    placement = session.get_one(Placement, lease.placement_id)
     return [*accused, *check_view(session, market, placement)]
 
 
@@ -213,9 +214,11 @@ def _issue_if_promised(session: Session, market: Market, change: ViewChange) -> 
     gang = list(
         session.scalars(
             select(Lease)
+            .join(Placement, Placement.placement_id == Lease.placement_id)
             .where(
                 Lease.job_id == change.job_id,
-                Lease.epoch == change.epoch,
+                # Those who joined it while it ran have later epochs than the gang's first.
+                Placement.epoch == change.epoch,
                 Lease.state == LeaseState.ACTIVE,
                 Lease.site_id.in_(sites),
             )

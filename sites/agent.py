@@ -24,6 +24,7 @@ from typing import Final, TextIO
 import structlog
 
 from sites import inventory
+from sites.addresses import bound_address, free_address
 from sites.asks import AskBook
 from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempt_runs import Services
@@ -35,9 +36,8 @@ from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
 from sites.drivers.slurm import SlurmDriver
 from sites.errors import AgentRunningError, IdentityError, RequestRefusedError, SiteError
-from sites.gateway import free_address
 from sites.identity import Identity
-from sites.journal import AttemptKey, AttemptRecord, Journal
+from sites.journal import AttemptKey, AttemptRecord, Journal, record_of
 from sites.leases import (
     Action,
     Confirm,
@@ -55,6 +55,7 @@ from sites.leases import (
     refused_renewals,
     veto,
 )
+from sites.links.prober import Prober
 from sites.policy import PolicyBook
 from sites.protocol import (
     AttemptPhase,
@@ -129,6 +130,7 @@ class Agent:
         )
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
+        self._prober = Prober(settings, identity.ca_pem, local, clock)
         self._measured = inventory.measure(settings)
         self._mismatch = "; ".join(mismatches(settings, read_devices())) if inventory.sells_gpus(settings) else ""
         if self._mismatch:
@@ -228,6 +230,7 @@ class Agent:
     def _heartbeat(self) -> Heartbeat:
         for attempt in self._attempts.values():
             attempt.cut_usage()
+        probe_replies, probe_reports = self._prober.speak()
         return Heartbeat(
             agent_version=self._version[:40],
             boot=self._boot,
@@ -247,6 +250,9 @@ class Agent:
             renewal_csr_pem=self._identity.renewal_csr_pem(),
             takes_wishes=self._settings.remote.allows_any,
             wish_reply=self._judged.reply,
+            probe_terms=self._prober.terms,
+            probe_replies=probe_replies,
+            probe_reports=probe_reports,
             data=self._data(),
         )
 
@@ -258,7 +264,7 @@ class Agent:
         return min(HURRY_INTERVAL_S, self.heartbeat_s) if hurries else self.heartbeat_s
 
     def _has_news(self) -> bool:
-        return any(self._told.get(record.key) != _news(record) for record in self._records())
+        return self._prober.has_news or any(self._told.get(item.key) != _news(item) for item in self._records())
 
     def _records(self) -> list[AttemptRecord]:
         return [attempt.record for _, attempt in sorted(self._attempts.items())]
@@ -281,6 +287,8 @@ class Agent:
             self._journal.acknowledge(lease_id, sequence)
         for refusal in answer.refusals:
             self._take_refusal(refusal.lease_id, refusal.code, refusal.detail)
+        taken = {item.gateway_address for item in self._journal.confirmations().values()}
+        self._prober.follow(answer, taken, sent_s)
         self._orders = answer.leases
         actions = decide(answer.leases, self._standing(), self._house())
         for order in answer.leases:
@@ -312,7 +320,7 @@ class Agent:
             case Start(order):
                 deadline_s = sent_s + order.liveness_s
                 began = {"deadline_s": deadline_s, "era": self._clock.era(), "began_ms": self._clock.now_ms()}
-                self._begin(_record(order).model_copy(update=began))
+                self._begin(record_of(order).model_copy(update=began))
                 if order.attempt is not None:
                     steer = Steer(
                         (order.lease_id, order.epoch),
@@ -323,7 +331,7 @@ class Agent:
                     self._attempts[order.lease_id, order.epoch].steer(steer)
             case Disown(order, cause, detail):
                 over = {"order": None, "phase": AttemptPhase.EXITED, "cause": cause, "detail": detail}
-                self._begin(_record(order).model_copy(update=over))
+                self._begin(record_of(order).model_copy(update=over))
                 self.wake.set()
             case Renew(key, liveness_s):
                 self._attempts[key].renew(sent_s + liveness_s)
@@ -342,7 +350,7 @@ class Agent:
         address = None
         if self._settings.listen is not None:
             taken = {item.gateway_address for item in self._journal.confirmations().values()}
-            address = free_address(self._settings.listen, taken)
+            address = free_address(self._settings.listen, taken | self._prober.addresses)
         confirmation = Confirmation(
             lease_id=order.lease_id,
             epoch=order.epoch,
@@ -362,8 +370,7 @@ class Agent:
         listen = None
         confirmation = self._journal.confirmations().get(record.key)
         if self._settings.listen is not None and confirmation is not None and confirmation.gateway_address:
-            port = confirmation.gateway_address.rpartition(":")[2]
-            listen = f"{self._settings.listen.bind or self._settings.listen.host}:{port}"
+            listen = bound_address(self._settings.listen, confirmation.gateway_address)
         return Attempt(record, self._services, listen)
 
     def _forget(self, key: AttemptKey, attempt: Attempt) -> None:
@@ -441,18 +448,6 @@ USAGE_CONFLICT: Final = "usage.conflict"
 FINAL_REFUSALS: Final = frozenset({"request.not_found", "lease.stale_epoch", "usage.refused", USAGE_CONFLICT})
 
 
-def _record(order: LeaseOrder) -> AttemptRecord:
-    return AttemptRecord(
-        lease_id=order.lease_id,
-        epoch=order.epoch,
-        job_id=order.job_id,
-        tenant_id=order.tenant_id,
-        gpu_type=order.gpu_type,
-        gpu_ids=order.gpu_ids,
-        order=order.attempt,
-    )
-
-
 def _news(record: AttemptRecord) -> object:
     """Return what of an attempt the broker should hear at once when it changes."""
     return record.phase, record.promise, record.checkpoint
@@ -486,7 +481,8 @@ def _sandbox(settings: SiteSettings) -> Bubblewrap | None:
 
 def _skills(settings: SiteSettings) -> tuple[Skill, ...]:
     """Return what this agent understands and this site can keep."""
-    return tuple(skill for skill in Skill if skill is not Skill.SECRETS or keeps_secrets(settings))
+    able = {Skill.SECRETS: keeps_secrets(settings), Skill.PROBE: settings.probes.allowed}
+    return tuple(skill for skill in Skill if able.get(skill, True))
 
 
 def _is_installed() -> bool:

@@ -147,6 +147,7 @@ def write_attempt(
         checkpoint_dir=str(folder.root / "checkpoint"),
         output_dir=str(folder.root / "output"),
         resume_from=str(resume_from) if resume_from else None,
+        heir_of=record.order.checkpoint.heir_of if record.order.checkpoint else None,
     )
     gateway = GatewayConfig(
         job_id=record.job_id,

@@ -4,7 +4,7 @@
     SETUP      the job's setup runs alone               (no gateway, no credentials)
     RUNNING    the gateway, and the ranks beside it
     STOPPING   the ranks are dead; what they left goes to the broker
-    EXITED     reported until the broker has done with the lease; after `done` the gateway stays
+    EXITED     reported until the broker has done with the lease; after `done` and `left` the gateway stays
                till then, because other sites may still fetch the last round from it
 
 `step` looks at what is and moves on, at any time, by an agent that has just started too: every
@@ -31,6 +31,7 @@ from sites.preparation import Prepared, keep_setup, prepare
 from sites.protocol import AttemptPhase, AttemptReport, ExitCause
 from sites.secrets_in_hand import TENANTS_SECRET_CODES, SecretsInHand
 from sites.shipping import Shipped, ship
+from training.exchange import Leaving
 from training.roundlog.control import GatewayStatus
 from training.spec import DataReference, JobSpec
 
@@ -76,6 +77,7 @@ class Attempt:
         self._is_delivered = False
         self._steer: Steer | None = None
         self._installed: tuple[str, int] | None = None
+        self._asked_to_leave: tuple[Leaving, int] | None = None
 
     def step(self) -> None:
         """Do what can be done now."""
@@ -292,7 +294,9 @@ class Attempt:
         now_s = self._services.clock.monotonic_s()
         done = self.record.cause is ExitCause.DONE
         if self._deliver_until_s is None:
-            self._deliver_until_s = now_s + (DELIVERY_DONE_S if done else DELIVERY_BROKEN_S)
+            # Of a site that left, the checkpoint is what its job goes on from; the broker waits for it as long as it likes.
+            is_awaited = done or self.record.cause is ExitCause.LEFT
+            self._deliver_until_s = now_s + (DELIVERY_DONE_S if is_awaited else DELIVERY_BROKEN_S)
             self._ship_at_s = now_s
         self._keep_gateway()
         if self._is_delivered or now_s >= self._deliver_until_s or (self.record.released and not done):
@@ -302,7 +306,8 @@ class Attempt:
             self._is_final_step = True
 
     def _linger(self) -> None:
-        if self.record.cause is ExitCause.DONE and not self.record.released and not self._is_expired():
+        is_needed = self.record.cause in {ExitCause.DONE, ExitCause.LEFT}
+        if is_needed and not self.record.released and not self._is_expired():
             self._keep_gateway()
         elif not self._gateway.is_over(self.record.gateway_run):
             self.cut_usage()
@@ -351,6 +356,10 @@ class Attempt:
             installing = (wanted.view.signature, self.record.gateway_run)
             if self._installed != installing and self._gateway.install_view(wanted.view):
                 self._installed = installing
+        if wanted.leaving is not None:
+            asking = (wanted.leaving, self.record.gateway_run)
+            if self._asked_to_leave != asking and self._gateway.leave(wanted.leaving):
+                self._asked_to_leave = asking
         former = self.record.promise
         if wanted.promise is not None and (former is None or former.promised < wanted.promise):
             promise = self._gateway.promise(wanted.promise)

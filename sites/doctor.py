@@ -26,6 +26,7 @@ from sites.drivers import cgroups
 from sites.drivers.slurm_outcome import cluster_gpus
 from sites.drivers.slurm_queue import run_slurm
 from sites.errors import SiteError
+from sites.links.prober import newest_probe
 from sites.protocol import REQUEST_AGE_MS_MAX
 from sites.sandbox import Bubblewrap
 from sites.settings import SiteSettings
@@ -36,6 +37,8 @@ _GB: Final = 1_000_000_000
 DISK_GB_MIN: Final = 2.0
 SKEW_WARNING_S: Final = 2.0
 CERTIFICATE_WARNING_H: Final = 4.0
+# A link that carries less than this share of what its owner declares is worth a look.
+CARRIED_SHARE_MIN: Final = 0.5
 INTERPRETER_TIMEOUT_S: Final = 30.0
 _TORCH: Final = (
     "import importlib.metadata as m, json\n"
@@ -68,7 +71,7 @@ class Finding:
 def examine(settings: SiteSettings, clock: Clock) -> list[Finding]:
     """Return what was found, in the order in which a lease would meet it."""
     found: list[Finding] = []
-    for check in (_folder, _identity, _broker, _interpreter, _sandbox, _driver, _ports):
+    for check in (_folder, _identity, _broker, _interpreter, _sandbox, _driver, _ports, _links):
         try:
             found += check(settings, clock)
         except (SiteError, OSError, ValueError, subprocess.SubprocessError) as error:
@@ -307,6 +310,35 @@ def _ports(settings: SiteSettings, _clock: Clock) -> Iterator[Finding]:
         )
     else:
         yield Finding("ports", Level.OK, f"gateways can listen at {bind}, {ports}")
+
+
+def _links(settings: SiteSettings, clock: Clock) -> Iterator[Finding]:
+    """Tell what the newest probe of a link saw; the market counts with the lower of that and what site.yaml declares."""
+    if not settings.links:
+        return
+    if not settings.probes.allowed:
+        yield Finding("links", Level.OK, "declared only: the owner allows no probes (probes.allowed)")
+        return
+    newest = newest_probe(settings.folder)
+    if newest is None:
+        yield Finding("links", Level.OK, "declared only: the market has not asked for a probe yet")
+        return
+    ago_h = (clock.now_ms() - newest.ended_ms) / 3_600_000
+    when = f"the probe with {newest.peer} {ago_h:.1f} h ago"
+    report = newest.report
+    if report.failed or report.sent is None or report.received is None:
+        remedy = f"see whether firewalls let the sites reach each other's listen.ports; {newest.peer} must be up too"
+        yield Finding("links", Level.WARNING, f"{when}: {report.failed or 'nothing passed'}", remedy)
+        return
+    carried = f"{report.sent.bits_per_s / 1e6:.1f} Mbit/s out, {report.received.bits_per_s / 1e6:.1f} in"
+    trip = "" if report.round_trip_s is None else f", {report.round_trip_s * 1000:.1f} ms there and back"
+    declared = {link.target: link.bandwidth for link in settings.links}.get(newest.peer)
+    if declared is not None and report.sent.bits_per_s < CARRIED_SHARE_MIN * declared:
+        remedy = f"find out what slows the way to {newest.peer}, or declare less as its bandwidth in site.yaml"
+        detail = f"{when}: {carried}{trip}; site.yaml declares {declared / 1e6:.1f} out"
+        yield Finding("links", Level.WARNING, detail, remedy)
+    else:
+        yield Finding("links", Level.OK, f"{when}: {carried}{trip}")
 
 
 def worst(findings: list[Finding]) -> Level:

@@ -7,6 +7,7 @@ from typing import Final
 from sites.drivers.interface import EndCause, RunPhase, RunState
 from sites.errors import BundleError, DataDigestError, DataError, DataManifestError, DataPathError, DataTooLargeError
 from sites.protocol import ExitCause
+from training.errors import EXIT_LEFT
 
 # training.launch: the round log was lost for longer than the job's patience (EX_TEMPFAIL).
 EXIT_EXCHANGE: Final = 75
@@ -55,6 +56,7 @@ _ENDED_BY_THE_SITE: Final = {
 }
 _EXIT_CODES: Final = {
     0: (ExitCause.DONE, ""),
+    EXIT_LEFT: (ExitCause.LEFT, "it stopped at the end of a round, with a checkpoint"),
     EXIT_EXCHANGE: (ExitCause.EXCHANGE, "the round log was lost for longer than the job's patience"),
 }
 _SHELL_SIGNAL: Final = 128

@@ -7,7 +7,6 @@ again until the gateway has them, so a gateway that was started anew catches up 
 from __future__ import annotations
 
 import contextlib
-import socket
 from pathlib import Path
 from typing import Final
 
@@ -16,9 +15,9 @@ from sites.drivers.interface import Limits, Run
 from sites.drivers.process import ProcessDriver
 from sites.errors import GatewayError
 from sites.protocol import GatewayReport
-from sites.settings import ListenSettings
 from training.clock import Clock
 from training.errors import TrainingError
+from training.exchange import Leaving
 from training.roundlog.control import GatewayControl, GatewayStatus
 from training.roundlog.signing import SignedDocument
 from training.roundlog.view import ViewReport
@@ -30,24 +29,6 @@ RESTART_DELAY_S: Final = 1.0
 _CALL_TIMEOUT_S: Final = 1.0
 # How soon a lost hub is noticed; asking costs some 2 ms.
 _STATUS_AGE_S: Final = 0.4
-
-
-def free_address(listen: ListenSettings, taken: set[str | None]) -> str | None:
-    """Return an address for one more gateway, None where every port is in use: it then only dials out."""
-    bind = (listen.bind or listen.host).strip("[]")
-    first, last = listen.ports or (0, 0)
-    for port in range(first, last + 1):
-        address = f"{listen.host}:{port}"
-        if address in taken:
-            continue
-        with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((bind, port))
-            except OSError:
-                continue
-            return f"{listen.host}:{probe.getsockname()[1]}"
-    return None
 
 
 class Gateway:
@@ -131,6 +112,14 @@ class Gateway:
             return self._control.promise(number)
         except TrainingError:
             return None
+
+    def leave(self, leaving: Leaving) -> bool:
+        """Ask that the ranks stop at the end of a round; False where the gateway is away or too old to be asked."""
+        try:
+            self._control.leave(leaving)
+        except TrainingError:
+            return False
+        return True
 
     def ranks_started_anew(self) -> bool:
         """Say that the ranks lost their state; False where the gateway is away."""

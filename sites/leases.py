@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from sites.journal import AttemptKey, AttemptRecord
 from sites.policy import Asked, Objection, Policy, objections, renewal_objection
 from sites.protocol import ExitCause, LeaseOrder, LeasePhase, RefusalScope, SiteData, Veto
+from training.exchange import Leaving
 from training.roundlog.signing import SignedDocument
 from training.spec import JobSpec
 
@@ -71,12 +72,13 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class Steer:
-    """Hand the attempt's gateway the newest view and certificate, and ask for a promise."""
+    """Hand the attempt's gateway the newest view and certificate, ask for a promise, or that the ranks stop."""
 
     key: AttemptKey
     view: SignedDocument | None
     promise: int | None
     certificate_pem: str
+    leaving: Leaving | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,7 @@ def _about_attempt(record: AttemptRecord, order: LeaseOrder | None, orders: Sequ
     attempt = order.attempt
     return [
         Renew(record.key, order.liveness_s),
-        Steer(record.key, attempt.view, attempt.promise, attempt.certificate_pem),
+        Steer(record.key, attempt.view, attempt.promise, attempt.certificate_pem, attempt.leaving),
     ]
 
 

@@ -24,7 +24,9 @@ from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from sites.links.messages import PROBES_PER_SITE_MAX, ProbeOrder, ProbeReply, ProbeReport, ProbeTerms
 from training.attempt import NewestCheckpoint
+from training.exchange import Leaving
 from training.roundlog.signing import SignedDocument
 from training.roundlog.view import Address, Hash, ViewReport
 from training.spec import Digest, JobSpec, SiteId, SyncPlan
@@ -228,6 +230,7 @@ class ExitCause(enum.StrEnum):
     LIMIT = "limit"  # it broke a resource limit: the tenant's affair
     EXCHANGE = "exchange"  # the round log was lost for longer than its patience: try again
     ORDERED = "ordered"  # the broker or the owner ended the lease
+    LEFT = "left"  # it stopped at the end of a round, as the broker asked, and its checkpoint is stored
     EXPIRED = "expired"  # the liveness ran out: the site fenced itself
     SITE = "site"  # something of the site's own broke: try elsewhere
 
@@ -288,6 +291,8 @@ class Skill(enum.StrEnum):
 
     GANG = "gang"  # LeaseOrder.peers and term_s
     DATA = "data"  # JobSpec.data and Heartbeat.data
+    PROBE = "probe"  # HeartbeatAnswer.probes; an owner who wants none leaves it out
+    LEAVE = "leave"  # AttemptOrder.leaving, CheckpointReference.heir_of
     SECRETS = "secrets"  # JobSpec.secrets; said only by a site that confines strangers' code on its own host
 
 
@@ -343,6 +348,9 @@ class Heartbeat(Message):
         default=False, description="the owner's settings allow some wishes; without it the answer holds none"
     )
     wish_reply: WishReply | None = None
+    probe_terms: ProbeTerms = ProbeTerms()
+    probe_replies: tuple[ProbeReply, ...] = Field(default=(), max_length=PROBES_PER_SITE_MAX)
+    probe_reports: tuple[ProbeReport, ...] = Field(default=(), max_length=PROBES_PER_SITE_MAX)
     data: SiteData | None = Field(default=None, description="none from a site that takes no part in datasets")
 
 
@@ -355,17 +363,22 @@ class LeasePhase(enum.StrEnum):
 
 
 class CheckpointReference(Message):
-    """A checkpoint in the broker's artifact store, from which an attempt resumes."""
+    """A checkpoint in the broker's artifact store, from which an attempt resumes.
+
+    `heir_of` names the site that wrote it where this one takes its place: what that site still owed is its own.
+    """
 
     digest: Digest
     size_bytes: int = Field(ge=0)
     round_number: int = Field(ge=0)
+    heir_of: SiteId | None = None
 
 
 class AttemptOrder(Message):
     """What to run under an active lease.
 
-    `view` is the newest issued view; `promise` asks the gateway to promise that number.
+    `view` is the newest issued view; `promise` asks the gateway to promise that number; `leaving` asks the ranks to stop
+    at the end of a round, with a checkpoint of it: of this site alone, or all sites after the same round.
     """
 
     spec: JobSpec
@@ -376,6 +389,7 @@ class AttemptOrder(Message):
     checkpoint: CheckpointReference | None = None
     view: SignedDocument | None = None
     promise: int | None = Field(default=None, ge=1)
+    leaving: Leaving | None = None
 
 
 class LeaseOrder(Message):
@@ -415,6 +429,9 @@ class HeartbeatAnswer(Message):
     heartbeat_s: float = Field(gt=0)
     wake_url: str | None = Field(default=None, max_length=2000, description="a stream that says when to look")
     wish: Wish | None = Field(default=None, description="only for a site that takes wishes, which older agents do not")
+    probes: tuple[ProbeOrder, ...] | None = Field(
+        default=None, max_length=PROBES_PER_SITE_MAX, description="only for a site that can be probed (Skill.PROBE)"
+    )
 
 
 class SiteStatement(Message):

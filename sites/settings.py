@@ -14,6 +14,7 @@ drain_at: 2030-02-01T00:00Z       # nothing is for sale from then on
 links:
   - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
 listen: {host: 203.0.113.7, ports: 7600-7699}         # leave out to dial out only
+probes: {allowed: true, gb_per_day: 4, while_syncing: false}   # how the market may measure the links (sites/links)
 policy_file: policy.yaml          # which leases the owner refuses (sites/policy.py); or here, as policy: {gpus_max_per_lease: 8}
 remote: {asks: {A100: {least: 1.00, most: 2.50}}, drain: true}   # what the portal may set; without it, nothing
 driver: process                   # or slurm, with: slurm: {partition: main, account: market, gpus_per_node: 8, gres: gpu,
@@ -180,6 +181,14 @@ class ListenSettings(Section):
     bind: str | None = None
 
 
+class ProbeSettings(Section):
+    """Whether, and how much, the market may measure this site's links; it asks seldom."""
+
+    allowed: bool = True
+    gb_per_day: float = Field(default=4, ge=0, le=1e6, description="sent and received together")
+    while_syncing: bool = Field(default=False, description="also while a job that spans sites runs here")
+
+
 class AskRange(Section):
     """Between which prices, in credits per GPU-hour, an ask may be set from the market's portal."""
 
@@ -259,6 +268,7 @@ class SiteSettings(Section):
     pools: tuple[PoolSettings, ...] = Field(min_length=1, max_length=POOLS_PER_SITE_MAX)
     links: tuple[LinkSettings, ...] = Field(default=(), max_length=1000)
     listen: ListenSettings | None = None
+    probes: ProbeSettings = ProbeSettings()
     region: PlaceName | None = None
     continent: PlaceName | None = None
     data_egress: DataEgressSettings = DataEgressSettings()

@@ -35,7 +35,6 @@ LINES_MAX = 500
 LONGER_FILES: dict[str, str] = {
     "broker/database/migrations/versions/0001_tables.py": "a migration states every table once, in one revision",
     "broker/backtest/report.py": "one page, section by section",
-    "tests/broker/allocation/array_instances.py": "one drawn market, feature by feature",
 }
 """Path -> why this one file is longer and still one subject."""
 

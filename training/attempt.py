@@ -61,6 +61,7 @@ class AttemptContext(BaseModel):
     checkpoint_dir: str
     output_dir: str
     resume_from: str | None = Field(default=None, description="a checkpoint file to start from")
+    heir_of: SiteId | None = Field(default=None, description="the site whose checkpoint counts as this site's own")
     links: tuple[LinkSpeed, ...] = Field(default=(), description="for edge weights; the same at every site")
     record_dir: str | None = Field(default=None, description="where to keep what a replay of the run starts from")
 

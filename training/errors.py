@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+# Of a site that stopped because it was asked to; the site's agent tells its broker that it left.
+EXIT_LEFT: Final = 76
 
 
 class TrainingError(Exception):
@@ -36,6 +39,18 @@ class ExchangeError(TrainingError):
     """The round log did not answer within the job's patience, or refused what was sent."""
 
     code: ClassVar[str] = "exchange.failed"
+
+
+class Departure(SystemExit):
+    """The site was asked to stop, and its state after `round_number` is in its checkpoint: the script ends here.
+
+    Like any exit it passes through the tenant's `except Exception`, and no code after its loop runs.
+    """
+
+    def __init__(self, round_number: int) -> None:
+        """End the process with EXIT_LEFT."""
+        self.round_number = round_number
+        super().__init__(EXIT_LEFT)
 
 
 class SignatureError(TrainingError):

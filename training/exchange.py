@@ -15,7 +15,10 @@ call blocks; none retries for longer than the job's patience.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+# Who stops after the round that says so: its author alone, or all sites once most of them say it.
+Leaving = Literal["site", "gang"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -41,12 +44,16 @@ class MemberSeat:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One site's contribution in a sealed round. `weight` is in samples, capped by the lease."""
+    """One site's contribution in a sealed round. `weight` is in samples, capped by the lease.
+
+    `leaving` is set where its author was asked to stop: after this very round, which all sites know alike.
+    """
 
     site_id: str
     weight: int
     samples: tuple[SampleRange, ...]
     fragments: tuple[int, ...]
+    leaving: Leaving | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,16 @@ class Position:
     members: tuple[MemberSeat, ...]
     done: tuple[SampleRange, ...]
     needs_snapshot: bool
+
+
+def leaves_after(sealed: SealedRound, site_id: str) -> bool:
+    """Say whether `site_id` stops after a round: it said so itself, or most sites said that all stop.
+
+    Most, so that no single site can end the others' work.
+    """
+    stopping = sum(entry.leaving == "gang" for entry in sealed.entries)
+    own = any(entry.site_id == site_id and entry.leaving == "site" for entry in sealed.entries)
+    return own or 2 * stopping > len(sealed.entries)
 
 
 class Exchange(Protocol):

@@ -5,7 +5,7 @@ place. Then the process group is set up from torchrun's environment, the generat
 the attempt's seed, and the script runs as `__main__`.
 
 Exit codes: 0 the script ended; 1 it raised; 2 the command or environment is unusable; 75
-(EX_TEMPFAIL) the round log did not answer within patience. A script's own sys.exit is passed on.
+(EX_TEMPFAIL) the round log did not answer within patience; 76 the site left as it was asked to. A script's own sys.exit is passed on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 import training.session  # noqa: F401 - before the workdir is importable: see above
 from training.attempt import AttemptContext, current_attempt
-from training.errors import ExchangeError
+from training.errors import Departure, ExchangeError
 from training.ranks import group_timeout
 from training.spec import SyncPlan
 
@@ -70,6 +70,9 @@ def _run(arguments: list[str]) -> int:
     except ExchangeError as error:
         sys.stderr.write(f"hansa: {error.code}: {error}\n")
         return EXIT_TEMPORARY
+    except Departure as departure:
+        sys.stderr.write(f"hansa: left after round {departure.round_number}; its checkpoint goes on elsewhere\n")
+        return _exit_code(departure)
     except SystemExit as leaving:
         return _exit_code(leaving)
     except BaseException:  # noqa: BLE001 - whatever a tenant's script raises ends in one documented code

@@ -20,8 +20,8 @@ from training.clock import Clock, SystemClock
 from training.codecs import CODECS, Values
 from training.dealing import Ranges
 from training.economy import affordable_codec
-from training.errors import CheckpointError, ExchangeError, ModelError
-from training.exchange import Entry, Exchange, MemberSeat, Position, SealedRound
+from training.errors import CheckpointError, Departure, ExchangeError, ModelError
+from training.exchange import Entry, Exchange, MemberSeat, Position, SealedRound, leaves_after
 from training.flight import Flight, RoundFigures
 from training.outer_share import OuterShare
 from training.parameters import Parameters
@@ -76,6 +76,7 @@ class Synchronizer:
         self._weight = 0
         self._armed = False
         self._rejoined = False
+        self._leaves = False
         self._figures: list[RoundFigures] = []
         self._codec: Codec = context.sync.codec
         self.posted_bytes = 0
@@ -285,10 +286,10 @@ class Synchronizer:
         return sum(self.share.fragments[fragment].elements for fragment in self.share.travelling(number))
 
     def save(self) -> None:
-        """Write a checkpoint of the present round. A collective."""
-        state = self._state()
-        if state is not None:
+        """Write a checkpoint of the present round, on all ranks' behalf: it is whole when the first of them goes on."""
+        if (state := self._state()) is not None:
             checkpoint.write_checkpoint(self._folder, state, dealing.count(self.share.done))
+        self._ranks.barrier()
 
     # Gradients.
 
@@ -343,7 +344,8 @@ class Synchronizer:
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path, self.share.fragments, self.share.layout)
-        is_own = state.header.site_id == self.context.site_id
+        # An heir takes the place of a site that left, so what that one still owed is its own.
+        is_own = state.header.site_id in {self.context.site_id, self.context.heir_of}
         if is_own or self.share.strategy.gradients:
             self._restore_optimizer(state)
         if is_own:
@@ -436,6 +438,7 @@ class Synchronizer:
         if share.strategy.gradients and not any(share.has_content(entry, number) for entry in counted):
             share.parameters.drop_gradients()
         self.members = sealed.members
+        self._leaves |= leaves_after(sealed, self.context.site_id)
         self._chain_hash = sealed.manifest_hash
         self._outer_hash = share.state_hash()
         self._log.report_applied(number, self._outer_hash)
@@ -444,14 +447,16 @@ class Synchronizer:
     # What is kept.
 
     def _keep(self) -> None:
-        """Offer a snapshot and write a checkpoint, where they are due."""
+        """Offer a snapshot and write a checkpoint, where they are due; end here where the site was asked to leave."""
+        if self._leaves and not self._is_over():
+            self.save()
+            raise Departure(self.share.round_number)
         is_checkpoint_due = self.share.round_number % self.context.sync.checkpoint_rounds == 0
         is_small = 8 * self.share.parameters.elements <= SNAPSHOT_EACH_ROUND_BYTES_MAX
         is_snapshot_due = not self._is_local and (is_small or is_checkpoint_due)
         if not is_checkpoint_due and not is_snapshot_due:
             return
-        state = self._state()
-        if state is None:
+        if (state := self._state()) is None:
             return
         if is_snapshot_due:
             path = self._folder / "snapshot.safetensors"

@@ -15,9 +15,6 @@ from broker.allocation.configuration import Configuration
 from broker.allocation.document import Document, Row
 
 CLEARING_VERSION: Final = 2
-# A link's capacity is counted in ten-thousandths of its bandwidth, so that link prices times use
-# are integers, whatever the link's speed.
-LINK_SHARES: Final = 10_000
 
 # optimal: proved within 1e-4 of the best whole placements; feasible: the LP is proved, the gap is
 # stated; stopped: a limit cut the LP short, and the bound is what its best prices prove; empty: no

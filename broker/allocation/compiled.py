@@ -52,11 +52,6 @@ def inlined(function: F) -> F:
     return _jitted(function, _nrt=False, inline="always")
 
 
-def is_compiled() -> bool:
-    """Return whether this process runs compiled loops."""
-    return _COMPILES
-
-
 def is_complete() -> bool:
     """Return whether `hansa market compile` has run here with these very sources."""
     return (_cache_folder() / _COMPLETE).exists()

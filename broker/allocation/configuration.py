@@ -17,7 +17,6 @@ from training.spec import SITES_PER_JOB_MAX, SiteId, SyncPlan
 from training.throughput import Prediction, SitePart
 
 # Bounds on the work per job; the next step up is a column oracle instead of enumeration.
-SPANS_MAX: Final = 64
 SPANS_TRIED_MAX: Final = 1024
 # A job near its end gets a shorter term, so that its hold need not cover time it will not use:
 # a quarter more than predicted, since predictions err, and long enough to be worth a lease.

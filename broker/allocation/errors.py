@@ -21,9 +21,3 @@ class EngineMissingError(AllocationError):
     """An LP engine that is asked for and not installed, or not known."""
 
     code: ClassVar[str] = "allocation.engine_missing"
-
-
-class SolverError(AllocationError):
-    """The solver stopped without an answer that stands up to our own check."""
-
-    code: ClassVar[str] = "allocation.solver_failed"

@@ -55,7 +55,7 @@ class Master:
 
     def __init__(self, instance: Instance, nodes: Nodes, engine: Engine, columns: Columns) -> None:
         """Load the skeleton and the first columns: ordered by job, each job's reference first, all jobs present."""
-        self._instance, self._nodes, self._engine = instance, nodes, engine
+        self._instance, self._engine = instance, engine
         largest = max(float(np.abs(columns.value).max(initial=0)), float(instance.rows.step_cost.max(initial=0)), 1.0)
         self._unit = max(1.0, largest / _LARGEST_COEFFICIENT)
         self._skeleton = _Skeleton(instance, nodes, self._unit, 2.0 * largest)

@@ -33,6 +33,8 @@ WIDTH_LATER: Final = 0.002
 GAP: Final = 1e-6
 # What the proof may leave: far below the perturbation, which else would not decide between prices.
 _GAP_PRICED: Final = 1e-10
+# Fewer jobs begin at the first asks: the LP finds their prices in a moment, and the play would take longer than all else.
+_PLAYED_JOBS_MIN: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +94,12 @@ def relax(
     scales = scale(instance)
     lap("prepare")
     found, memory, asks = _nothing(instance), Memory(instance), first_asks(instance)
-    y = (
-        _start(instance, layout, nodes, scales, found=found, memory=memory)
-        if last_prices is None
-        else np.maximum(last_prices, asks)
-    )
+    if last_prices is not None:
+        y = np.maximum(last_prices, asks)
+    elif instance.job_count < _PLAYED_JOBS_MIN:
+        y = asks
+    else:
+        y = _start(instance, layout, nodes, scales, found=found, memory=memory)
     lap("discovery")
     columns = window(
         instance,

@@ -39,9 +39,7 @@ def clear(
     """Return the clearing of a snapshot; `watch` sees the outcome with its times by phase, counted by `tick`.
 
     `engine` is the LP solver by name (`engines`). Another one may find other prices on the same optimal face.
-    Raises broker.allocation.errors.AllocationError where the market is too large to state, or the
-    solver gives nothing that stands up to our own check; then the round should be recorded as
-    failed and the snapshot kept.
+    Raises broker.allocation.errors.AllocationError where the market is too large to state, or the engine is not there.
     """
     return clear_tables(from_snapshot(snapshot), engine=engine, tick=tick, watch=watch)
 

@@ -24,6 +24,7 @@ from broker.api import (
     auth,
     health,
     job_routes,
+    link_routes,
     market_routes,
     problems,
     rate_limits,
@@ -73,7 +74,14 @@ def create_app(market: Market, pages: Sequence[Blueprint] = ()) -> OpenAPI:
     auth.register(app)
     problems.register(app)
     app.after_request(_finish)
-    for api in (job_routes.api, market_routes.api, token_routes.api, secret_routes.api, admin_routes.api):
+    for api in (
+        job_routes.api,
+        market_routes.api,
+        token_routes.api,
+        secret_routes.api,
+        admin_routes.api,
+        link_routes.api,
+    ):
         app.register_api(api)
     for blueprint in (site_routes.blueprint, health.blueprint, *pages):
         app.register_blueprint(blueprint)

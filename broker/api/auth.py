@@ -104,6 +104,7 @@ TABLE: Final[dict[tuple[str, str], Access]] = {
     ("GET", "/v1/admin/sites"): Access(Who.ADMIN, Scope.SITES_ADMIN),
     ("GET", "/v1/admin/sites/<string:site_id>/statement"): Access(Who.ADMIN, Scope.LEDGER_READ),
     ("POST", "/v1/admin/sites/<string:site_id>/remove"): _SITES,
+    ("GET", "/v1/admin/links"): Access(Who.ADMIN, Scope.SITES_ADMIN),
     ("POST", "/v1/admin/freeze"): _ADMIN,
     ("POST", "/v1/admin/thaw"): _ADMIN,
     ("GET", "/v1/admin/payment-rule"): _ADMIN_READ,

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from broker.api.errors import IdempotencyConflictError, IdempotencyKeyMissingError
-from broker.database.tables import IdempotencyKey
+from broker.database.idempotency import IdempotencyKey
 from broker.errors import BrokerError
 from broker.market import Market
 

@@ -262,8 +262,9 @@ def get_log(path: JobPath, query: LogQuery) -> Response:
     """Send a piece of the log that a site's attempt wrote; without a site, of the first that has a lease."""
     market, tenant_id = the_market(), the_tenant_id()
     leases = market.database.read(lambda session: _leases(session, tenant_id, path.job_id))
-    newest = max((lease.epoch for lease in leases), default=0)
-    gang = [lease for lease in leases if lease.epoch == (query.epoch or newest)]
+    # A site that joined a running gang has an epoch of its own: who trains together shares a placement.
+    wanted = next((lease for lease in reversed(leases) if query.epoch in (None, lease.epoch)), None)
+    gang = [lease for lease in leases if wanted is not None and lease.placement_id == wanted.placement_id]
     sites = sorted(lease.site_id for lease in gang)
     lease = next((lease for lease in gang if query.site in (None, lease.site_id)), None)
     if lease is None:

@@ -20,7 +20,8 @@ from broker.api.downloads import send_artifact
 from broker.api.errors import MalformedRequestError, MediaTypeError, RouteError
 from broker.api.problems import invalid, json_answer
 from broker.artifacts import ArtifactMissingError
-from broker.database.tables import LEASE_STANDS, JobArtifact, Lease, LeasedGpu
+from broker.database.standing import LEASE_STANDS
+from broker.database.tables import JobArtifact, Lease, LeasedGpu
 from broker.earnings import site_statement
 from broker.enrol import enrol
 from broker.errors import NotFoundError, StaleEpochError

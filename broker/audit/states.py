@@ -10,8 +10,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker.audit.finding import Finding
+from broker.database.moves import Move
+from broker.database.standing import LEASE_STANDS
 from broker.database.tables import (
-    LEASE_STANDS,
     Event,
     Job,
     JobArtifact,
@@ -22,7 +23,7 @@ from broker.database.tables import (
     UsageReport,
     ViewChange,
 )
-from broker.transitions import LEGAL, EndCause, PlacementState
+from broker.transitions import LEGAL, EndCause, MoveState, PlacementState
 
 Step = tuple[str, str]
 
@@ -49,7 +50,13 @@ def check_gpus(session: Session) -> Iterator[Finding]:
 
 
 def check_epochs(session: Session) -> Iterator[Finding]:
-    """Invariant 5: a job has at most one live placement, and epochs only rise."""
+    """Invariant 5: a job has at most one live placement, and epochs only rise.
+
+    A placement has the epoch of its first gang; a site that joined it while it ran has a later one of its own.
+    """
+    newest: dict[str, int] = {}
+    for lease in session.scalars(select(Lease)):
+        newest[lease.placement_id] = max(lease.epoch, newest.get(lease.placement_id, 0))
     rows = session.scalars(select(Placement).order_by(Placement.job_id, Placement.epoch)).all()
     for job_id, group in groupby(rows, key=lambda row: row.job_id):
         placements = list(group)
@@ -57,10 +64,14 @@ def check_epochs(session: Session) -> Iterator[Finding]:
         live = [row.placement_id for row in placements if row.state != PlacementState.ENDED]
         if len(live) > 1:
             yield Finding(5, job_id, f"it has {len(live)} live placements: {', '.join(live)}")
-        if job.epoch != placements[-1].epoch:
-            yield Finding(5, job_id, f"its epoch is {job.epoch}, its newest placement has {placements[-1].epoch}")
+        given = newest.get(placements[-1].placement_id, placements[-1].epoch)
+        if job.epoch != given:
+            yield Finding(5, job_id, f"its epoch is {job.epoch}, its newest placement has given out {given}")
         for earlier, later in pairwise(placements):
-            if later.epoch == earlier.epoch or later.round_number < earlier.round_number:
+            if (
+                later.epoch <= newest.get(earlier.placement_id, earlier.epoch)
+                or later.round_number < earlier.round_number
+            ):
                 detail = (
                     f"epoch {earlier.epoch} of round {earlier.round_number} is followed by "
                     f"epoch {later.epoch} of round {later.round_number}"
@@ -68,11 +79,11 @@ def check_epochs(session: Session) -> Iterator[Finding]:
                 yield Finding(5, job_id, detail)
             if earlier.state != PlacementState.ENDED:
                 yield Finding(5, job_id, f"epoch {earlier.epoch} lives though epoch {later.epoch} was given out")
-    mismatched = select(Lease.lease_id, Lease.epoch, Placement.epoch).join(
-        Placement, Placement.placement_id == Lease.placement_id
-    )
-    for lease_id, epoch, of_placement in session.execute(mismatched.where(Lease.epoch != Placement.epoch)):
-        yield Finding(5, lease_id, f"its epoch is {epoch}, its placement's {of_placement}")
+    joined = set(session.scalars(select(Move.placement_id).where(Move.in_place, Move.state == MoveState.DONE)))
+    mismatched = select(Lease, Placement.epoch).join(Placement, Placement.placement_id == Lease.placement_id)
+    for lease, of_placement in session.execute(mismatched.where(Lease.epoch != Placement.epoch)):
+        if lease.epoch < of_placement or lease.placement_id not in joined:
+            yield Finding(5, lease.lease_id, f"its epoch is {lease.epoch}, its placement's {of_placement}")
 
 
 def check_usage(session: Session) -> Iterator[Finding]:
@@ -138,9 +149,13 @@ def check_histories(session: Session) -> Iterator[Finding]:
             yield Finding(7, job_id, f"it has {len(rows)} placements and the events of {len(lives)}")
         for row, steps in zip(rows, lives, strict=False):
             yield from _check_chain("placement", row.placement_id, steps, row.state)
+    moves = session.scalars(select(Move).order_by(Move.job_id)).all()
+    for job_id, moved in groupby(moves, key=lambda row: row.job_id):
+        yield from _check_counts("move", job_id, chains.pop(("move", job_id), []), [move.state for move in moved])
     views = session.scalars(select(ViewChange).order_by(ViewChange.job_id)).all()
     for job_id, changes in groupby(views, key=lambda row: row.job_id):
-        yield from _check_views(job_id, chains.pop(("view", job_id), []), list(changes))
+        states = [change.state for change in changes]
+        yield from _check_counts("view", job_id, chains.pop(("view", job_id), []), states)
     for kind, subject in sorted(chains):
         yield Finding(7, subject, f"there are events of a {kind} that does not exist")
 
@@ -181,17 +196,17 @@ def _split_at_births(steps: Sequence[Step]) -> list[list[Step]]:
     return lives
 
 
-def _check_views(job_id: str, steps: Sequence[Step], views: Sequence[ViewChange]) -> Iterator[Finding]:
-    """Count events rather than follow them, for the views of a job may overlap.
+def _check_counts(kind: str, job_id: str, steps: Sequence[Step], states: Sequence[str]) -> Iterator[Finding]:
+    """Count events rather than follow them, for the views of a job may overlap, and its moves have one id in events.
 
     What entered a state and did not leave it is in it.
     """
     for before, after in steps:
-        if (before, after) not in LEGAL["view"]:
-            yield Finding(7, job_id, f"a view went from {before or 'nothing'} to {after}, which is not legal")
+        if (before, after) not in LEGAL[kind]:
+            yield Finding(7, job_id, f"a {kind} went from {before or 'nothing'} to {after}, which is not legal")
     entered = Counter(after for _, after in steps)
     entered.subtract(before for before, _ in steps if before)
-    stand = Counter(view.state for view in views)
+    stand = Counter(states)
     for state in sorted({*entered, *stand}):
         if entered[state] != stand[state]:
-            yield Finding(7, job_id, f"{stand[state]} of its views are {state}, events say {entered[state]}")
+            yield Finding(7, job_id, f"{stand[state]} of its {kind}s are {state}, events say {entered[state]}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from broker.cli import admin_rounds, backup_commands, config
+from broker.cli import admin_links, admin_rounds, backup_commands, config
 from broker.cli.errors import CliError, UsageError
 from broker.cli.output import JsonOption, credits_text, print_json, print_table, time_text
 from pricing.money import MILLISECONDS_PER_HOUR
@@ -30,6 +30,7 @@ site_app = typer.Typer(help="Sites of the federation.", no_args_is_help=True, ri
 for name, sub in (("tenant", tenant_app), ("user", user_app), ("site", site_app)):
     app.add_typer(sub, name=name)
 admin_rounds.register(app)
+admin_links.register(app)
 backup_commands.register(app)
 
 FIRST_TOKEN_LIFE_S: Final = 30 * 86_400

@@ -21,6 +21,9 @@ from broker.database import (
     abilities,  # noqa: F401  see above
     certificates,  # noqa: F401
     forecasts,  # noqa: F401
+    idempotency,  # noqa: F401
+    moves,  # noqa: F401
+    probes,  # noqa: F401
     refusals,  # noqa: F401
     tenant_secrets,  # noqa: F401
     terms,  # noqa: F401

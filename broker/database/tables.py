@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, literal, text
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # SQLite gives rowid behaviour only to INTEGER PRIMARY KEY.
@@ -17,7 +17,7 @@ _SERIAL = BigInteger().with_variant(Integer, "sqlite")
 
 
 def where(condition: str, on_sqlite: str | None = None) -> dict[str, Any]:
-    """Return the arguments of an index over the rows for which a condition holds, as each engine's queries state it."""
+    """Return the arguments of an index over the rows for which a condition holds, as each engine's queries state it: `live = 1`."""
     return {"sqlite_where": text(on_sqlite or condition), "postgresql_where": text(condition)}
 
 
@@ -93,22 +93,11 @@ class JoinToken(Table):
     used_ms: Mapped[int | None]
 
 
-class IdempotencyKey(Table):
-    """A POST that was answered: the same key with the same request gets the same answer again."""
-
-    __tablename__ = "idempotency_keys"
-    owner: Mapped[str] = mapped_column(String(100), primary_key=True)
-    key: Mapped[str] = mapped_column(String(200), primary_key=True)
-    request_digest: Mapped[str]
-    status: Mapped[int]
-    body: Mapped[str] = mapped_column(Text)
-    created_ms: Mapped[int]
-
-
 class Site(Table):
     """A datacenter. `state` is live, silent or removed; `version` guards its offer; `boot` tells a restarted agent.
 
-    `sequence_seen` is a bit mask of the request numbers below and at `sequence_max`: the replay window.
+    `sequence_seen` is a bit mask of the request numbers below and at `sequence_max`: the replay window. `probe_terms` is
+    what its owner allows probes of its links (`sites.links.messages.ProbeTerms`, JSON), None where it takes no part in any.
     """
 
     __tablename__ = "sites"
@@ -125,6 +114,7 @@ class Site(Table):
     heard_ms: Mapped[int | None]
     heard_monotonic_ms: Mapped[int | None]
     heard_era: Mapped[str | None]
+    probe_terms: Mapped[str | None] = mapped_column(Text)
 
 
 class SiteCertificate(Table):
@@ -288,10 +278,10 @@ class Placement(Table):
 class Lease(Table):
     """One site's part of a placement: proposed, confirmed, active, ended.
 
-    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `pace_*` is what had been
-    delivered when the first samples were reported, and the newest, and in how many reports since: the speed of
-    training without its start (`broker.speeds`). `liveness_*` is when the
-    broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
+    `usage_until_ms` is when its last report ended, `egress` what it sent to each site. `pace_*` is what had been delivered when the
+    first samples were reported, and the newest, and in how many reports since: the speed of training without its start (`broker.speeds`).
+    `heir_of` is the site whose place it took, and whose checkpoint it has.
+    `liveness_*` is when the broker may count its processes as dead: later than the agent counts, on the broker's own monotonic clock.
     """
 
     __tablename__ = "leases"
@@ -306,6 +296,7 @@ class Lease(Table):
     price_micros_per_gpu_hour: Mapped[int]
     state: Mapped[str]
     checkpoint_digest: Mapped[str | None]
+    heir_of: Mapped[str | None]
     attempt_key: Mapped[str | None]
     csr_pem: Mapped[str | None] = mapped_column(Text)
     certificate_pem: Mapped[str | None] = mapped_column(Text)
@@ -346,10 +337,7 @@ class LeasedGpu(Table):
     site_id: Mapped[str] = mapped_column(primary_key=True)
     gpu_id: Mapped[str] = mapped_column(primary_key=True)
     live: Mapped[bool] = mapped_column(Boolean)
-    # Where booleans are numbers, a query asks for `live = 1`, and only an index that says so is used for it.
-    __table_args__ = (
-        Index("one_live_lease_per_gpu", "site_id", "gpu_id", unique=True, **where("live", on_sqlite="live = 1")),
-    )
+    __table_args__ = (Index("one_live_lease_per_gpu", "site_id", "gpu_id", unique=True, **where("live", "live = 1")),)
 
 
 class UsageReport(Table):
@@ -500,9 +488,3 @@ class JobArtifact(Table):
     outer_hash: Mapped[str | None]
     samples_done: Mapped[int]
     created_ms: Mapped[int]
-
-
-# What is not over, for queries. The state is written into the statement and not bound to it: a database uses an index over
-# some rows only for a statement that says by itself that it wants none but those, and history grows for ever.
-LEASE_STANDS = Lease.state != literal("ended", literal_execute=True)
-PLACEMENT_STANDS = Placement.state != literal("ended", literal_execute=True)

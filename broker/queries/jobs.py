@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 
 from broker.allocation.clearing import Placement as Award
 from broker.database.forecasts import Forecast
+from broker.database.standing import PLACEMENT_STANDS
 from broker.database.tables import (
-    PLACEMENT_STANDS,
     Artifact,
     Event,
     Hold,

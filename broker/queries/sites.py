@@ -8,7 +8,8 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from broker.database.tables import LEASE_STANDS, Account, Event, Lease, Link, Pool, Site
+from broker.database.standing import LEASE_STANDS
+from broker.database.tables import Account, Event, Lease, Link, Pool, Site
 from broker.errors import NotFoundError
 from broker.ledger import site_account
 from broker.queries.market import PoolRow, list_pools

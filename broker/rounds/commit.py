@@ -19,11 +19,13 @@ from broker import ledger
 from broker.abilities import lacking, needs_abilities
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
+from broker.allocation.snapshot import Incumbent
 from broker.database.certificates import RoundCertificate
 from broker.database.tables import Hold, Job, Lease, MarketState, Placement, Round, Site
 from broker.errors import ConflictError
-from broker.leases import end_placement, live_placement, propose, requeue
+from broker.leases import leases_of, live_placement, propose
 from broker.market import Market
+from broker.moves import covers_two_terms, open_move, open_move_of
 from broker.refusals import NOWHERE, Refused, read_refusals
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
@@ -32,13 +34,15 @@ from broker.rounds.snapshot import TakenSnapshot, free_equity, left_s
 from broker.staging import too_early
 from broker.tenant_limits import budgets_left
 from broker.terms import append_term
-from broker.transitions import EndCause, JobState, LeaseState, PlacementState, note_change, record_event
+from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
 from pricing.money import format_credits
 from training.spec import JobSpec
 
 # Such as those of a lease that is up for renewal and was outbid: it keeps them until its term ends.
 # That end is a change of its own; to try again before would be to hold the same round over and over.
 GPUS_TAKEN: Final = "its GPUs are no longer free"
+# It was decided before, and the job counts as what it gets until its sites have left.
+MOVING: Final = "the job is being moved already"
 # Only where several moves of one round together cost more than equity has; the next snapshot says so.
 NOT_COMPENSATED: Final = "market equity does not cover what the move would destroy"
 
@@ -129,7 +133,7 @@ def commit(
     row.dropped = json.dumps(dropped)
     session.add(_certificate(market, taken, clearing, row, dropped=len(dropped), phases=phases))
     state.changes_cleared = taken.changes
-    if any(drop["reason"] not in {GPUS_TAKEN, NOT_COMPENSATED} for drop in dropped):
+    if any(drop["reason"] not in {GPUS_TAKEN, NOT_COMPENSATED, MOVING} for drop in dropped):
         note_change(session)  # what was dropped may fit in the next round
     session.flush()
     return committed
@@ -218,10 +222,12 @@ class _Step:
             return
         if placement is None or placement.state != PlacementState.ACTIVE:
             raise _DroppedError("the job's placement has ended since the snapshot")
+        if open_move_of(self.session, placement.placement_id) is not None:
+            raise _DroppedError(MOVING)
         if award.action == "renew":
             self._renew(job, placement, award)
         else:
-            self._release(job, placement, award)
+            self._move(job, placement, award)
         self.committed.jobs.add(job.job_id)
 
     def _start(self, job: Job, placement: Placement | None, award: Award) -> None:
@@ -246,8 +252,7 @@ class _Step:
         # A gang that lost a lease changes neither its job's version nor, always, its sites'.
         if {lease.site_id for lease in leases} != {part.site_id for part in award.configuration.parts}:
             raise _DroppedError("the gang has changed since the snapshot")
-        outstanding = placement.reserved_micros - placement.charged_micros
-        if award.reservation_micros + outstanding > self._unposted(job):
+        if not covers_two_terms(self.session, self.market, placement, award):
             raise _DroppedError("the hold does not cover another term")
         placement.award = award.model_dump_json()
         placement.configuration = award.configuration.model_dump_json()
@@ -271,18 +276,35 @@ class _Step:
             detail=f"for {award.term_s} s at {format_credits(award.charge_micros_per_hour)} credits per hour",
         )
 
-    def _release(self, job: Job, placement: Placement, award: Award) -> None:
-        """End a running placement that another configuration beats; a later round starts it there.
+    def _move(self, job: Job, placement: Placement, award: Award) -> None:
+        """Let a running job come to another configuration that beats its own, with what its sites have learned.
 
         Inside its term its tenant is paid what the move destroys, as this round's snapshot counted it.
         """
+        gang = leases_of(self.session, placement)
+        if any(lease.state in {LeaseState.PROPOSED, LeaseState.CONFIRMED} for lease in gang):
+            raise _DroppedError("a site is joining the job's gang")
+        if award.reservation_micros > self._unposted(job):
+            raise _DroppedError("the hold no longer covers the term")
         self._compensate(job, placement)
-        self.committed.wake.update(end_placement(self.session, self.market, placement, EndCause.MOVED))
-        requeue(self.session, self.market, job, "moving", f"{award.why}; its GPUs are being released first")
+        incumbent = self._incumbent(job)
+        self.committed.wake.update(
+            open_move(
+                self.session,
+                self.market,
+                placement,
+                award,
+                self.committed.round.round_number,
+                0 if incumbent is None else incumbent.restart_cost_micros,
+            )
+        )
+
+    def _incumbent(self, job: Job) -> Incumbent | None:
+        return next(row.incumbent for row in self.taken.snapshot.jobs if row.job_id == job.job_id)
 
     def _compensate(self, job: Job, placement: Placement) -> None:
         snapshot = self.taken.snapshot
-        incumbent = next(row.incumbent for row in snapshot.jobs if row.job_id == job.job_id)
+        incumbent = self._incumbent(job)
         if incumbent is None or incumbent.term_ends_ms <= snapshot.taken_at_ms or not incumbent.restart_cost_micros:
             return
         now_ms, amount = self.market.clock.now_ms(), incumbent.restart_cost_micros

@@ -6,6 +6,7 @@ from: the commit checks them again and drops what has changed meanwhile.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,23 +25,21 @@ from broker.allocation.snapshot import (
     Incumbent,
     JobSpeed,
     JobState,
-    LinkState,
     PoolState,
     Reservation,
     SiteState,
     Snapshot,
 )
+from broker.database.moves import Move
 from broker.database.refusals import BarredConfiguration
+from broker.database.standing import LEASE_STANDS, PLACEMENT_STANDS
 from broker.database.tables import (
-    LEASE_STANDS,
-    PLACEMENT_STANDS,
     Account,
     Gpu,
     Hold,
     Job,
     Lease,
     LeasedGpu,
-    Link,
     MarketState,
     Placement,
     Pool,
@@ -48,17 +47,21 @@ from broker.database.tables import (
     Site,
     Tenant,
 )
+from broker.leases import leases_of
 from broker.ledger import EQUITY
 from broker.market import Market
+from broker.moves import moved_terms, promised_by_pool
 from broker.payment_rules import payment_rule
 from broker.refusals import NOWHERE, Refused, read_refusals, sites_left
 from broker.reservations import due_of_ended
-from broker.rounds.last_round import SitePair, may_follow, read_last_round
+from broker.rounds.last_round import may_follow, read_last_round
+from broker.rounds.round_links import counted_links
 from broker.speeds import read_speeds
 from broker.staging import least_elsewhere_s, read_from, too_early
 from broker.tenant_limits import budgets_left, limited_tenants
+from broker.terms import terms_of
 from broker.transitions import JobState as State
-from broker.transitions import PlacementState
+from broker.transitions import LeaseState, MoveState, PlacementState
 from broker.transitions import SiteState as Hearing
 from pricing.money import SECONDS_PER_HOUR
 from sites.protocol import Offer, PoolOffer
@@ -111,7 +114,7 @@ def take(session: Session, market: Market, *, with_jobs: bool = True) -> TakenSn
         payment_rule=payment_rule(session).value,
         pools=tuple(_pools(session, {site.site_id: site for site in sites}, now_ms)),
         sites=tuple(_site_state(site) for site in sites),
-        links=tuple(standing_links(session, names, last.link_prices)),
+        links=tuple(counted_links(session, market, names, last.link_prices)),
         jobs=tuple(job if owner not in limited else job.model_copy(update={"tenant_id": owner}) for owner, job in jobs),
         last_prices=last.prices,
         follow_last_prices=may_follow(last, jobs=len(jobs), settings=market.settings),
@@ -196,50 +199,62 @@ def _terms_of_offer(offer: Offer, offered: PoolOffer | None) -> dict[str, Any]:
 
 
 def _held_by_pool(session: Session, sites: dict[str, Site], now_ms: int) -> dict[str, int]:
-    """Count the GPUs of live leases. A site that drains keeps its running terms and renews none."""
+    """Count the GPUs of live leases, and of what moving jobs get in their place.
+
+    A site that drains keeps its running terms and renews none.
+    """
     held: dict[str, int] = {}
+    moves = open_moves(session)
+    for opened in moves.values():
+        if opened.award is not None:
+            stays = _held_by_those_who_stay(session, opened)
+            for part in Award.model_validate_json(opened.award).configuration.parts:
+                if part.pool_id not in stays:
+                    held[part.pool_id] = held.get(part.pool_id, 0) + part.gpus
     live = select(Lease, Placement).join(Placement, Placement.placement_id == Lease.placement_id).where(LEASE_STANDS)
     for lease, placement in session.execute(live):
         site = sites.get(lease.site_id)
+        move = moves.get(lease.placement_id)
+        if move is not None and lease.site_id in json.loads(move.leaving):
+            continue  # what its job gets instead is counted
         up_for_renewal = placement.term_ends_ms is not None and now_ms >= renewal_starts_ms(placement)
         if site is not None and not (up_for_renewal and _drains(site)):
             held[lease.pool_id] = held.get(lease.pool_id, 0) + lease.gpus
     return held
 
 
+def open_moves(session: Session) -> dict[str, Move]:
+    """Return the moves whose sites have not all left, by placement."""
+    leaving = session.scalars(select(Move).where(Move.state == MoveState.LEAVING))
+    return {move.placement_id: move for move in leaving}
+
+
+def _held_by_those_who_stay(session: Session, move: Move) -> set[str]:
+    """Return the pools of the sites that go on while others of their gang leave; they are counted by their leases."""
+    leaving = json.loads(move.leaving)
+    standing = select(Lease.site_id, Lease.pool_id).where(
+        Lease.placement_id == move.placement_id, Lease.state != LeaseState.ENDED
+    )
+    return {pool_id for site_id, pool_id in session.execute(standing) if site_id not in leaving}
+
+
 def free_by_pool(session: Session) -> dict[str, int]:
-    """Count the present GPUs that serve no lease, not even one that ended and may still have processes."""
+    """Count the present GPUs that serve no lease, not even one that ended and may still have processes.
+
+    Those that a moving job gets once its sites have left are promised.
+    """
+    promised = promised_by_pool(session)
     taken = select(LeasedGpu.gpu_id).where(
         LeasedGpu.site_id == Gpu.site_id, LeasedGpu.gpu_id == Gpu.gpu_id, LeasedGpu.live
     )
     counted = session.execute(
         select(Gpu.pool_id, func.count()).where(Gpu.present, ~taken.exists()).group_by(Gpu.pool_id)
     )
-    return {pool_id: count for pool_id, count in counted}  # noqa: C416  rows are not pairs to mypy
+    return {pool_id: max(0, count - promised.get(pool_id, 0)) for pool_id, count in counted}
 
 
 def _drains(site: Site) -> bool:
     return Offer.model_validate_json(site.offer).draining
-
-
-def standing_links(
-    session: Session, sites: set[str], last_prices: Mapping[SitePair, int] | None = None
-) -> list[LinkState]:
-    """Return the links between `sites`, in order, with the last round's prices where they are known."""
-    prices = last_prices or {}
-    return [
-        LinkState(
-            from_site=link.source,
-            to_site=link.target,
-            bandwidth_bits_per_s=link.bandwidth_bits_per_s,
-            delay_s=link.delay_s,
-            loss=link.loss,
-            egress_price_micros_per_gb=link.egress_price_micros_per_gb,
-            last_price_micros_per_share_hour=prices.get((link.source, link.target), 0),
-        )
-        for link in session.scalars(select(Link).order_by(Link.source, Link.target))
-        if link.source in sites and link.target in sites and link.source != link.target
-    ]
 
 
 def _jobs(  # noqa: PLR0917  what a round's jobs depend on
@@ -266,13 +281,21 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
     homes = _homes(session, sites)
     equity = free_equity(session, now_ms)
     speeds = read_speeds(session)
+    moves, moved = open_moves(session), moved_terms(session)
     states = []
     for job, hold in rows:
         spec = JobSpec.model_validate_json(job.spec)
         placement = placements.get(job.job_id)
+        move = None if placement is None else moves.get(placement.placement_id)
+        if move is not None and move.award is None:
+            continue  # it stops, and waits for another term then
         incumbent = (
-            None if placement is None else _incumbent(session, market, placement, now_ms, equity, spec, abilities)
+            None
+            if placement is None
+            else _incumbent(session, market, placement, now_ms, equity, moved, spec, abilities)
         )
+        if move is not None and move.award is not None and placement is not None:
+            incumbent = _as_moved(Award.model_validate_json(move.award), placement, now_ms)
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
         left = max(0, hold.amount_micros - hold.posted_micros - hold.voided_micros - due.get(job.job_id, 0))
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
@@ -365,12 +388,24 @@ def _data(data: DataTerms | None, home_site: str | None) -> DataState | None:
     return None if home_site is None else DataState(home_site=home_site, bytes_per_sample=0.0)
 
 
+def _as_moved(award: Award, placement: Placement, now_ms: int) -> Incumbent:
+    """Return a job that is being moved as what it gets: decided, paid for and not asked about again."""
+    return Incumbent(
+        configuration=award.configuration,
+        epoch=placement.epoch,
+        locked_prices={charge.pool_id: charge.price_micros_per_gpu_hour for charge in award.pools},
+        term_ends_ms=now_ms + award.term_s * 1000,
+        restart_cost_micros=RESTART_MICROS_UNAFFORDABLE,
+    )
+
+
 def _incumbent(  # noqa: PLR0917  what an incumbent depends on
     session: Session,
     market: Market,
     placement: Placement,
     now_ms: int,
     equity_micros: int,
+    moved: Collection[tuple[str, int]],
     spec: JobSpec,
     abilities: Mapping[str, Ability],
 ) -> Incumbent | None:
@@ -381,9 +416,8 @@ def _incumbent(  # noqa: PLR0917  what an incumbent depends on
         ends_ms = now_ms
     else:
         ends_ms = placement.term_ends_ms
-    standing = set(
-        session.scalars(select(Lease.site_id).where(Lease.placement_id == placement.placement_id, LEASE_STANDS))
-    )
+    leases = [lease for lease in leases_of(session, placement) if lease.state != LeaseState.ENDED]
+    standing = {lease.site_id for lease in leases}
     configuration = _standing_part(award.configuration, standing)
     if configuration is None:
         return None
@@ -391,8 +425,14 @@ def _incumbent(  # noqa: PLR0917  what an incumbent depends on
     restart_micros = min(
         round(placement.value_micros_per_hour * restart_s / SECONDS_PER_HOUR), RESTART_MICROS_UNAFFORDABLE
     )
-    if ends_ms > now_ms and restart_micros > equity_micros:
+    is_joined = placement.state == PlacementState.ACTIVE and any(lease.state != LeaseState.ACTIVE for lease in leases)
+    if ends_ms > now_ms and (
         # A move inside a term is compensated: what the market cannot pay for is not worth any move.
+        restart_micros > equity_micros
+        # A move earns its cost over the term that it was made for: before its end there is no other.
+        or (placement.job_id, terms_of(session, placement.placement_id)[-1].round_number) in moved
+        or is_joined
+    ):
         restart_micros = RESTART_MICROS_UNAFFORDABLE
     return Incumbent(
         configuration=configuration,

@@ -14,9 +14,9 @@ from broker import retention
 from broker.artifacts import ArtifactMissingError
 from broker.bootstrap import open_market
 from broker.database.engine import Database
+from broker.database.idempotency import IdempotencyKey
 from broker.database.tables import (
     Artifact,
-    IdempotencyKey,
     Job,
     JobArtifact,
     Lease,

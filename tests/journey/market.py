@@ -14,7 +14,7 @@ import signal
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -88,9 +88,17 @@ JOB_S: Final = 90.0
 class RunningMarket(MarketRows):
     """The processes, the rows, and what a test may do to them."""
 
-    def __init__(self, places: Places, supervisor: Supervisor) -> None:
+    def __init__(
+        self,
+        places: Places,
+        supervisor: Supervisor,
+        sites: tuple[DemoSite, ...] = SITES,
+        settings: Mapping[str, str] = SETTINGS,
+    ) -> None:
         """Know where everything is; nothing is started."""
         super().__init__(places.home, f"sqlite:///{places.broker_home}/market.sqlite3")
+        self.sites = sites
+        self.settings = dict(settings)
         self.places = places
         self.supervisor = supervisor
         self._resources = contextlib.ExitStack()
@@ -105,8 +113,8 @@ class RunningMarket(MarketRows):
                 self.places,
                 self.supervisor,
                 PlainDisplay(Console(file=log, width=160)),
-                sites=SITES,
-                settings=SETTINGS,
+                sites=self.sites,
+                settings=self.settings,
             )
         )
         environment = journey.start_market()
@@ -119,7 +127,10 @@ class RunningMarket(MarketRows):
             processes.api_process(self.places, environment),
             *processes.worker_processes(self.places, environment),
             processes.wake_process(self.places, environment),
-            *(processes.agent_process(self.places, site, self.places.site_home(site) / "site.yaml") for site in SITES),
+            *(
+                processes.agent_process(self.places, site, self.places.site_home(site) / "site.yaml")
+                for site in self.sites
+            ),
         ):
             self._specs[spec.name] = spec
         journey.admin.admin_post("/tenants", {"tenant_id": TENANT, "name": "Fugger"})
@@ -212,10 +223,20 @@ class RunningMarket(MarketRows):
 
     # --- jobs -------------------------------------------------------------------------------------
 
-    def submit(self, *, slots: int, seconds: float, checkpoint_rounds: int = 5, sites: int | None = None) -> str:
+    def submit(
+        self,
+        *,
+        slots: int,
+        seconds: float,
+        checkpoint_rounds: int = 5,
+        sites: int | None = None,
+        most: int | None = None,
+        where: Sequence[str] | None = None,
+    ) -> str:
         """Submit a job that trains for about `seconds` on `slots` slots, each at a site of its own, and return its id.
 
-        A job that may do with fewer `sites` pays for the dear one, too.
+        A job that may do with fewer `sites` pays for the dear one, too. One that takes up to `most` slots is elastic;
+        `where` names the only sites that it may be at.
         """
         self._jobs += 1
         folder = self.places.home / "jobs" / f"job-{self._jobs}"
@@ -226,11 +247,12 @@ class RunningMarket(MarketRows):
             "workdir": ".",
             "run": "python train.py",
             "envs": {"STEP_S": str(STEP_S)},
-            "resources": {"accelerators": f"{GPU_TYPE}:{slots}"},
+            "resources": {"accelerators": f"{GPU_TYPE}:{slots}..{most or slots}"},
             "market": {
                 "budget": 3.0 if sites is None else 60.0,
                 "bid": 50.0 if sites is None else 5000.0,
                 "sites_max": sites or slots,
+                **({} if where is None else {"sites_allowed": list(where)}),
                 "workload": {
                     "samples": samples_in(seconds, slots),
                     "batch_per_gpu": BATCH,
@@ -403,14 +425,16 @@ def samples_in(seconds: float, slots: int) -> int:
 
 
 @contextlib.contextmanager
-def running_market(failed: Callable[[], bool]) -> Iterator[RunningMarket]:
+def running_market(
+    failed: Callable[[], bool], sites: tuple[DemoSite, ...] = SITES, settings: Mapping[str, str] = SETTINGS
+) -> Iterator[RunningMarket]:
     """Start a market and end it without a trace; only its logs stay where a test has `failed`."""
     # Not the demo's name: whoever clears up after a demo must not take this market's ground away.
     places = Places(Path(tempfile.mkdtemp(prefix="hansa-kills-", dir="/tmp")), *processes.free_ports(2))
     places.logs.mkdir(exist_ok=True)
     begun = time.monotonic()
     supervisor = Supervisor(places.logs, end_together=True)
-    market = RunningMarket(places, supervisor)
+    market = RunningMarket(places, supervisor, sites, settings)
     try:
         with supervisor:
             try:
@@ -420,7 +444,7 @@ def running_market(failed: Callable[[], bool]) -> Iterator[RunningMarket]:
             finally:
                 market.close()
         wait_until(lambda: not descendants.marked(f"HANSA_HOME={places.broker_home}"), 5)
-        wait_until(lambda: not any(market.pids_of_site(site.site_id) for site in SITES), 5)
+        wait_until(lambda: not any(market.pids_of_site(site.site_id) for site in sites), 5)
     except BaseException:
         print(f"the logs are in {places.home}")  # noqa: T201
         raise

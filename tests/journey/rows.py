@@ -114,12 +114,12 @@ class MarketRows:
         )
 
     def gateways(self, job_id: str) -> dict[str, GatewayReport]:
-        """Return what the gateways of the job's newest epoch last said, by site."""
+        """Return what the gateways of the job's newest placement last said, by site."""
         leases = self.leases(job_id)
         reports = {
             lease.site_id: AttemptReport.model_validate_json(lease.attempt).gateway
             for lease in leases
-            if lease.attempt and lease.epoch == leases[-1].epoch
+            if lease.attempt and lease.placement_id == leases[-1].placement_id and lease.state != "ended"
         }
         return {site_id: report for site_id, report in reports.items() if report is not None}
 

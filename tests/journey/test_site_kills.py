@@ -200,6 +200,7 @@ def test_site_with_two_ranks_is_lost_and_its_survivors_go_on(market: RunningMark
     market.assert_sound(job_id)
 
 
+@pytest.mark.soak  # the simulator loses whole gangs in `make test`
 def test_gang_lost_whole_resumes_from_its_checkpoint_under_a_higher_epoch(market: RunningMarket) -> None:
     chain = Chain()
     job_id = market.submit(slots=2, seconds=10, checkpoint_rounds=2)

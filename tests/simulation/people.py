@@ -43,7 +43,8 @@ def _submit(world: World) -> None:
             },
             "market": {
                 "budget_micros": world.rng.randrange(5, 80) * 1_000_000,
-                "bid_micros_per_million_samples": world.rng.randrange(5, 90) * 1_000_000,
+                # To some an ask matters, so that it may move them; others only want more.
+                "bid_micros_per_million_samples": world.rng.randrange(5, 90) * world.rng.choice([2_000, 1_000_000]),
                 "sites_max": world.rng.choice([1, 3, 3]),
                 "start": world.rng.choice(["round", "round", "round", "now"]),
                 "workload": {
@@ -96,6 +97,8 @@ def mischief(world: World) -> None:
         elif world.rng.random() < world.faults.meddle / 10:
             site.ask = world.rng.randrange(1, 6) * 100_000
             site.draining, site.vetoing = world.rng.random() < 0.1, world.rng.random() < 0.1
+        elif world.rng.random() < world.faults.meddle / 3:
+            site.ask = world.rng.randrange(1, 9) ** 2 * 20_000
 
 
 def _disable(world: World, site: SimulatedSite) -> None:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from training.exchange import Leaving
 from training.roundlog.view import GENESIS_HASH, View, ViewReport
 
 
@@ -17,12 +19,16 @@ class History:
 
     rounds: dict[str, tuple[int, str]] = field(default_factory=lambda: {GENESIS_HASH: (0, GENESIS_HASH)})
     known_by: dict[str, set[str]] = field(default_factory=dict)
+    # Which sites stop after a round, as its seal says.
+    stopping: dict[str, frozenset[str]] = field(default_factory=dict)
 
-    def seal(self, job_id: str, before: str, view_number: int) -> str:
-        """Add the round after `before` and return its hash."""
+    def seal(self, job_id: str, before: str, view_number: int, said: Mapping[str, Leaving | None]) -> str:
+        """Add the round after `before` and return its hash; `said` is what each site said with its contribution."""
         number = self.rounds[before][0] + 1
         sealed = hashlib.sha256(f"{job_id}/{before}/{view_number}/{number}".encode()).hexdigest()
         self.rounds[sealed] = (number, before)
+        all_stop = 2 * sum(each == "gang" for each in said.values()) > len(said)
+        self.stopping[sealed] = frozenset(site for site, each in said.items() if all_stop or each == "site")
         return sealed
 
     def number(self, chain_hash: str) -> int:
@@ -47,6 +53,8 @@ class SimulatedGateway:
     chain_hash: str = GENESIS_HASH
     # What the hub has of this site: the view and the chain that its contribution continues.
     delivered: tuple[int, str] | None = None
+    # What it said with that contribution: that its site stops after the round, or that all do.
+    delivered_leaving: Leaving | None = None
     hub_lost_since_s: float | None = None
     members_lost_since_s: dict[str, float] = field(default_factory=dict)
 
@@ -101,10 +109,10 @@ class SimulatedGateway:
         self.chain_hash = chain_hash
         self.history.known_by.setdefault(chain_hash, set()).add(self.site_id)
 
-    def deliver(self) -> None:
+    def deliver(self, leaving: Leaving | None = None) -> None:
         """Bring this site's contribution to the open round to the hub. A promise does not call it back."""
-        if self.view is not None and self.may_seal():
-            self.delivered = (self.view.number, self.chain_hash)
+        if self.view is not None and self.may_seal() and self.delivered != (self.view.number, self.chain_hash):
+            self.delivered, self.delivered_leaving = (self.view.number, self.chain_hash), leaving
 
     def has_delivered(self, view_number: int, chain_hash: str) -> bool:
         """Say whether the hub holds this site's contribution to the round after `chain_hash`."""

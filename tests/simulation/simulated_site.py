@@ -26,11 +26,13 @@ from sites.protocol import (
     LinkOffer,
     Offer,
     PoolOffer,
+    Skill,
     Usage,
     Veto,
 )
 from tests.simulation.simulated_log import SimulatedGateway
 from training.attempt import NewestCheckpoint
+from training.exchange import Leaving
 from training.roundlog.signing import public_hex
 from training.roundlog.view import open_view
 
@@ -48,7 +50,8 @@ class Attempt:
     gateway: SimulatedGateway
     started_s: float
     deadline_s: float
-    base_samples: int = 0
+    # The round whose state it started from: that it was stopped there before is past.
+    started_round: int = 0
     running: bool = True
     cause: ExitCause | None = None
     ended_s: float = 0.0
@@ -60,6 +63,16 @@ class Attempt:
     unacknowledged: list[Usage] = field(default_factory=list)
     checkpoint: NewestCheckpoint | None = None
     released: bool = False
+
+    @property
+    def lingers(self) -> bool:
+        """Whether only its gateway is left, because others may still fetch the last round from it."""
+        return self.cause is ExitCause.LEFT and not self.released
+
+    @property
+    def leaving(self) -> Leaving | None:
+        """How its ranks were asked to stop."""
+        return None if self.order.attempt is None else self.order.attempt.leaving
 
     @property
     def key(self) -> tuple[str, int]:
@@ -102,6 +115,7 @@ class SimulatedSite:
             agent_version="simulated",
             boot=f"boot-{self.boots}",
             offer=self.offer(),
+            skills=tuple(Skill),
             confirmations=tuple(
                 Confirmation(
                     lease_id=order.lease_id,
@@ -138,7 +152,7 @@ class SimulatedSite:
         gateway = attempt.gateway
         newest = attempt.order.attempt
         promise = None
-        if attempt.running and newest is not None and newest.promise is not None:
+        if (attempt.running or attempt.lingers) and newest is not None and newest.promise is not None:
             promise = gateway.promise(newest.promise)
         return AttemptReport(
             lease_id=lease_id,
@@ -227,7 +241,7 @@ class SimulatedSite:
             self._start(order, deadline_s)
             return
         attempt.order = order
-        if attempt.running:
+        if attempt.running or attempt.lingers:
             attempt.deadline_s = max(attempt.deadline_s, deadline_s)
             self._install_view(attempt)
 
@@ -246,7 +260,8 @@ class SimulatedSite:
         )
         self.attempts[order.lease_id] = attempt
         self._install_view(attempt)
-        attempt.samples_done = attempt.gateway.sealed_round * SAMPLES_PER_ROUND
+        attempt.started_round = attempt.gateway.sealed_round
+        attempt.samples_done = attempt.started_round * SAMPLES_PER_ROUND
 
     def _install_view(self, attempt: Attempt) -> None:
         newest = attempt.order.attempt
@@ -257,6 +272,7 @@ class SimulatedSite:
 
     def _release(self, attempt: Attempt, *, forget: bool) -> None:
         self.stop(attempt, ExitCause.ORDERED)
+        attempt.released = True
         self._cut_usage(attempt)
         if forget:
             del self.attempts[attempt.order.lease_id]
@@ -277,6 +293,8 @@ class SimulatedSite:
     def enforce_deadlines(self) -> None:
         """Let the warden kill what has outlived its liveness; it needs no agent for that."""
         for attempt in self.attempts.values():
+            if self.world.true_s >= attempt.deadline_s:
+                attempt.released = True
             if attempt.running and self.world.true_s >= attempt.deadline_s:
                 self.stop(attempt, ExitCause.EXPIRED)
                 attempt.ended_s = min(attempt.ended_s, attempt.deadline_s)
@@ -286,6 +304,7 @@ class SimulatedSite:
         self.agent_up = False
         for attempt in self.attempts.values():
             self.stop(attempt, ExitCause.SITE)
+            attempt.released = True
 
     def isolate(self, until_s: float) -> None:
         """Cut the site off from everyone, market and peers; nothing dies of it by itself."""

@@ -127,12 +127,14 @@ class World:
             liveness_s=6,
             liveness_margin_s=3,
             proposal_s=8,
-            term_s=60,
+            term_s=30,
             round_s=2,
             reconcile_s=1,
             settle_s=20,
             hub_lost_s=3,
             absent_s=1,
+            handover_s=10,
+            restart_s=3,
             attempts_max=8,
             # So that faults meet rounds that let the last prices stand too; a real market's are far larger.
             follow_jobs_min=2,
@@ -349,7 +351,7 @@ class World:
         attempts: dict[str, list[tuple[SimulatedSite, Attempt]]] = {}
         for site in self.sites.values():
             for attempt in site.attempts.values():
-                if attempt.running:
+                if attempt.running or attempt.lingers:
                     attempts.setdefault(attempt.order.job_id, []).append((site, attempt))
         for job_id, group in attempts.items():
             self._train(job_id, group)
@@ -366,9 +368,9 @@ class World:
             near = [theirs for other, theirs in members if self.reach(site.site_id, other.site_id)]
             for theirs in near:
                 if theirs.cause is None and theirs.gateway.chain_hash == attempt.gateway.chain_hash:
-                    theirs.gateway.deliver()
+                    theirs.gateway.deliver(theirs.leaving)
             if attempt.gateway.may_seal() and self._is_complete(attempt, members, seats):
-                self._seal(job_id, attempt, near)
+                self._seal(job_id, attempt, members)
             for theirs in near:
                 if self.rng.random() >= self.faults.lose:
                     theirs.gateway.learn(attempt.gateway.chain_hash, view.number)
@@ -387,13 +389,14 @@ class World:
         }
         return seats <= delivered
 
-    def _seal(self, job_id: str, hub: Attempt, near: list[Attempt]) -> None:
+    def _seal(self, job_id: str, hub: Attempt, members: list[tuple[SimulatedSite, Attempt]]) -> None:
         assert hub.gateway.view is not None
         if hub.gateway.sealed_round * SAMPLES_PER_ROUND >= self._samples(hub):
             return
         number = hub.gateway.view.number
-        hub.gateway.sealed(self.history.seal(job_id, hub.gateway.chain_hash, number))
-        for theirs in near:
+        said = {other.site_id: theirs.gateway.delivered_leaving for other, theirs in members}
+        hub.gateway.sealed(self.history.seal(job_id, hub.gateway.chain_hash, number, said))
+        for _, theirs in members:
             theirs.own_samples += SAMPLES_PER_ROUND // len(hub.gateway.view.members)
 
     def _feel(self, site: SimulatedSite, attempt: Attempt, group: list[tuple[SimulatedSite, Attempt]]) -> None:
@@ -435,6 +438,8 @@ class World:
         return None if at_s is None else self.true_s - at_s
 
     def _advance(self, site: SimulatedSite, attempt: Attempt) -> None:
+        if not attempt.running:
+            return
         sealed = attempt.gateway.sealed_round
         attempt.samples_done = sealed * SAMPLES_PER_ROUND
         if sealed and sealed % 3 == 0 and (attempt.checkpoint is None or attempt.checkpoint.round_number < sealed):
@@ -443,6 +448,12 @@ class World:
             site.stop(attempt, ExitCause.SCRIPT)
         elif attempt.samples_done >= self._samples(attempt):
             site.stop(attempt, ExitCause.DONE)
+        elif (
+            site.site_id in self.history.stopping.get(attempt.gateway.chain_hash, ()) and sealed > attempt.started_round
+        ):
+            attempt.checkpoint = self._store_checkpoint(site, attempt, sealed)
+            site.stop(attempt, ExitCause.LEFT)
+            self.story.add(self.true_s, f"{site.site_id} leaves {attempt.order.job_id} after round {sealed}")
 
     def _store_checkpoint(self, site: SimulatedSite, attempt: Attempt, sealed: int) -> NewestCheckpoint:
         digest = attempt.gateway.chain_hash

@@ -311,6 +311,39 @@ def test_kept_data_that_was_altered_is_brought_anew_and_the_operators_own_refuse
     assert store(tmp_path / "broken", cache_gb=0, datasets=(tmp_path / "none",)).announced([]).held == {}  # type: ignore[union-attr]  # it takes part
 
 
+READS = """
+import errno, hashlib, json, os, pathlib
+data = pathlib.Path(os.environ["HANSA_DATA"], "corpus")
+def refused(act):
+    try: act()
+    except OSError as error: return errno.errorcode[error.errno]
+seen = {"big": hashlib.sha256((data / "big.bin").read_bytes()).hexdigest(), "note": (data / "notes/a.txt").read_text(),
+        "refused": [refused(lambda: (data / "big.bin").write_bytes(b"x")), refused(lambda: (data / "new").touch()),
+                    refused((data / "notes/a.txt").unlink), refused(lambda: (data / "notes/a.txt").chmod(0o666))]}
+print("seen", json.dumps(seen), flush=True)
+"""
+
+
+@pytest.mark.parametrize("data_yaml", ["{cache_gb: 1}"])
+@pytest.mark.parametrize("sandbox", ["bubblewrap"])
+def test_a_rank_reads_its_dataset_below_hansa_data_and_cannot_change_it(
+    market: Market, start_agent: StartAgent, tmp_path: Path, corpus: Path
+) -> None:
+    spec = job(market, tmp_path / "work", READS, data=[reference(corpus, f"file://{corpus}").model_dump()])
+    market.grants["lease_a"] = Grant("lease_a", "job_a", spec, gpu_ids=("0",))
+    agent = start_agent()
+    wait_until(lambda: agent.tick() and "lease_a" in market.reports and market.reports["lease_a"].cause, limit_s=60)
+    log = market.streams.get(("lease_a", "log"), b"").decode()
+    (said,) = [line for line in log.splitlines() if "seen {" in line] or [log]
+    seen = json.loads(said[said.index("{") :])
+    assert (seen["big"], seen["note"]) == (hashlib.sha256(BIG).hexdigest(), "alpha")
+    assert seen["refused"] == ["EROFS"] * 4
+    # The heartbeat says from then on that the site holds it.
+    told = market.heartbeats[-1].data
+    assert told is not None
+    assert told.held == {digest_of(corpus): len(BIG) + 5}
+
+
 @pytest.mark.parametrize("data_yaml", ["{cache_gb: 1}"])
 def test_a_source_that_lies_ends_the_attempt_as_the_tenants_affair(
     market: Market, start_agent: StartAgent, tmp_path: Path, corpus: Path

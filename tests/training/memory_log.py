@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from training.errors import ExchangeError
-from training.exchange import Entry, MemberSeat, Position, SampleRange, SealedRound
+from training.exchange import Entry, Leaving, MemberSeat, Position, SampleRange, SealedRound
 from training.roundlog.errors import ExchangeRefusedError, Reason
 from training.roundlog.view import GENESIS_HASH
 
@@ -18,6 +18,10 @@ WAIT_S = 30.0
 
 def _nobody(number: int, site: str) -> bool:
     return False
+
+
+def _staying(number: int, site: str) -> Leaving | None:
+    return None
 
 
 def _unheld(number: int) -> bool:
@@ -44,7 +48,7 @@ class _Contribution:
 class MemoryLog:
     """The hub. With a `quorum`, that many contributions seal a round, unless `hold(round)` still waits for more.
 
-    `excluded(round, site)` decides who is left out; `tamper(round, site, n, bytes)` damages blobs."""
+    `excluded(round, site)` decides who is left out; `leaving(round, site)` who says that it stops; `tamper(round, site, n, bytes)` damages blobs."""
 
     members: list[MemberSeat]
     base_round: int = 0
@@ -60,6 +64,7 @@ class MemoryLog:
     snapshot: tuple[int, bytes] | None = None
     quorum: int | None = None
     hold: Callable[[int], bool] = _unheld
+    leaving: Callable[[int, str], Leaving | None] = _staying
     joiners: set[str] = field(default_factory=set)
     condition: threading.Condition = field(default_factory=threading.Condition)
 
@@ -101,7 +106,7 @@ class MemoryLog:
 
     def _seal(self, number: int, posted: dict[str, _Contribution]) -> None:
         entries = tuple(
-            Entry(site, each.weight, each.samples, tuple(sorted(each.fragments)))
+            Entry(site, each.weight, each.samples, tuple(sorted(each.fragments)), self.leaving(number, site))
             for site, each in sorted(posted.items())
             if not self.excluded(number, site)
         )

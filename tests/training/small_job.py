@@ -53,7 +53,7 @@ def seats(*names: str, gpus: int = 1) -> list[MemberSeat]:
 
 def context(folder: Path, site_id: str, **plan: Any) -> AttemptContext:
     samples = plan.pop("samples", SAMPLES)
-    resume_from = plan.pop("resume_from", None)
+    resume_from, heir_of = plan.pop("resume_from", None), plan.pop("heir_of", None)
     record_dir = plan.pop("record_dir", None)
     for name in ("checkpoint", "output"):
         (folder / site_id / name).mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,7 @@ def context(folder: Path, site_id: str, **plan: Any) -> AttemptContext:
         checkpoint_dir=str(folder / site_id / "checkpoint"),
         output_dir=str(folder / site_id / "output"),
         resume_from=resume_from,
+        heir_of=heir_of,
         record_dir=record_dir,
     )
 

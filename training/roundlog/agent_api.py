@@ -7,7 +7,7 @@ from typing import Final
 
 from aiohttp import web
 
-from training.roundlog.control import CertificateRequest, GatewayStatus, PromiseRequest
+from training.roundlog.control import CertificateRequest, GatewayStatus, LeaveRequest, PromiseRequest
 from training.roundlog.replica import Replica
 from training.roundlog.signing import DOCUMENT_BYTES_MAX, SignedDocument
 from training.roundlog.web_edge import json_answer, json_body, refusals
@@ -35,6 +35,7 @@ class AgentApi:
                 web.get("/status", self._status),
                 web.post("/certificate", self._certificate),
                 web.post("/ranks", self._ranks),
+                web.post("/leave", self._leave),
             ]
         )
         return application
@@ -57,6 +58,10 @@ class AgentApi:
 
     async def _ranks(self, _: web.Request) -> web.Response:
         self._replica.ranks_started_anew()
+        return web.Response(status=204)
+
+    async def _leave(self, request: web.Request) -> web.Response:
+        self._replica.leaving = (await json_body(request, LeaveRequest, _BODY_WAIT_S)).leaving
         return web.Response(status=204)
 
 

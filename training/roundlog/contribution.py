@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training.errors import SignatureError
-from training.exchange import Entry, SampleRange
+from training.exchange import Entry, Leaving, SampleRange
 from training.roundlog.errors import Reason, Refusal
 from training.roundlog.ranks_wire import FRAGMENTS_MAX, RANGES_MAX
 from training.roundlog.signing import SignedDocument, canonical_json, open_signed, sign
@@ -59,10 +59,11 @@ class Header(BaseModel):
     fragments: tuple[FragmentPart, ...] = Field(min_length=1, max_length=FRAGMENTS_MAX)
     previous_hash: Hash
     outer_hash: Hash
+    leaving: Leaving | None = Field(default=None, description="its author was asked to stop: it does after this round")
 
     def entry(self) -> Entry:
         """Return the contribution as the ranks see it in a sealed round."""
-        return Entry(self.site_id, self.weight, self.samples, tuple(range(len(self.fragments))))
+        return Entry(self.site_id, self.weight, self.samples, tuple(range(len(self.fragments))), self.leaving)
 
     def fragment_span(self, fragment: int) -> tuple[int, int]:
         """Return where `fragment` starts and stops in the blob, in bytes."""
@@ -80,7 +81,9 @@ class Contribution:
 
 def sign_contribution(header: Header, key: Ed25519PrivateKey) -> Contribution:
     """Sign `header` with the site's attempt key."""
-    return Contribution(header, sign(key, CONTRIBUTION_PURPOSE, canonical_json(header.model_dump(mode="json"))))
+    # What is not said is left out, so that gateways from before it could be said read the rest.
+    said = header.model_dump(mode="json", exclude_none=True)
+    return Contribution(header, sign(key, CONTRIBUTION_PURPOSE, canonical_json(said)))
 
 
 def open_contribution(document: SignedDocument, site_id: str, view: View, *, bytes_max: int) -> Contribution:

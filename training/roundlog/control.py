@@ -8,6 +8,7 @@ and neither aiohttp nor torch. The other end is `training.roundlog.agent_api`.
     GET  /status       GatewayStatus
     POST /certificate  CertificateRequest -> 204
     POST /ranks        -> 204
+    POST /leave        LeaveRequest -> 204
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import ClassVar, Final, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training.errors import TrainingError
+from training.exchange import Leaving
 from training.roundlog.errors import read_refusal
 from training.roundlog.signing import SignedDocument
 from training.roundlog.unix_http import exchange
@@ -40,6 +42,12 @@ class PromiseRequest(_Document):
     """Ask a gateway to refuse seals of views below `number` from now on."""
 
     number: int = Field(ge=1)
+
+
+class LeaveRequest(_Document):
+    """Ask a gateway to say with its next contribution that its site stops after that round, or that all do."""
+
+    leaving: Leaving
 
 
 class CertificateRequest(_Document):
@@ -132,6 +140,10 @@ class GatewayControl:
     def ranks_started_anew(self) -> None:
         """Say that the ranks lost their state: they need a snapshot of what they had applied."""
         self._call("POST", "/ranks", None)
+
+    def leave(self, leaving: Leaving) -> None:
+        """Ask that the ranks stop at the end of a round, with a checkpoint of it."""
+        self._call("POST", "/leave", LeaveRequest(leaving=leaving))
 
     def _call(self, method: str, path: str, document: BaseModel | None) -> bytes:
         """Return the body of a successful answer. Raises GatewayControlError otherwise."""

@@ -100,6 +100,12 @@ def read_peer_der(der: bytes) -> Peer:
     return read_peer(x509.load_der_x509_certificate(der))
 
 
+def is_peer(der: bytes | None, uri: str, public_key: str) -> bool:
+    """Say whether the verified certificate of a connection is `uri`'s with `public_key`. Raises Refusal for one of no peer."""
+    peer = read_peer_der(der) if der else None
+    return peer is not None and (peer_uri(peer.job_id, peer.epoch, peer.site_id), peer.public_key) == (uri, public_key)
+
+
 def check_certificate(pem: bytes, expected_uri: str, public_key: str) -> datetime:
     """Check that `pem` is a certificate for this attempt and key; return when it ends. Raises Refusal."""
     try:
@@ -140,9 +146,7 @@ def pinned(context: ssl.SSLContext, uri: str, public_key: str) -> ssl.SSLContext
     class PinnedObject(ssl.SSLObject):
         def do_handshake(self) -> None:
             super().do_handshake()
-            der = self.getpeercert(binary_form=True)
-            peer = read_peer_der(der) if der else None
-            if peer is None or peer_uri(peer.job_id, peer.epoch, peer.site_id) != uri or peer.public_key != public_key:
+            if not is_peer(self.getpeercert(binary_form=True), uri, public_key):
                 message = f"the peer is not {uri} with the key that the view names"
                 raise ssl.SSLCertVerificationError(message)
 

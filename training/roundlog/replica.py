@@ -16,6 +16,7 @@ from typing import Final
 from training.attempt import GatewayConfig
 from training.clock import Clock
 from training.errors import SignatureError
+from training.exchange import Leaving
 from training.roundlog.blobs import BlobStore
 from training.roundlog.contribution import Contribution, FragmentPart, Header, sign_contribution
 from training.roundlog.control import Equivocation, LinkBytes
@@ -53,6 +54,8 @@ class Replica:
         self.own: OwnContribution | None = None
         self.snapshot: SnapshotNote | None = None
         self.arriving: set[str] = set()
+        # Set where the agent asked this site to stop; the next contribution says so.
+        self.leaving: Leaving | None = None
         self.applied_by_all = 0
         self.waiting_for: tuple[str, ...] = ()
         self.hub_lost_at_s: float | None = None
@@ -232,6 +235,8 @@ class Replica:
             digest=digest,
             size_bytes=sum(part.size_bytes for part in parts),
             fragments=parts,
+            # A commit that is repeated says what it said: a contribution never changes.
+            leaving=self.leaving if self.own is None or self.own.round_number != round_number else self.own.leaving,
         )
         if not self.check_open(round_number) or (self.own is not None and self.own.round_number == round_number):
             if self.own is not None and self.own.round_number == round_number and self.own != own:
@@ -270,6 +275,7 @@ class Replica:
             fragments=own.fragments,
             previous_hash=self.log.chain_hash,
             outer_hash=own.outer_hash,
+            leaving=own.leaving,
         )
         return sign_contribution(header, self.key)
 

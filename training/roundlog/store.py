@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from training.exchange import SampleRange
+from training.exchange import Leaving, SampleRange
 from training.roundlog.contribution import FragmentPart
 from training.roundlog.control import Equivocation, LinkBytes
 from training.roundlog.hub_wire import SnapshotNote
@@ -46,6 +46,7 @@ class OwnContribution(_Document):
     digest: Hash
     size_bytes: int
     fragments: tuple[FragmentPart, ...]
+    leaving: Leaving | None = None
 
 
 class GatewayRecord(_Document):

@@ -18,7 +18,8 @@ from werkzeug.wrappers import Response
 
 from broker.advice import Advice, NoDeadlineError, advise
 from broker.api.context import the_market
-from broker.database.tables import IdempotencyKey, Job
+from broker.database.idempotency import IdempotencyKey
+from broker.database.tables import Job
 from broker.errors import BrokerError
 from broker.portal.blueprint import Access, page, show, the_person
 from broker.portal.forms import (

@@ -104,7 +104,7 @@ def _measured(group: Group) -> list[Figure]:
 def _compile_first() -> None:
     """Run a small market of each kind, so that no measured run waits for numba."""
     from tests.benchmarks.market import instances, ours  # noqa: PLC0415 (the parent needs no solver)
-    from tests.broker.allocation.array_instances import large  # noqa: PLC0415
+    from tests.broker.allocation.large_instances import large  # noqa: PLC0415
 
     ours.relaxed(large(60, 5, "B", 0), repeats=1)
     ours.relaxed(instances.market_of_time_shares(instances.time_shares(read_or_generate(None, 0), 32, 2, 0)), repeats=1)
@@ -136,7 +136,7 @@ def _sia(speeds: Speeds, seed: int, sizes: tuple[int, ...], limit_s: float) -> I
 
 def _families(seed: int, jobs: int, sites: int) -> Iterator[Figure]:
     from tests.benchmarks.market import own_figures  # noqa: PLC0415
-    from tests.broker.allocation.array_instances import large  # noqa: PLC0415
+    from tests.broker.allocation.large_instances import large  # noqa: PLC0415
 
     for family in ("A", "B"):
         yield from own_figures.against_enumeration(f"{family} {jobs:,} x {sites}", large(jobs, sites, family, seed))
@@ -146,7 +146,7 @@ def _families(seed: int, jobs: int, sites: int) -> Iterator[Figure]:
 
 def _rounds(figure: str, seed: int, jobs: int, sites: int, target_s: float) -> Iterator[Figure]:
     from tests.benchmarks.market import own_figures  # noqa: PLC0415
-    from tests.broker.allocation.array_instances import large  # noqa: PLC0415
+    from tests.broker.allocation.large_instances import large  # noqa: PLC0415
 
     for family in ("A", "B"):
         market = large(jobs, sites, family, seed)
@@ -167,7 +167,7 @@ def _followed(seed: int, jobs: int, sites: int) -> Iterator[Figure]:
 def _greedy(seed: int, jobs: int, sites: int) -> Iterator[Figure]:
     from tests.benchmarks.market import against_peers  # noqa: PLC0415
     from tests.benchmarks.market.peers import greedy  # noqa: PLC0415
-    from tests.broker.allocation.array_instances import large  # noqa: PLC0415
+    from tests.broker.allocation.large_instances import large  # noqa: PLC0415
 
     for family in ("A", "B"):
         market = large(jobs, sites, family, seed)

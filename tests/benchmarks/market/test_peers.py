@@ -13,7 +13,8 @@ import pytest
 from broker.allocation.instance import Choice, Instance
 from tests.benchmarks.market import alike, instances, tables
 from tests.benchmarks.market.peers import enumeration, gavel, greedy, listing, pop, sia
-from tests.broker.allocation.array_instances import large, small
+from tests.broker.allocation.large_instances import large
+from tests.broker.allocation.small_instances import small
 
 SPEEDS = tables.read_or_generate(None, 0)
 

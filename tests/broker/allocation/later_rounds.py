@@ -7,7 +7,7 @@ import numpy as np
 from broker.allocation.instance import NONE, Bundles, Choice, Instance, Int
 from broker.allocation.listing import Names, described
 from broker.allocation.solver import Outcome, solve
-from tests.broker.allocation.array_instances import large
+from tests.broker.allocation.large_instances import large
 
 
 def with_jobs(instance: Instance, order: Int) -> Instance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -26,7 +27,12 @@ from tests.broker.allocation.instances import CREDIT, NOW_MS, job, market, pool,
 from training.spec import SyncPlan
 
 ROOT = Path(__file__).parents[3]
-SOME = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `make soak` looks at a hundred.
+SOME = settings(
+    max_examples=int(os.environ.get("HANSA_EXAMPLES", "10")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 def options_of(rules: Rules) -> list[list[Option]]:
@@ -70,17 +76,14 @@ def test_with_enough_equity_no_allocation_is_better_than_the_clearing(seed: int,
 @given(
     seed=st.integers(0, 10_000), jobs=st.integers(1, 25), sites=st.integers(1, 4), equity=st.sampled_from([0, 5, 1e6])
 )
-def test_the_verifier_finds_nothing_wrong_with_a_clearing(seed: int, jobs: int, sites: int, equity: float) -> None:
+def test_the_verifier_finds_nothing_wrong_with_a_clearing(
+    seed: int, jobs: int, sites: int, equity: float
+) -> None:
     snapshot = random_market(seed, jobs, sites, equity_credits=equity)
     clearing = clear(snapshot)
     assert verify(snapshot, clearing) == []
-    assert all(clearing.certificate.checks.values())
-
-
-@SOME
-@given(seed=st.integers(0, 10_000))
-def test_the_gap_is_exactly_regret_and_slack(seed: int) -> None:
-    proof = clear(random_market(seed, 15, 3)).certificate
+    proof = clearing.certificate
+    assert all(proof.checks.values())
     gap = proof.bound_micros_per_hour - proof.welfare_micros_per_hour
     assert gap == proof.regret_sum_micros_per_hour + proof.slack_sum_micros_per_hour
 

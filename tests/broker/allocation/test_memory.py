@@ -8,7 +8,7 @@ from broker.allocation.columns import scale, window
 from broker.allocation.memory import Memory
 from broker.allocation.nodes import market_nodes
 from broker.allocation.oracle import Best
-from tests.broker.allocation import array_instances
+from tests.broker.allocation import large_instances, small_instances
 
 
 def nothing(jobs: int) -> Best:
@@ -18,7 +18,7 @@ def nothing(jobs: int) -> Best:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_search_that_remembers_others_finds_the_same_as_one_that_does_not(seed: int) -> None:
-    instance = array_instances.small(seed)
+    instance = small_instances.small(seed)
     layout = oracle.prepare(instance)
     nodes = market_nodes(instance, layout)
     memory, random = Memory(instance), np.random.default_rng(seed)
@@ -33,7 +33,7 @@ def test_a_search_that_remembers_others_finds_the_same_as_one_that_does_not(seed
 
 
 def test_small_changes_of_price_leave_most_spans_without_a_search() -> None:
-    instance = array_instances.large(300, 24, "B", 1)
+    instance = large_instances.large(300, 24, "B", 1)
     layout, memory = oracle.prepare(instance), Memory(instance)
     nodes, found = market_nodes(instance, layout), nothing(instance.job_count)
     y = np.full(instance.row_count, 300_000.0)

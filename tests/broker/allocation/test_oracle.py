@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from broker.allocation import kernel, oracle
 from broker.allocation.instance import BUNDLE, SINGLE, SPAN, Instance
-from tests.broker.allocation import array_instances
+from tests.broker.allocation import small_instances
 
 Listed = tuple[int, int, int, int, dict[int, int]]
 
@@ -97,13 +97,13 @@ def some_prices(instance: Instance, seed: int) -> NDArray[Any]:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_best_column_and_dual_equal_brute_force_over_every_column(seed: int) -> None:
-    instance = array_instances.small(seed)
+    instance = small_instances.small(seed)
     check(instance, some_prices(instance, seed))
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_so_it_does_where_a_family_joins_patterns_of_two_and_three_parts(seed: int) -> None:
-    instance = array_instances.small(seed)
+    instance = small_instances.small(seed)
     if len(instance.patterns.parts):
         instance = with_families_of_any_size(instance)
     check(instance, some_prices(instance, seed))
@@ -111,7 +111,7 @@ def test_so_it_does_where_a_family_joins_patterns_of_two_and_three_parts(seed: i
 
 @pytest.mark.parametrize("seed", range(20))
 def test_so_it_does_at_prices_too_large_for_floats(seed: int) -> None:
-    instance = array_instances.small(seed)
+    instance = small_instances.small(seed)
     check(instance, some_prices(instance, seed) * (2**33 + 1), approximately=True)
 
 
@@ -146,7 +146,7 @@ def check(instance: Instance, prices: NDArray[Any], *, approximately: bool = Fal
 
 @pytest.mark.parametrize("seed", range(20))
 def test_hint_changes_nothing(seed: int) -> None:
-    instance = array_instances.small(seed)
+    instance = small_instances.small(seed)
     elsewhere = oracle.best(instance, some_prices(instance, seed + 1000))
     prices = some_prices(instance, seed)
     alone, hinted = oracle.best(instance, prices), oracle.best(instance, prices, hint=elsewhere)

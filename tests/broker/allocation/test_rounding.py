@@ -24,7 +24,7 @@ from broker.allocation.listing import near, near_singles
 from broker.allocation.relaxation import Relaxation, relax
 from broker.allocation.rounding import Limits, Rounded, drop_uplift, whole
 from broker.allocation.uplift import uplift_micros
-from tests.broker.allocation import array_instances
+from tests.broker.allocation import large_instances, small_instances
 from tests.broker.allocation.later_rounds import with_jobs, with_leases
 
 _SEARCH_ONLY = Limits(finish_jobs=0)
@@ -34,7 +34,7 @@ Column = tuple[int, int, int, int, dict[int, int]]
 @functools.cache
 def priced(jobs: int, sites: int, family: str, seed: int) -> tuple[Instance, Relaxation]:
     """Return a large market with its LP's prices; whoever shares it may not write into it."""
-    instance = array_instances.large(jobs, sites, family, seed)
+    instance = large_instances.large(jobs, sites, family, seed)
     return instance, relax(instance)
 
 
@@ -210,7 +210,7 @@ def rough_prices(instance: Instance, seed: int) -> Int:
 def test_placements_of_random_markets_with_every_feature_can_be_carried_out(limits: Limits, seeds: range) -> None:
     forms = set()
     for seed in seeds:
-        instance = array_instances.small(seed)
+        instance = small_instances.small(seed)
         prices = rough_prices(instance, seed) if seed % 2 else relax(instance).prices
         rounded = whole(instance, prices, limits=limits)
         check(instance, prices, rounded)
@@ -223,7 +223,7 @@ def test_placements_of_random_markets_with_every_feature_can_be_carried_out(limi
 def test_proved_optima_are_the_optimum_of_every_column_written_out(seeds: range) -> None:
     proved = close = looked = 0
     for seed in seeds:
-        instance = array_instances.small(seed)
+        instance = small_instances.small(seed)
         prices = relax(instance).prices
         if not own_places_are_sold(instance, prices):
             continue
@@ -246,7 +246,7 @@ def without_vetoes(instance: Instance) -> Instance:
 
 def test_the_order_of_jobs_does_not_change_the_welfare_of_small_rounds() -> None:
     for seed in range(15):
-        instance = without_vetoes(array_instances.small(seed))
+        instance = without_vetoes(small_instances.small(seed))
         prices = relax(instance).prices
         other = with_jobs(instance, np.random.default_rng(seed).permutation(instance.job_count))
         one, two = whole(instance, prices), whole(other, prices)
@@ -299,7 +299,7 @@ def test_neighbourhoods_placed_anew_gain_welfare_and_cost_none() -> None:
 def test_singles_near_the_best_are_those_that_writing_every_column_out_finds() -> None:
     seen = 0
     for seed in range(60):
-        instance = array_instances.small(seed)
+        instance = small_instances.small(seed)
         prices = rough_prices(instance, seed).astype(np.float64)
         best = oracle.best(instance, prices).surplus.astype(np.float64)
         jobs = np.arange(seed % 2, instance.job_count, 2)
@@ -330,7 +330,7 @@ def test_incumbents_stay_where_little_changes(jobs: int, sites: int, seed: int) 
 
 
 def test_a_job_larger_than_every_pool_stays_out_and_others_do_not_mind() -> None:
-    instance = array_instances.large(60, 5, "A", 2)
+    instance = large_instances.large(60, 5, "A", 2)
     prices = relax(instance).prices
     limits = instance.goods.offer_limit.copy()
     singles = instance.singles
@@ -347,7 +347,7 @@ def test_a_job_larger_than_every_pool_stays_out_and_others_do_not_mind() -> None
 
 
 def test_a_pool_without_capacity_is_never_used() -> None:
-    instance = array_instances.large(60, 5, "A", 2)
+    instance = large_instances.large(60, 5, "A", 2)
     instance.rows.step_units[:3] = 0
     prices = relax(instance).prices
     rounded = whole(instance, prices)
@@ -356,7 +356,7 @@ def test_a_pool_without_capacity_is_never_used() -> None:
 
 
 def test_a_market_without_jobs_is_optimal() -> None:
-    instance = array_instances.large(60, 5, "A", 2)
+    instance = large_instances.large(60, 5, "A", 2)
     keep = np.zeros(0, np.int64)
     jobs = instance.jobs._replace(
         **{n: v[:0] for n, v in instance.jobs._asdict().items() if not n.startswith("barred")},
@@ -397,7 +397,7 @@ def test_uplift_beyond_market_equity_is_dropped_before_commit() -> None:
 def test_no_equity_is_promised_for_incumbents_whose_own_place_was_taken() -> None:
     crowded = 0
     for seed in range(80):
-        instance = array_instances.small(seed)
+        instance = small_instances.small(seed)
         prices = rough_prices(instance, seed)
         rounded = whole(instance, prices, limits=_SEARCH_ONLY)
         choice = rounded.choice

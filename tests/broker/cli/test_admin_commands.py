@@ -6,6 +6,10 @@ import json
 import stat
 from pathlib import Path
 
+from sqlalchemy import delete
+
+from broker.database.probes import LinkMeasurement
+from broker.database.tables import Link
 from sites.identity import decode_join_string
 from tests.broker.cli.calling import Broker, Hansa
 
@@ -72,6 +76,39 @@ def test_site_statement_says_what_it_earned(hansa: Hansa) -> None:
     assert outcome.code == 0, outcome.err
     assert outcome.out.splitlines()[-1].startswith("earned ")
     assert hansa("admin", "site", "statement", "nowhere", who="admin").code == 4
+
+
+def test_links_are_listed_as_declared_and_as_measured(hansa: Hansa, broker: Broker) -> None:
+    assert "no site declares a link yet" in hansa("admin", "links", who="admin").out
+    now_ms = broker.market.clock.now_ms()
+    declared = {"bandwidth_bits_per_s": 1e9, "delay_s": 0.01, "loss": 0.0, "egress_price_micros_per_gb": 0}
+    measured = {"bandwidth_bits_per_s": 2.5e8, "delay_s": 0.0213, "loss": 0.004, "sent_bits_per_s": 2.5e8}
+    rows = [
+        Link(source="lubeck", target="visby", **declared),
+        Link(source="visby", target="lubeck", **declared),
+        LinkMeasurement(
+            source="lubeck",
+            target="visby",
+            probe_id="probe_a",
+            measured_ms=now_ms - 7_200_000,
+            received_bits_per_s=9e9,
+            disagreement="lubeck says 250 Mbit/s went, visby that 9e+03 came",
+            **measured,
+        ),
+    ]
+    broker.market.database.write("measure", lambda session: session.add_all(rows))
+    lines = hansa("admin", "links", who="admin").out.splitlines()
+    told = ["lubeck", "->", "visby", "1.0", "Gbit/s", "250.0", "Mbit/s", "250.0", "Mbit/s", "21.3", "ms", "0.40", "%"]
+    assert lines[1].split() == [*told, "2.0", "h", "0.65"]
+    assert "-" in lines[2].split()
+    assert lines[3] == "lubeck -> visby: lubeck says 250 Mbit/s went, visby that 9e+03 came"
+    (first, second) = json.loads(hansa("admin", "links", "--json", who="admin").out)["items"]
+    assert first["counted"] == {"bandwidth_bits_per_s": 2.5e8, "delay_s": 0.0213, "loss": 0.004}
+    assert (second["measured"], second["counted"], second["age_s"]) == (None, second["declared"], None)
+    broker.market.database.write(
+        "forget", lambda session: [session.execute(delete(row)) for row in (Link, LinkMeasurement)]
+    )
+    assert hansa("admin", "links").code != 0  # a tenant has no business with them
 
 
 def test_person_gets_another_password_and_is_shut_out(hansa: Hansa, tmp_path: Path) -> None:

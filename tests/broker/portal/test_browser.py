@@ -23,6 +23,7 @@ TENANT_PAGES = ("/jobs", "/jobs/{spanning}", "/jobs/{left-out}", "/jobs/new", "/
 ADMIN_PAGES = (
     "/admin/sites",
     "/admin/sites/bremen",
+    "/admin/links",
     "/admin/rounds",
     "/admin/rounds/1",
     "/admin/replay",

@@ -294,7 +294,7 @@ def test_a_term_that_is_not_renewed_ends_and_its_job_waits_again(scene: Scene) -
     assert scene.taken_gpus("ada") == 0
 
 
-def test_a_move_releases_first_and_starts_when_the_old_place_is_known_to_be_empty(scene: Scene) -> None:
+def test_an_agent_that_cannot_leave_is_stopped_when_its_time_is_up_and_its_job_moves(scene: Scene) -> None:
     job_id = scene.submit(2)
     (old,) = scene.start(job_id)
     order = old.order()
@@ -305,10 +305,12 @@ def test_a_move_releases_first_and_starts_when_the_old_place_is_known_to_be_empt
     scene.reconcile()
     scene.round()
     job = scene.job(job_id)
-    assert (job.state, job.reason_code) == ("queued", "moving")
-    assert scene.placement(job_id).end_cause == "moved"
+    assert (job.state, job.reason_code) == ("running", "moving")
     assert scene.taken_gpus(old.site_id) == 2
-    scene.round()
+    scene.pass_s(TERM_S, *ALL)
+    scene.reconcile()
+    assert scene.job(job_id).state == "proposed"
+    assert scene.taken_gpus(old.site_id) == 2
     (lease,) = scene.leases(job_id)
     assert lease.site_id in {site.site_id for site in others}
     assert lease.epoch == 2

@@ -12,6 +12,7 @@ import torch
 
 from tests.training.recorded_run import start_folder, write_run
 from tests.training.small_job import SAMPLES, Site, context, model, run
+from training.errors import Departure
 from training.exchange import MemberSeat
 from training.lab.replay import replay
 from training.ranks import Ranks
@@ -146,3 +147,33 @@ def test_a_site_joins_a_running_job_by_snapshot_over_real_gateways(federation: A
     assert first.session.samples_done == 480
     assert first.session.outer_hash == joiner.session.outer_hash
     assert 0 < joiner.session.step < 60
+
+
+@pytest.mark.soak
+def test_sites_whose_gateways_are_asked_to_leave_stop_after_one_round_and_go_on_from_it(
+    federation: Any, tmp_path: Path
+) -> None:
+    ams, oslo = federation.start("ams", "oslo")
+    federation.open(ams, oslo, hub=ams)
+    first, second = ranks_of(ams, tmp_path, samples=4800), ranks_of(oslo, tmp_path, samples=4800)
+
+    def ask(session: Session) -> None:
+        # One hears of it rounds before the other; they stop after the same round all the same.
+        if session.rounds == 2:
+            ams.control.leave("gang")
+        if session.rounds == 4:
+            oslo.control.leave("gang")
+
+    first.step_hook = second.step_hook = ask
+    threads = [threading.Thread(target=each.run, daemon=True) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    left = [each.error for each in (first, second)]
+    assert all(isinstance(error, Departure) for error in left), left
+    rounds = {error.round_number for error in left if isinstance(error, Departure)}
+    assert len(rounds) == 1
+    assert rounds.pop() >= 5
+    statuses = [each.control.status() for each in (ams, oslo)]
+    assert statuses[0].outer_hash == statuses[1].outer_hash
