@@ -94,12 +94,10 @@ def relax(
     scales = scale(instance)
     lap("prepare")
     found, memory, asks = _nothing(instance), Memory(instance), first_asks(instance)
-    if last_prices is not None:
-        y = np.maximum(last_prices, asks)
-    elif instance.job_count < _PLAYED_JOBS_MIN:
-        y = asks
-    else:
+    if last_prices is None:
         y = _start(instance, layout, nodes, scales, found=found, memory=memory)
+    else:
+        y = np.maximum(last_prices, asks)
     lap("discovery")
     columns = window(
         instance,
@@ -161,7 +159,9 @@ def relax(
 def _start(
     instance: Instance, layout: Layout, nodes: Nodes, scales: Real, *, found: oracle.Best, memory: Memory
 ) -> Real:
-    """Return prices near the LP's, and fill `found` with columns that are good there."""
+    """Return prices near the LP's, and fill `found` with columns that are good there; first asks where jobs are few."""
+    if instance.job_count < _PLAYED_JOBS_MIN:
+        return first_asks(instance)
     play = Play(instance, layout)
     play.go_on(FIRST)
     if len(instance.spans.gpus):

@@ -76,9 +76,7 @@ def test_with_enough_equity_no_allocation_is_better_than_the_clearing(seed: int,
 @given(
     seed=st.integers(0, 10_000), jobs=st.integers(1, 25), sites=st.integers(1, 4), equity=st.sampled_from([0, 5, 1e6])
 )
-def test_the_verifier_finds_nothing_wrong_with_a_clearing(
-    seed: int, jobs: int, sites: int, equity: float
-) -> None:
+def test_the_verifier_finds_nothing_wrong_with_a_clearing(seed: int, jobs: int, sites: int, equity: float) -> None:
     snapshot = random_market(seed, jobs, sites, equity_credits=equity)
     clearing = clear(snapshot)
     assert verify(snapshot, clearing) == []
