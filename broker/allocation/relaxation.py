@@ -94,10 +94,11 @@ def relax(
     scales = scale(instance)
     lap("prepare")
     found, memory, asks = _nothing(instance), Memory(instance), first_asks(instance)
-    if last_prices is None:
-        y = _start(instance, layout, nodes, scales, found=found, memory=memory)
-    else:
-        y = np.maximum(last_prices, asks)
+    y = (
+        _start(instance, layout, nodes, scales, found=found, memory=memory)
+        if last_prices is None
+        else np.maximum(last_prices, asks)
+    )
     lap("discovery")
     columns = window(
         instance,
@@ -161,7 +162,7 @@ def _start(
 ) -> Real:
     """Return prices near the LP's, and fill `found` with columns that are good there; first asks where jobs are few."""
     if instance.job_count < _PLAYED_JOBS_MIN:
-        return first_asks(instance)
+        return first_asks(instance).astype(np.float64)
     play = Play(instance, layout)
     play.go_on(FIRST)
     if len(instance.spans.gpus):
