@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from broker.abilities import Ability, lacking, read_abilities
@@ -120,7 +120,7 @@ def read_from(spec: JobSpec, abilities: Mapping[str, Ability]) -> DataState | No
 
 def note_waits_over(session: Session, now_ms: int) -> None:
     """Ask for a round where a job has waited long enough for a site to be offered that must bring its data first."""
-    last_ms = session.scalar(select(func.max(Round.taken_ms)))
+    last_ms = session.scalar(select(Round.taken_ms).order_by(Round.round_number.desc()).limit(1))
     waiting = list(session.scalars(select(Job).where(Job.state == JobState.QUEUED, Job.spec.like('%"data":[{%'))))
     if last_ms is None or not waiting:
         return
