@@ -23,8 +23,9 @@ from broker.errors import ConflictError, RefusedError
 from broker.freeze import require_open
 from broker.leases import propose
 from broker.market import Market
-from broker.rounds.snapshot import free_by_pool, job_state, take
+from broker.rounds.snapshot import free_by_pool, job_state, left_s, take
 from broker.speeds import read_speeds
+from broker.staging import read_from, too_early
 from broker.tenant_limits import budget_left_micros_per_hour
 from broker.transitions import SiteState, record_event
 from pricing.money import format_credits
@@ -125,7 +126,9 @@ def _offer(session: Session, market: Market, tenant_id: str, spec: JobSpec) -> I
         submitted_ms=taken.snapshot.taken_at_ms,
         hold_left_micros=spec.market.budget_micros,
         sites=taken.site_versions,
-        refused=lacking(spec, taken.abilities),
+        refused=lacking(spec, taken.abilities)
+        | too_early(spec, taken.abilities, waited_s=0.0, left_s=left_s(spec, taken.snapshot.taken_at_ms)),
+        read_from=read_from(spec, taken.abilities),
         speeds=read_speeds(session).valued(tenant_id, spec),
     ).model_copy(update={"sites_max": 1})
     pools = _free_pools(session, market, taken.snapshot.pools, taken.snapshot.last_prices)

@@ -24,6 +24,7 @@ from broker.market import Market
 from broker.rounds.round_links import declared_links
 from broker.rounds.snapshot import TakenSnapshot, job_state, take
 from broker.speeds import LINKS_HALF_WIDTH_LOG, Speeds, read_speeds
+from broker.staging import Staging, read_from, require_known_sites, staging_at
 from broker.transitions import SiteState
 from pricing.money import divide_up
 from sites.protocol import Offer
@@ -46,13 +47,17 @@ class QuotedRow(QuoteRow):
 
     `samples_per_s` is what the market counts with, `samples_per_s_expected` the middle of the interval.
     `deadline_probability` is None without a deadline. `recommended_bid...` is worth the last price and
-    a tenth more. `measured` says whether this family ran on these GPUs before.
+    a tenth more. `staging_s` is how long the job's datasets take to its sites before it starts, of `staging_bytes`, for
+    which holders ask `staging_egress_micros`. `measured` says whether this family ran on these GPUs before.
     """
 
     samples_per_s_low: float
     samples_per_s_expected: float
     samples_per_s_high: float
     measured: bool
+    staging_s: float
+    staging_bytes: int
+    staging_egress_micros: int
     deadline_probability: float | None
     recommended_bid_micros_per_million_samples: int
 
@@ -85,19 +90,33 @@ def _quoted(taken: TakenSnapshot, speeds: Speeds, spec: JobSpec, tenant_id: str,
         hold_left_micros=spec.market.budget_micros,
         sites=taken.site_versions,
         refused=lacking(spec, taken.abilities),
+        read_from=read_from(spec, taken.abilities),
         speeds=speeds.valued(tenant_id, spec),
     )
     known = speeds.of(tenant_id, spec)
     deadline_ms = spec.market.deadline_ms
     left_s = None if deadline_ms is None else (deadline_ms - now_ms) / 1000
     samples = spec.market.workload.samples
-    return [with_interval(row, known, samples=samples, left_s=left_s) for row in quote(taken.snapshot, job)]
+    rows = []
+    for row in quote(taken.snapshot, job):
+        brought = [staging_at(spec, site, taken.abilities) for site in row.configuration.site_ids]
+        rows.append(with_interval(row, known, samples=samples, left_s=left_s, brought=brought))
+    return rows
 
 
 def with_interval(
-    row: QuoteRow, known: Mapping[str, SpeedEstimate], *, samples: int, left_s: float | None
+    row: QuoteRow,
+    known: Mapping[str, SpeedEstimate],
+    *,
+    samples: int,
+    left_s: float | None,
+    brought: Sequence[Staging] = (),
 ) -> QuotedRow:
-    """Return a row with what is known of its GPU types; `left_s` is the time to the deadline, None without one."""
+    """Return a row with what is known of its GPU types; `left_s` is the time to the deadline, None without one.
+
+    `brought` is what each of its sites must have brought before the job can start.
+    """
+    staging_s = max((each.seconds for each in brought), default=0.0)
     types = sorted({part.gpu_type for part in row.configuration.parts})
     half = max(known[name].half_width_log if name in known else COLD_HALF_WIDTH_LOG for name in types)
     if len(row.configuration.parts) > 1:
@@ -114,7 +133,12 @@ def with_interval(
         samples_per_s_expected=expected,
         samples_per_s_high=expected * math.exp(half),
         measured=all(name in known and known[name].measured for name in types),
-        deadline_probability=None if left_s is None else chance_within(samples / expected, left_s, half),
+        staging_s=staging_s,
+        staging_bytes=sum(each.size_bytes for each in brought),
+        staging_egress_micros=sum(each.egress_micros for each in brought),
+        deadline_probability=None
+        if left_s is None
+        else chance_within(samples / expected, max(0.0, left_s - staging_s), half),
         recommended_bid_micros_per_million_samples=divide_up(per_million * (100 + BID_MARGIN_PERCENT), 100),
     )
 
@@ -130,7 +154,9 @@ def reason_never_possible(session: Session, spec: JobSpec) -> str | None:
     if data is not None and data.home_site not in offers:
         known = ", ".join(sorted(offers)) or "none yet"
         return f"market.data.home_site {data.home_site!r} is no site of this market; the sites are: {known}"
-    without = lacking(spec, read_abilities(session))
+    abilities = read_abilities(session)
+    require_known_sites(spec, abilities)
+    without = lacking(spec, abilities)
     if offers and without.sites >= set(offers):
         return f"no site of this market has what the job needs: {'; '.join(without.reasons)}"
     counted = select(Gpu.pool_id, func.count()).where(Gpu.present).group_by(Gpu.pool_id)

@@ -29,6 +29,7 @@ from broker.moves import look_at_move, open_farewell, open_move_of
 from broker.offers import note_times_passed
 from broker.refusals import drop_refusals_over
 from broker.rounds.snapshot import renewal_starts_ms
+from broker.staging import note_waits_over
 from broker.terms import release_finished
 from broker.transitions import (
     EndCause,
@@ -60,6 +61,7 @@ def reconcile(market: Market) -> bool:
         _look_again_at_barred_jobs(session)
         drop_refusals_over(session, market.clock.now_ms())
         note_times_passed(session, market.clock.now_ms())
+        note_waits_over(session, market.clock.now_ms())
         return wake, is_round_due(session)
 
     wake, due = market.database.write("reconcile", work)

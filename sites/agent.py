@@ -30,13 +30,14 @@ from sites.attempt_folder import AttemptFolder, Surroundings, make_credentials
 from sites.attempt_runs import Services
 from sites.attempts import Attempt
 from sites.client import Broker
+from sites.data_store import DataStore
 from sites.devices import mismatches, read_devices
 from sites.drivers.interface import Driver
 from sites.drivers.process import ProcessDriver
 from sites.drivers.slurm import SlurmDriver
 from sites.errors import AgentRunningError, IdentityError, RequestRefusedError, SiteError
 from sites.identity import Identity
-from sites.journal import AttemptKey, AttemptRecord, Journal
+from sites.journal import AttemptKey, AttemptRecord, Journal, record_of
 from sites.leases import (
     Action,
     Confirm,
@@ -65,6 +66,7 @@ from sites.protocol import (
     LeaseOrder,
     LeasePhase,
     Offer,
+    SiteData,
     Skill,
     Wish,
 )
@@ -78,6 +80,7 @@ from training.clock import Clock
 from training.roundlog.signing import public_hex
 
 TRANSFER_THREADS: Final = 4
+STAGING_THREADS: Final = 4
 # How often attempts are looked at between heartbeats.
 ATTEND_INTERVAL_S: Final = 0.2
 # What has just happened is said at once, but a circle of news may not become a flood of requests.
@@ -108,6 +111,8 @@ class Agent:
         self._lock = _locked(settings)
         self._journal = Journal(settings.folder / "journal.sqlite3")
         self._threads = ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer")
+        self._staging = ThreadPoolExecutor(STAGING_THREADS, thread_name_prefix="staging")
+        self._policy = PolicyBook(settings.policy, settings.policy_file)
         local = ProcessDriver(settings.python, clock)
         self._services = Services(
             settings=settings,
@@ -119,15 +124,17 @@ class Agent:
             local=local,
             threads=self._threads,
             sandbox=_sandbox(settings),
+            data=DataStore(settings.folder / "data", settings.data, clock),
+            staging=self._staging,
+            policy=self._policy,
         )
         for name in ("attempts", "artifacts", "setups"):
             (settings.folder / name).mkdir(mode=0o700, exist_ok=True)
         self._prober = Prober(settings, identity.ca_pem, local, clock)
         self._measured = inventory.measure(settings)
-        self._mismatch = "; ".join(mismatches(settings, read_devices())) if _sells_gpus(settings) else ""
+        self._mismatch = "; ".join(mismatches(settings, read_devices())) if inventory.sells_gpus(settings) else ""
         if self._mismatch:
             _log.error("gpus.mismatch", detail=self._mismatch)
-        self._policy = PolicyBook(settings.policy, settings.policy_file)
         self._asks = AskBook([priced(pool) for pool in settings.pools], settings.folder)
         self._offered: tuple[Offer, Offer] | None = None
         self._orders: tuple[LeaseOrder, ...] = ()
@@ -212,6 +219,8 @@ class Agent:
 
     def close(self) -> None:
         """Let go of the folder; what runs goes on under its wardens."""
+        self._services.data.close()
+        self._staging.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._journal.close()
         self._lock.close()
@@ -244,6 +253,7 @@ class Agent:
             probe_terms=self._prober.terms,
             probe_replies=probe_replies,
             probe_reports=probe_reports,
+            data=self._data(),
         )
 
     def _pause_s(self) -> float:
@@ -310,7 +320,7 @@ class Agent:
             case Start(order):
                 deadline_s = sent_s + order.liveness_s
                 began = {"deadline_s": deadline_s, "era": self._clock.era(), "began_ms": self._clock.now_ms()}
-                self._begin(_record(order).model_copy(update=began))
+                self._begin(record_of(order).model_copy(update=began))
                 if order.attempt is not None:
                     steer = Steer(
                         (order.lease_id, order.epoch),
@@ -321,7 +331,7 @@ class Agent:
                     self._attempts[order.lease_id, order.epoch].steer(steer)
             case Disown(order, cause, detail):
                 over = {"order": None, "phase": AttemptPhase.EXITED, "cause": cause, "detail": detail}
-                self._begin(_record(order).model_copy(update=over))
+                self._begin(record_of(order).model_copy(update=over))
                 self.wake.set()
             case Renew(key, liveness_s):
                 self._attempts[key].renew(sent_s + liveness_s)
@@ -396,6 +406,7 @@ class Agent:
             draining=self._is_draining(),
             site_id=self._settings.site_id,
             keeps_secrets=keeps_secrets(self._settings),
+            data=self._data(),
             now_ms=self._clock.now_ms(),
         )
 
@@ -408,6 +419,9 @@ class Agent:
         offer = inventory.offer(self._judged.settings, self._measured, terms)
         self._offered = (offer if self._offered is None else self._offered[1], offer)
         return offer
+
+    def _data(self) -> SiteData | None:
+        return self._services.data.announced(self._policy.current().data_sources_allowed)
 
     def _lowest_asks(self) -> dict[str, int]:
         pools = [pool for offer in self._offered or () for pool in offer.pools]
@@ -432,18 +446,6 @@ class Agent:
 # Codes of the broker after which a lease's usage can never be taken.
 USAGE_CONFLICT: Final = "usage.conflict"
 FINAL_REFUSALS: Final = frozenset({"request.not_found", "lease.stale_epoch", "usage.refused", USAGE_CONFLICT})
-
-
-def _record(order: LeaseOrder) -> AttemptRecord:
-    return AttemptRecord(
-        lease_id=order.lease_id,
-        epoch=order.epoch,
-        job_id=order.job_id,
-        tenant_id=order.tenant_id,
-        gpu_type=order.gpu_type,
-        gpu_ids=order.gpu_ids,
-        order=order.attempt,
-    )
 
 
 def _news(record: AttemptRecord) -> object:
@@ -481,10 +483,6 @@ def _skills(settings: SiteSettings) -> tuple[Skill, ...]:
     """Return what this agent understands and this site can keep."""
     able = {Skill.SECRETS: keeps_secrets(settings), Skill.PROBE: settings.probes.allowed}
     return tuple(skill for skill in Skill if able.get(skill, True))
-
-
-def _sells_gpus(settings: SiteSettings) -> bool:
-    return any(pool.gpu_type != inventory.CPU_SLOT for pool in settings.pools)
 
 
 def _is_installed() -> bool:

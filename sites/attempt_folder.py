@@ -69,6 +69,11 @@ class AttemptFolder:
         return self.root / "resume.safetensors"
 
     @property
+    def data(self) -> Path:
+        """The folder that HANSA_DATA names: a place for each dataset."""
+        return self.root / "data"
+
+    @property
     def rank_log(self) -> Path:
         """What setup and ranks printed."""
         return self.root / "rank.log"

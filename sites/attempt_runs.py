@@ -13,14 +13,16 @@ from typing import Final
 
 from sites.attempt_folder import RANKS_SOCKET, AttemptFolder, Surroundings
 from sites.client import Broker
+from sites.data_store import DataStore
 from sites.drivers.interface import Driver, Limits, Placement, Run, secret_files
 from sites.drivers.process import ProcessDriver
 from sites.environment import memory_bytes, own_environment
 from sites.inventory import CPU_SLOT
 from sites.journal import AttemptRecord, Journal
+from sites.policy import PolicyBook
 from sites.sandbox import SECRETS_FOLDER, Bubblewrap, View
 from sites.settings import SiteSettings
-from training.attempt import ATTEMPT_ENVIRONMENT, SECRETS_ENVIRONMENT
+from training.attempt import ATTEMPT_ENVIRONMENT, DATA_ENVIRONMENT, SECRETS_ENVIRONMENT
 from training.clock import Clock
 from training.spec import JobSpec, split_run
 
@@ -40,6 +42,9 @@ class Services:
     local: ProcessDriver
     threads: Executor
     sandbox: Bubblewrap | None
+    data: DataStore
+    staging: Executor
+    policy: PolicyBook
 
 
 def setup_run(services: Services, folder: AttemptFolder, record: AttemptRecord) -> Run:
@@ -66,7 +71,10 @@ def ranks_run(
     """Return the run of the ranks, which find `secrets` as files. Raises SandboxError."""
     command = services.driver.ranks_argv(len(record.gpu_ids), split_run(_spec(record).run), folder.run(name))
     network = placement(services, folder, record).network
-    view = _view(services, folder, record, network=network, secrets=secret_files(secrets))
+    datasets = {reference.name: services.data.folder_of(reference) for reference in _spec(record).data or ()}
+    if services.sandbox is None:
+        _link(folder.data, datasets)
+    view = _view(services, folder, record, network=network, secrets=secret_files(secrets), datasets=datasets)
     return Run(
         folder=folder.run(name),
         argv=_confined(services, folder, name, command, view),
@@ -101,6 +109,7 @@ def _confined(
         gpu_ids=view.gpu_ids,
         network=view.network,
         secrets=view.secrets,
+        shown=view.shown,
     )
     return services.sandbox.argv(command, seen, folder.workdir)
 
@@ -112,6 +121,7 @@ def _view(
     *,
     network: bool,
     secrets: Mapping[str, int] | None = None,
+    datasets: Mapping[str, Path] | None = None,
 ) -> View:
     placed = placement(services, folder, record)
     return View(
@@ -120,7 +130,16 @@ def _view(
         gpu_ids=() if record.gpu_type == CPU_SLOT else placed.gpu_ids,
         network=network,
         secrets=secrets or {},
+        shown={folder.data / name: path for name, path in (datasets or {}).items()},
     )
+
+
+def _link(folder: Path, datasets: Mapping[str, Path]) -> None:
+    """Lead to the datasets where there is no sandbox to show them."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for name, path in datasets.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(path)
 
 
 def _limits(services: Services, folder: AttemptFolder, record: AttemptRecord) -> Limits:
@@ -163,6 +182,7 @@ def _ranks_environment(services: Services, folder: AttemptFolder, record: Attemp
         "CUDA_VISIBLE_DEVICES": "" if record.gpu_type == CPU_SLOT else ",".join(visible),
         "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host speak over loopback only
         **({SECRETS_ENVIRONMENT: SECRETS_FOLDER} if _spec(record).secrets else {}),
+        **({DATA_ENVIRONMENT: str(folder.data)} if _spec(record).data else {}),
     }
 
 

@@ -21,9 +21,9 @@ from sites import metering
 from sites.attempt_folder import AttemptFolder, resume_where_left, write_attempt
 from sites.attempt_runs import Services, placement, ranks_run, setup_run
 from sites.drivers.interface import EndCause, Run, RunPhase, RunState
-from sites.endings import conclusion
+from sites.endings import conclusion, conclusion_without_files
 from sites.environment import own_environment
-from sites.errors import BrokerConnectionError, BundleError, RequestRefusedError, SiteError
+from sites.errors import BrokerConnectionError, RequestRefusedError, SiteError, StagingStoppedError
 from sites.gateway import Gateway, report_of
 from sites.journal import AttemptRecord
 from sites.leases import Steer
@@ -33,7 +33,7 @@ from sites.secrets_in_hand import TENANTS_SECRET_CODES, SecretsInHand
 from sites.shipping import Shipped, ship
 from training.exchange import Leaving
 from training.roundlog.control import GatewayStatus
-from training.spec import JobSpec
+from training.spec import DataReference, JobSpec
 
 SHIP_INTERVAL_S: Final = 1.0
 RETRY_S: Final = 2.0
@@ -70,6 +70,8 @@ class Attempt:
         self._shipping: Future[Shipped] | None = None
         self._retry_at_s = 0.0
         self._ship_at_s = 0.0
+        if record.order is not None and not record.is_over:
+            services.data.use(record.key, record.order.spec.data or ())  # an attempt that a former agent began
         self._deliver_until_s: float | None = None
         self._is_final_step = False
         self._is_delivered = False
@@ -186,8 +188,11 @@ class Attempt:
                 self._conclude(self.record.stop)
             elif services.clock.monotonic_s() >= self._retry_at_s:
                 cache_bytes_max = int(services.settings.limits.artifact_cache_gb * _GB)
-                self._preparing = services.threads.submit(
-                    prepare, services.broker, services.settings.folder, self._folder, self.record, cache_bytes_max
+                data = self._spec.data or ()
+                services.data.use(self.record.key, data)
+                # Staging may take hours: it has threads of its own.
+                self._preparing = (services.staging if data else services.threads).submit(
+                    self._fetch_all, data, cache_bytes_max
                 )
             return
         if not self._preparing.done():
@@ -203,14 +208,22 @@ class Attempt:
                 resume_from=prepared.resume_from,
                 ranks_socket=placement(services, self._folder, self.record).ranks_socket,
             )
-        except BundleError as error:
-            self._conclude(ExitCause.BUNDLE, detail=f"{error.code}: {error}")
+        except StagingStoppedError:
+            return  # why it was ended is known; the next step concludes
         except BrokerConnectionError:
             self._retry_at_s = services.clock.monotonic_s() + RETRY_S  # for as long as the liveness lasts
         except (SiteError, OSError) as error:
-            self._conclude(ExitCause.SITE, detail=f"the attempt's files could not be made ready: {error}")
+            self._conclude(*conclusion_without_files(error))
         else:
             self._save(phase=AttemptPhase.RUNNING if prepared.setup_done else AttemptPhase.SETUP)
+
+    def _fetch_all(self, data: tuple[DataReference, ...], cache_bytes_max: int) -> Prepared:
+        """Bring data, workdir and checkpoint here. Runs on a thread of its own."""
+        services = self._services
+        for reference in data:
+            allowed = services.policy.current().data_sources_allowed
+            services.data.stage(reference, allowed, lambda: self.record.stop is not None)
+        return prepare(services.broker, services.settings.folder, self._folder, self.record, cache_bytes_max)
 
     def _set_up(self) -> None:
         state = self._poll("setup")
@@ -315,6 +328,7 @@ class Attempt:
         return True
 
     def _conclude(self, cause: ExitCause, exit_code: int | None = None, detail: str = "") -> None:
+        self._services.data.release(self.record.key)  # nothing of it runs any more
         self._save(
             phase=AttemptPhase.STOPPING,
             cause=cause,

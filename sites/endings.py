@@ -5,17 +5,31 @@ from __future__ import annotations
 from typing import Final
 
 from sites.drivers.interface import EndCause, RunPhase, RunState
+from sites.errors import BundleError, DataDigestError, DataError, DataManifestError, DataPathError, DataTooLargeError
 from sites.protocol import ExitCause
 from training.errors import EXIT_LEFT
 
 # training.launch: the round log was lost for longer than the job's patience (EX_TEMPFAIL).
 EXIT_EXCHANGE: Final = 75
+# What a source gives everywhere: another site would fare no better.
+_TENANTS_DATA_ERRORS: Final = (DataDigestError, DataManifestError, DataPathError, DataTooLargeError)
 
 
 def conclusion(state: RunState) -> tuple[ExitCause, int | None, str]:
     """Return a run that was not asked to end as its attempt's end: cause, exit code and a sentence about it."""
     cause, detail = _end_of(state)
     return cause, state.exit_code, detail
+
+
+def conclusion_without_files(error: Exception) -> tuple[ExitCause, None, str]:
+    """Return the end of an attempt whose workdir, checkpoint or data could not be made ready."""
+    if isinstance(error, BundleError):
+        return ExitCause.BUNDLE, None, f"{error.code}: {error}"
+    if isinstance(error, _TENANTS_DATA_ERRORS):
+        return ExitCause.INPUT, None, f"{error.code}: {error}"
+    if isinstance(error, DataError):
+        return ExitCause.SITE, None, f"{error.code}: {error}"
+    return ExitCause.SITE, None, f"the attempt's files could not be made ready: {error}"
 
 
 def _end_of(state: RunState) -> tuple[ExitCause, str]:

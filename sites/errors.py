@@ -148,3 +148,69 @@ class ArtifactError(SiteError):
     """An artifact whose bytes do not match its digest, or that is larger than allowed."""
 
     code = "artifact.invalid"
+
+
+class DataError(SiteError):
+    """A job's dataset that cannot be had here."""
+
+    code = "data.failed"
+
+
+class DataManifestError(DataError):
+    """A manifest.json that is not one."""
+
+    code = "data.manifest"
+
+
+class DataPathError(DataError):
+    """A file of a dataset that would lie outside its folder, stands twice, or is no plain file."""
+
+    code = "data.path"
+
+
+class DataDigestError(DataError):
+    """Bytes of a dataset that are not those that its digest or its manifest names."""
+
+    code = "data.digest"
+
+
+class DataAlteredError(DataError):
+    """A dataset kept at this site that is no longer what its digest names."""
+
+    code = "data.altered"
+
+
+class DataTooLargeError(DataError):
+    """A dataset larger than its job states."""
+
+    code = "data.too_large"
+
+
+class DataCacheFullError(DataError):
+    """A dataset that does not fit into what the site keeps, or not beside those that running jobs use."""
+
+    code = "data.cache_full"
+
+
+class DataSourceError(DataError):
+    """A source that the owner's policy does not cover."""
+
+    code = "data.source_refused"
+
+
+class DataUnreachableError(DataError):
+    """A source that does not answer, or does not have the file."""
+
+    code = "data.unreachable"
+
+
+class DataMissingError(DataError):
+    """A dataset that is not here and has no source."""
+
+    code = "data.missing"
+
+
+class StagingStoppedError(DataError):
+    """The attempt that needed the data was ended meanwhile."""
+
+    code = "data.stopped"

@@ -151,6 +151,11 @@ def offer(settings: SiteSettings, measured: Measured, terms: Terms) -> Offer:
     )
 
 
+def sells_gpus(settings: SiteSettings) -> bool:
+    """Return whether anything but CPU slots is for sale."""
+    return any(pool.gpu_type != CPU_SLOT for pool in settings.pools)
+
+
 def lent_shares(pools: Sequence[PoolSettings], policy: Policy, lent: Mapping[str, int]) -> dict[str, float]:
     """Return by GPU type which share is lent of what the owner lets be lent."""
     lendable = {pool.gpu_type: policy.lendable(len(pool.gpu_ids)) for pool in pools}

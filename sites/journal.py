@@ -17,7 +17,16 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sites.errors import JournalError
-from sites.protocol import OUTPUT_NAME_LENGTH_MAX, AttemptOrder, AttemptPhase, Confirmation, ExitCause, Usage, Veto
+from sites.protocol import (
+    OUTPUT_NAME_LENGTH_MAX,
+    AttemptOrder,
+    AttemptPhase,
+    Confirmation,
+    ExitCause,
+    LeaseOrder,
+    Usage,
+    Veto,
+)
 from training.attempt import NewestCheckpoint
 from training.roundlog.view import ViewReport
 
@@ -101,6 +110,19 @@ class AttemptRecord(BaseModel):
     def is_over(self) -> bool:
         """Whether its ranks are dead for good."""
         return self.phase is AttemptPhase.EXITED
+
+
+def record_of(order: LeaseOrder) -> AttemptRecord:
+    """Return the record of an attempt that is about to begin."""
+    return AttemptRecord(
+        lease_id=order.lease_id,
+        epoch=order.epoch,
+        job_id=order.job_id,
+        tenant_id=order.tenant_id,
+        gpu_type=order.gpu_type,
+        gpu_ids=order.gpu_ids,
+        order=order.attempt,
+    )
 
 
 class Journal:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from sites.journal import AttemptKey, AttemptRecord
 from sites.policy import Asked, Objection, Policy, objections, renewal_objection
-from sites.protocol import ExitCause, LeaseOrder, LeasePhase, RefusalScope, Veto
+from sites.protocol import ExitCause, LeaseOrder, LeasePhase, RefusalScope, SiteData, Veto
 from training.exchange import Leaving
 from training.roundlog.signing import SignedDocument
+from training.spec import JobSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class House:
     site_id: str = ""
     now_ms: int = 0
     keeps_secrets: bool = False
+    data: SiteData | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,7 @@ def complaint(order: LeaseOrder, house: House, lent: int = 0) -> Objection | Non
         lent=lent,
         peers=order.peers,
         term_s=order.term_s,
+        data_held=() if house.data is None else house.data.held,
     )
     refused = objections(house.policy, asked, _moment(house.now_ms))
     if refused:
@@ -200,6 +203,19 @@ def _beyond_this_site(order: LeaseOrder, house: House) -> Objection | None:
         return Objection(
             "secrets.no_private_place", "this site has no private place for a job's secrets", RefusalScope.SITE
         )
+    return None if order.spec is None else _beyond_its_data(order.spec, house.data)
+
+
+def _beyond_its_data(spec: JobSpec, here: SiteData | None) -> Objection | None:
+    """Return which dataset of the job cannot be had here."""
+    for reference in spec.data or ():
+        if here is not None and reference.sha256 in here.held:
+            continue
+        if here is None or reference.source is None or not reference.egress_ok:
+            return Objection("data.missing", f"this site does not hold the dataset {reference.name}", RefusalScope.SITE)
+        if reference.size_gb * 1e9 > here.cache_bytes:
+            reason = f"the dataset {reference.name} may be larger than all that this site keeps for jobs"
+            return Objection("data.too_large", reason, RefusalScope.SITE)
     return None
 
 

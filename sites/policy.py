@@ -12,6 +12,7 @@ policy.yaml, whole (each line may be left out; then it forbids nothing):
     lease_hours_max: 12                   # then the job's place here is not renewed
     data_stays: true                      # a job whose data's home is this site runs here alone, or …
     data_may_go_to: [bremen]              # … with these sites
+    data_sources_allowed: [https://data.example.org/open]   # below these, jobs may have datasets brought; by default nowhere
     peers_refused: [florenz]              # no job of this site's spans these
 
 What a round can know beforehand is also announced in the offer (`announced`): a veto costs a proposal.
@@ -22,13 +23,15 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import structlog
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from sites.data_source import source_allowed
 from sites.errors import PolicyError
 from sites.hours import Hours
 from sites.protocol import GPUS_PER_POOL_MAX, RefusalScope
@@ -36,6 +39,9 @@ from sites.yaml_file import Section, read_yaml
 from training.spec import Digest, JobSpec, SiteId
 
 NAMES_MAX: Final = 10_000
+SourcePrefix = Annotated[
+    str, StringConstraints(pattern=r"^(https?://[A-Za-z0-9._:\[\]-]+|file://)/[A-Za-z0-9._~/%+,=@-]*$", max_length=2000)
+]
 
 _log = structlog.get_logger(__name__)
 
@@ -53,6 +59,7 @@ class Policy(Section):
     lease_hours_max: float | None = Field(default=None, gt=0, le=24 * 366)
     data_stays: bool = False
     data_may_go_to: tuple[SiteId, ...] = Field(default=(), max_length=1000)
+    data_sources_allowed: tuple[SourcePrefix, ...] = Field(default=(), max_length=100)
     peers_refused: tuple[SiteId, ...] = Field(default=(), max_length=1000)
 
     @model_validator(mode="after")
@@ -80,7 +87,7 @@ class Policy(Section):
 class Asked:
     """A proposal as the owner judges it; `lent` of the `pool_gpus` serve other leases, `peers` are the gang's other sites.
 
-    `spec`, `peers` and `term_s` are None where the broker does not tell them.
+    `spec`, `peers` and `term_s` are None where the broker does not tell them. `data_held` are the datasets that are here.
     """
 
     site_id: str
@@ -91,6 +98,7 @@ class Asked:
     lent: int = 0
     peers: tuple[str, ...] | None = None
     term_s: int | None = None
+    data_held: Collection[str] = ()
 
 
 class Objection(NamedTuple):
@@ -111,6 +119,7 @@ def objections(policy: Policy, asked: Asked, now: dt.datetime) -> list[Objection
         _hours(policy, now),
         _lease_hours(policy, (asked.term_s or 0) / 3600),
         _data(policy, asked),
+        _data_source(policy, asked),
         _peers(policy, asked),
         _gpus(policy, asked),
         _local_share(policy, asked),
@@ -180,6 +189,15 @@ def _data(policy: Policy, asked: Asked) -> Objection | None:
     if not gone:
         return None
     return Objection("policy.data", f"data of this site does not go to {', '.join(gone)}", RefusalScope.GANGS)
+
+
+def _data_source(policy: Policy, asked: Asked) -> Objection | None:
+    for reference in () if asked.spec is None else asked.spec.data or ():
+        brought = reference.sha256 not in asked.data_held and reference.source is not None
+        if brought and not source_allowed(reference.source or "", policy.data_sources_allowed):
+            reason = f"the owner does not let the dataset {reference.name} come from there"
+            return Objection("policy.data_source", reason, RefusalScope.SITE)
+    return None
 
 
 def _peers(policy: Policy, asked: Asked) -> Objection | None:

@@ -38,6 +38,7 @@ POOLS_PER_SITE_MAX: Final = 64
 ASK_STEPS_MAX: Final = 16
 RESERVATIONS_MAX: Final = 64
 GPUS_PER_POOL_MAX: Final = 65_536
+DATASETS_PER_SITE_MAX: Final = 1000
 LEASES_PER_SITE_MAX: Final = 10_000
 RATE_MICROS_MAX: Final = 2**45  # an ask or a price, per hour or per GB
 HEARTBEAT_BYTES_MAX: Final = 8_000_000
@@ -225,7 +226,7 @@ class ExitCause(enum.StrEnum):
     SCRIPT = "script"  # the script failed: the tenant's affair
     SETUP = "setup"  # its setup failed: the tenant's affair
     BUNDLE = "bundle"  # its workdir cannot be unpacked: the tenant's affair
-    INPUT = "input"  # a secret that it names cannot be had: the tenant's affair
+    INPUT = "input"  # a secret or a dataset that it names cannot be had: the tenant's affair
     LIMIT = "limit"  # it broke a resource limit: the tenant's affair
     EXCHANGE = "exchange"  # the round log was lost for longer than its patience: try again
     ORDERED = "ordered"  # the broker or the owner ended the lease
@@ -289,9 +290,24 @@ class Skill(enum.StrEnum):
     """What an agent understands beyond the first protocol: a broker sends an agent nothing that it would refuse."""
 
     GANG = "gang"  # LeaseOrder.peers and term_s
+    DATA = "data"  # JobSpec.data and Heartbeat.data
     PROBE = "probe"  # HeartbeatAnswer.probes; an owner who wants none leaves it out
     LEAVE = "leave"  # AttemptOrder.leaving, CheckpointReference.heir_of
     SECRETS = "secrets"  # JobSpec.secrets; said only by a site that confines strangers' code on its own host
+
+
+class SiteData(Message):
+    """The site's part in datasets: what it holds, by the manifest's digest, and what it could bring.
+
+    It would fetch from addresses below `sources` alone, at about `fetch_bits_per_s`.
+    """
+
+    held: dict[Digest, Annotated[int, Field(ge=0, le=10**18)]] = Field(
+        default_factory=dict, max_length=DATASETS_PER_SITE_MAX, description="bytes by digest"
+    )
+    cache_bytes: int = Field(ge=0, le=10**18, description="the most that is kept of what was brought for jobs")
+    fetch_bits_per_s: BitsPerSecond
+    sources: tuple[Annotated[str, StringConstraints(max_length=2000)], ...] = Field(default=(), max_length=100)
 
 
 class Wish(Message):
@@ -335,6 +351,7 @@ class Heartbeat(Message):
     probe_terms: ProbeTerms = ProbeTerms()
     probe_replies: tuple[ProbeReply, ...] = Field(default=(), max_length=PROBES_PER_SITE_MAX)
     probe_reports: tuple[ProbeReport, ...] = Field(default=(), max_length=PROBES_PER_SITE_MAX)
+    data: SiteData | None = Field(default=None, description="none from a site that takes no part in datasets")
 
 
 class LeasePhase(enum.StrEnum):

@@ -45,7 +45,8 @@ class View:
     """What one run may reach beyond the system's programs: paths that it may change, paths that it may read.
 
     `gpu_ids` are the GPUs of its lease, by the driver's number; `network` leaves it the host's network. `secrets`
-    become files of its private /tmp, copied from the open files of these numbers.
+    become files of its private /tmp, copied from the open files of these numbers. `shown` are paths that it may read
+    at other places than they lie.
     """
 
     writable: tuple[Path, ...]
@@ -53,6 +54,7 @@ class View:
     gpu_ids: tuple[str, ...] = ()
     network: bool = False
     secrets: Mapping[str, int] = field(default_factory=dict)
+    shown: Mapping[Path, Path] = field(default_factory=dict)
 
 
 class Bubblewrap:
@@ -71,6 +73,8 @@ class Bubblewrap:
             confined += ["--ro-bind", str(path), str(path)]
         for path in view.readable:
             confined += ["--ro-bind-try", str(path), str(path)]
+        for place, path in sorted(view.shown.items()):
+            confined += ["--ro-bind", str(path), str(place)]
         for path in view.writable:
             confined += ["--bind", str(path), str(path)]
         confined += _gpus(view.gpu_ids)

@@ -9,6 +9,7 @@ pools:
      reserved: [{from: 2030-01-05T08:00Z, to: 2030-01-05T18:00Z, gpus: 4}]}
 region: eu-north                  # with continent, for data that may not leave them
 data_egress: {region: 0, continent: 0.02, beyond: 0.08}   # credits per GB of data whose home is here
+data: {datasets: [/mnt/corpus], cache_gb: 200, bandwidth: 1 Gbit/s}   # what jobs may read; who may bring what: policy
 drain_at: 2030-02-01T00:00Z       # nothing is for sale from then on
 links:
   - {target: bremen, bandwidth: 200 Mbit/s, delay_ms: 20, egress_price: 0.01}   # credits per GB
@@ -36,6 +37,7 @@ from sites.errors import SettingsError
 from sites.policy import Policy
 from sites.protocol import (
     ASK_STEPS_MAX,
+    DATASETS_PER_SITE_MAX,
     GPUS_PER_POOL_MAX,
     POOLS_PER_SITE_MAX,
     RESERVATIONS_MAX,
@@ -152,6 +154,23 @@ class DataEgressSettings(Section):
     beyond: Credits = 0
 
 
+class DataSettings(Section):
+    """Datasets: folders of the host that hold one each, and how much is kept of what jobs bring."""
+
+    datasets: tuple[Path, ...] = Field(
+        default=(), max_length=DATASETS_PER_SITE_MAX // 2, description="each with its manifest.json"
+    )
+    cache_gb: float = Field(default=0, ge=0, le=1e6, description="0: nothing is brought")
+    bandwidth: Annotated[float, BeforeValidator(_bandwidth), Field(gt=0)] = Field(
+        default=1e8, description="at which data comes, until it was measured"
+    )
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether jobs with datasets may come here at all."""
+        return bool(self.datasets) or self.cache_gb > 0
+
+
 class ListenSettings(Section):
     """Where other sites' gateways reach this one's; `bind` differs from `host` behind a NAT."""
 
@@ -253,6 +272,7 @@ class SiteSettings(Section):
     region: PlaceName | None = None
     continent: PlaceName | None = None
     data_egress: DataEgressSettings = DataEgressSettings()
+    data: DataSettings = DataSettings()
     drain_at: AwareDatetime | None = None
     policy: Policy = Policy()
     policy_file: Path | None = Field(default=None, description="instead of `policy`; read again whenever it changes")
@@ -310,7 +330,11 @@ def load_settings(path: Path) -> SiteSettings:
     settings = read_yaml(path, SiteSettings, SettingsError)
     places = {name: getattr(settings, name) for name in ("folder", "policy_file")}
     found = {name: (path.parent / place).resolve() for name, place in places.items() if place is not None}
-    return settings.model_copy(update={**found, "pools": tuple(_located(pool, path.parent) for pool in settings.pools)})
+    datasets = tuple((path.parent / folder).resolve() for folder in settings.data.datasets)
+    found_data = settings.data.model_copy(update={"datasets": datasets})
+    return settings.model_copy(
+        update={**found, "data": found_data, "pools": tuple(_located(pool, path.parent) for pool in settings.pools)}
+    )
 
 
 def _located(pool: PoolSettings, folder: Path) -> PoolSettings:

@@ -10,6 +10,7 @@ is for the gateway, which alone may read the key that it names.
       gate/ranks.sock       gateway -> ranks (training.roundlog.client), alone in what a sandbox shows of it
       agent.sock            gateway -> agent (views, promises, status, certificate)
       gateway/              gateway.json, key.pem, certificate.pem, ca.pem, state/
+      data/NAME             a dataset of the job, read-only
       checkpoint/           round-000120.safetensors …, newest.json
       output/               model.safetensors and whatever else the script leaves
       metrics.jsonl         one measurement a line, written by the gateway
@@ -29,6 +30,8 @@ from training.spec import Digest, SiteId, SyncPlan, Workload
 
 # Names the folder in which a rank finds each of its job's secrets as a file.
 SECRETS_ENVIRONMENT: Final = "HANSA_SECRETS"
+# Names the folder in which a rank finds each of its job's datasets.
+DATA_ENVIRONMENT: Final = "HANSA_DATA"
 ATTEMPT_ENVIRONMENT: Final = "HANSA_ATTEMPT"
 
 

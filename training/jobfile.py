@@ -7,6 +7,7 @@
     run: python train.py --width 64
     envs: {SEED: "7"}
     secrets: [HF_TOKEN]                 # stored by `hansa secret set`; a file in $HANSA_SECRETS, never a variable
+    data: [{name: corpus, sha256: 9f86d0…, size_gb: 12, source: https://data.example.org/corpus, sites: [hamburg], egress_ok: true}]
     market:
       budget: 20                        # credits; never exceeded
       bid: 1.5                          # credits per million samples; left out, the budget over all samples
@@ -43,7 +44,7 @@ from training.spec import BUDGET_MICROS_MAX, JobSpec, ProfileTerms
 JOB_FILE_BYTES_MAX: Final = 256 * 1024
 DEPTH_MAX: Final = 12
 MICROS_PER_CREDIT: Final = 1_000_000
-JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "secrets", "market")
+JOB_KEYS: Final = ("name", "workdir", "resources", "setup", "run", "envs", "secrets", "data", "market")
 MARKET_KEYS: Final = (
     *("budget", "bid", "bid_steps", "deadline", "sites_max", "sites_allowed", "mixed_types", "data", "start"),
     *("workload", "profile", "sync"),

@@ -23,6 +23,7 @@ ENVS_MAX: Final = 100
 RUN_LENGTH_MAX: Final = 4096
 PROFILE_ROWS_MAX: Final = 32
 SECRETS_PER_JOB_MAX: Final = 16
+DATASETS_PER_JOB_MAX: Final = 16
 # One credit is a million micro-credits; a job may hold at most a billion credits.
 BUDGET_MICROS_MAX: Final = 10**15
 SAMPLES_MAX: Final = 10**13
@@ -207,6 +208,26 @@ class DataTerms(_Strict):
     bytes_per_sample: float = Field(default=0.0, ge=0, le=1e12, description="read once for each sample")
 
 
+class DataReference(_Strict):
+    """A dataset that ranks find in $HANSA_DATA/NAME, read-only; its manifest's SHA-256 names every byte of it.
+
+    `sites` are those that may have it, None any. Without a source, or with `egress_ok: false`, only those that hold it
+    already are places for the job. `size_gb` is the most that it may have.
+    """
+
+    name: Name
+    sha256: Digest
+    size_gb: float = Field(gt=0, le=1e6)
+    source: str | None = Field(
+        default=None,
+        max_length=2000,
+        pattern=r"^(https?|file)://[A-Za-z0-9._:\[\]-]*/[A-Za-z0-9._~/%+,=@-]*$",
+        description="the folder that holds manifest.json: https://…, or file:///… of the sites' hosts",
+    )
+    sites: tuple[SiteId, ...] | None = Field(default=None, min_length=1, max_length=1000)
+    egress_ok: bool = True
+
+
 class BidStepTerms(_Strict):
     """Progress above a speed is worth less to the tenant."""
 
@@ -301,6 +322,16 @@ class JobSpec(_Strict):
         description="names of the tenant's stored secrets; ranks find each as a file in $HANSA_SECRETS",
     )
     market: MarketTerms
+
+    data: tuple[DataReference, ...] | None = Field(default=None, min_length=1, max_length=DATASETS_PER_JOB_MAX)
+
+    @field_validator("data")
+    @classmethod
+    def _each_dataset_once(cls, data: tuple[DataReference, ...] | None) -> tuple[DataReference, ...] | None:
+        if data is not None and len({reference.name for reference in data}) != len(data):
+            message = "each dataset needs a name of its own"
+            raise ValueError(message)
+        return data
 
     @field_validator("run")
     @classmethod

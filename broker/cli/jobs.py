@@ -222,6 +222,7 @@ def _spec(client: BrokerClient, path: Path) -> dict[str, Any]:
 
 def _print_quote(document: dict[str, Any]) -> None:
     rows = document["items"]
+    staged = any(row["staging_bytes"] for row in rows)
     print_table(
         (
             "where",
@@ -234,6 +235,7 @@ def _print_quote(document: dict[str, Any]) -> None:
             ">in time",
             ">bid/million",
             "could win",
+            *(["data brought first"] if staged else []),
         ),
         [
             (
@@ -241,18 +243,26 @@ def _print_quote(document: dict[str, Any]) -> None:
                 sum(part["gpus"] for part in row["configuration"]["parts"]),
                 f"{row['samples_per_s']:.0f}",
                 f"{row['samples_per_s_low']:.0f} to {row['samples_per_s_high']:.0f}",
-                duration_text(row["hours_to_finish"] * 3600),
+                duration_text(row["hours_to_finish"] * 3600 + row["staging_s"]),
                 credits_text(row["price_micros_per_hour"], 4),
                 credits_text(row["total_micros"], 4),
                 "-" if row["deadline_probability"] is None else f"{row['deadline_probability']:.0%}",
                 credits_text(row["recommended_bid_micros_per_million_samples"], 4),
                 "yes" if row["reason"] is None else f"no: {row['reason']}",
+                *([_data_text(row)] if staged else []),
             )
             for row in rows
         ],
         title="At the last prices",
         empty="no site could run this job now",
     )
+
+
+def _data_text(row: dict[str, Any]) -> str:
+    if not row["staging_bytes"]:
+        return "is there"
+    cost = f", egress {credits_text(row['staging_egress_micros'], 4)}" if row["staging_egress_micros"] else ""
+    return f"{row['staging_bytes'] / 1e9:.3g} GB in {duration_text(row['staging_s'])}{cost}"
 
 
 def _print_advice(goal: str, advice: dict[str, Any] | None) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar, Final, NoReturn
 
 import typer
 
-from broker.cli import config_commands, jobs, market_commands, profiling, secret_commands, token_commands
+from broker.cli import config_commands, data_commands, jobs, market_commands, profiling, secret_commands, token_commands
 from broker.cli.errors import CliError, UsageError
 from broker.cli.lazy import LazyGroup
 
@@ -51,6 +51,7 @@ market_commands.register(app)
 app.command()(profiling.profile)
 app.add_typer(config_commands.app, name="config")
 app.add_typer(token_commands.app, name="token")
+app.add_typer(data_commands.app, name="data")
 app.add_typer(secret_commands.app, name="secret")
 
 

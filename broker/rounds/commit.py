@@ -16,7 +16,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from broker import ledger
-from broker.abilities import lacking
+from broker.abilities import lacking, needs_abilities
 from broker.allocation.clearing import Clearing
 from broker.allocation.clearing import Placement as Award
 from broker.allocation.snapshot import Incumbent
@@ -30,7 +30,8 @@ from broker.refusals import NOWHERE, Refused, read_refusals
 from broker.reservations import due_of_ended
 from broker.rounds.certificate import Statement, above_value, balance_of, sign_statement
 from broker.rounds.last_round import write_links
-from broker.rounds.snapshot import TakenSnapshot, free_equity
+from broker.rounds.snapshot import TakenSnapshot, free_equity, left_s
+from broker.staging import too_early
 from broker.tenant_limits import budgets_left
 from broker.terms import append_term
 from broker.transitions import JobState, LeaseState, PlacementState, note_change, record_event
@@ -120,9 +121,14 @@ def commit(
     for unplaced in clearing.unplaced:
         job = session.get(Job, unplaced.job_id)
         if job is not None and job.state == JobState.QUEUED:
-            spec = JobSpec.model_validate_json(job.spec)
-            declined = (refused.get(job.job_id, NOWHERE) | lacking(spec, taken.abilities)).reasons
-            job.reason_code, job.reason = unplaced.code, "; ".join((unplaced.sentence, *declined))[:1000]
+            declined = refused.get(job.job_id, NOWHERE)
+            if needs_abilities(job.spec):
+                spec = JobSpec.model_validate_json(job.spec)
+                taken_ms = taken.snapshot.taken_at_ms
+                waited_s = (taken_ms - job.submitted_ms) / 1000
+                declined |= lacking(spec, taken.abilities)
+                declined |= too_early(spec, taken.abilities, waited_s=waited_s, left_s=left_s(spec, taken_ms))
+            job.reason_code, job.reason = unplaced.code, "; ".join((unplaced.sentence, *declined.reasons))[:1000]
             committed.jobs.add(job.job_id)
     row.dropped = json.dumps(dropped)
     session.add(_certificate(market, taken, clearing, row, dropped=len(dropped), phases=phases))

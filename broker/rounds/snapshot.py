@@ -57,6 +57,7 @@ from broker.reservations import due_of_ended
 from broker.rounds.last_round import may_follow, read_last_round
 from broker.rounds.round_links import counted_links
 from broker.speeds import read_speeds
+from broker.staging import least_elsewhere_s, read_from, too_early
 from broker.tenant_limits import budgets_left, limited_tenants
 from broker.terms import terms_of
 from broker.transitions import JobState as State
@@ -131,6 +132,11 @@ def take(session: Session, market: Market, *, with_jobs: bool = True) -> TakenSn
         abilities=abilities,
         budgets_left=budgets_left(session),
     )
+
+
+def left_s(spec: JobSpec, now_ms: int) -> float | None:
+    """Return the time to a job's deadline, None without one."""
+    return None if spec.market.deadline_ms is None else (spec.market.deadline_ms - now_ms) / 1000
 
 
 def renewal_starts_ms(placement: Placement) -> int:
@@ -283,7 +289,11 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
         move = None if placement is None else moves.get(placement.placement_id)
         if move is not None and move.award is None:
             continue  # it stops, and waits for another term then
-        incumbent = None if placement is None else _incumbent(session, market, placement, now_ms, equity, moved)
+        incumbent = (
+            None
+            if placement is None
+            else _incumbent(session, market, placement, now_ms, equity, moved, spec, abilities)
+        )
         if move is not None and move.award is not None and placement is not None:
             incumbent = _as_moved(Award.model_validate_json(move.award), placement, now_ms)
         reserved = 0 if placement is None else placement.reserved_micros - placement.charged_micros
@@ -291,6 +301,11 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
         up_for_renewal = incumbent is not None and incumbent.term_ends_ms <= now_ms
         standing = set() if incumbent is None else {part.site_id for part in incumbent.configuration.parts}
         declined = refused.get(job.job_id, NOWHERE) if incumbent is None or up_for_renewal else NOWHERE
+        declined |= lacking(spec, abilities, but=standing)
+        if incumbent is None:
+            declined |= too_early(
+                spec, abilities, waited_s=(now_ms - job.submitted_ms) / 1000, left_s=left_s(spec, now_ms)
+            )
         state = job_state(
             job.job_id,
             spec,
@@ -304,7 +319,8 @@ def _jobs(  # noqa: PLR0917  what a round's jobs depend on
             home_site=homes.get(job.tenant_id),
             sites=sites,
             # An owner's word is about what comes next: a running term keeps its place.
-            refused=declined | lacking(spec, abilities, but=standing),
+            refused=declined,
+            read_from=read_from(spec, abilities),
             speeds=speeds.valued(job.tenant_id, spec),
         )
         states.append((job.tenant_id, state))
@@ -330,11 +346,12 @@ def job_state(
     incumbent: Incumbent | None = None,
     home_site: str | None = None,
     refused: Refused = NOWHERE,
+    read_from: DataState | None = None,
     speeds: tuple[JobSpeed, ...] = (),
 ) -> JobState:
     """Return a job as the solver sees it; `home_site` is whose customer its tenant is, its data may be anywhere.
 
-    `sites` are those of the round: a job whose data may not leave a site that is gone can be nowhere.
+    `read_from` says where datasets that must be brought come from. `sites` are those of the round: a job whose data may not leave a site that is gone can be nowhere.
     """
     data, allowed = spec.market.data, spec.market.sites_allowed
     if data is not None and data.home_site not in sites:
@@ -355,7 +372,7 @@ def job_state(
         deadline_ms=spec.market.deadline_ms,
         barred=barred,
         incumbent=incumbent,
-        data=_data(data, home_site),
+        data=_data(data, home_site) if read_from is None else read_from,
         bid_steps=tuple(BidStep(**step.model_dump()) for step in spec.market.bid_steps),
         mixed_types=spec.market.mixed_types,
         # A rule of merging that few ways go with leaves nothing to choose.
@@ -389,6 +406,8 @@ def _incumbent(  # noqa: PLR0917  what an incumbent depends on
     now_ms: int,
     equity_micros: int,
     moved: Collection[tuple[str, int]],
+    spec: JobSpec,
+    abilities: Mapping[str, Ability],
 ) -> Incumbent | None:
     award = Award.model_validate_json(placement.award)
     if placement.state == PlacementState.PROPOSED or placement.term_ends_ms is None:
@@ -398,10 +417,14 @@ def _incumbent(  # noqa: PLR0917  what an incumbent depends on
     else:
         ends_ms = placement.term_ends_ms
     leases = [lease for lease in leases_of(session, placement) if lease.state != LeaseState.ENDED]
-    configuration = _standing_part(award.configuration, {lease.site_id for lease in leases})
+    standing = {lease.site_id for lease in leases}
+    configuration = _standing_part(award.configuration, standing)
     if configuration is None:
         return None
-    restart_micros = round(placement.value_micros_per_hour * market.settings.restart_s / SECONDS_PER_HOUR)
+    restart_s = market.settings.restart_s + least_elsewhere_s(spec, abilities, standing)
+    restart_micros = min(
+        round(placement.value_micros_per_hour * restart_s / SECONDS_PER_HOUR), RESTART_MICROS_UNAFFORDABLE
+    )
     is_joined = placement.state == PlacementState.ACTIVE and any(lease.state != LeaseState.ACTIVE for lease in leases)
     if ends_ms > now_ms and (
         # A move inside a term is compensated: what the market cannot pay for is not worth any move.

@@ -43,6 +43,7 @@ from sites.protocol import (
     LinkOffer,
     Offer,
     PoolOffer,
+    SiteData,
     Usage,
     Veto,
 )
@@ -92,6 +93,7 @@ class SpeakingSite:
         self.key = Ed25519PrivateKey.generate()
         self.listens = listens
         self.skills: tuple[str, ...] = ()
+        self.data: SiteData | None = None
         self.sequence = 0
         self.orders: dict[str, LeaseOrder] = {}
         self.reports: dict[str, AttemptReport] = {}
@@ -115,7 +117,9 @@ class SpeakingSite:
         return self.send(self.heartbeat(**items), self.sequence)
 
     def heartbeat(self, **items: Any) -> Heartbeat:
-        return Heartbeat(agent_version="1", boot="boot-1", offer=self.offer, **{"skills": self.skills, **items})
+        return Heartbeat(
+            agent_version="1", boot="boot-1", offer=self.offer, **{"skills": self.skills, "data": self.data, **items}
+        )
 
     def send(self, heartbeat: Heartbeat, sequence: int) -> HeartbeatAnswer:
         answer = receive(self.scene.market, self.site_id, heartbeat, sequence=sequence)
@@ -389,6 +393,7 @@ def spec(
     bid: int = CREDIT,
     most: int | None = None,
     secrets: list[str] | None = None,
+    datasets: list[dict[str, Any]] | None = None,
     **market: Any,
 ) -> JobSpec:
     """Return a job that wants `gpus` slots (up to `most`) and runs for days."""
@@ -398,6 +403,7 @@ def spec(
             "run": "python train.py",
             "workdir_digest": WORKDIR,
             "secrets": secrets,
+            "data": datasets,
             "resources": {
                 "accelerators": [{"gpu_type": "cpu-slot", "count_min": gpus, "count_max": most or gpus}],
             },

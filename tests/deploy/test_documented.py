@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from broker.cli.errors import CliError
 from broker.cli.following import INTERRUPTED
 from broker.cli.job_document import read_job
 from broker.settings import Settings
+from sites.dataset import make_manifest
 from training.catalogue import GPU_TYPES
 from training.jobfile import load_job_file
 from training.spec import JobSpec
@@ -63,8 +65,10 @@ def test_an_example_is_a_job_that_can_be_sent(path: Path) -> None:
 def test_the_examples_say_what_they_are_for() -> None:
     assert [path.stem for path in CASES] == ["pretraining", "private_finetuning", "sweep"]
     assert case("pretraining").market.sites_max == 2
-    private = case("private_finetuning").market
-    assert private.data is not None
-    assert (private.data.residency, private.sites_max) == ("site", 1)
+    private = case("private_finetuning")
+    (notes,) = private.data or ()
+    assert (notes.egress_ok, notes.source, private.market.sites_max) == (False, None, 1)
+    # The digest is that of the folder beside it, as `hansa data manifest` would name it today.
+    assert hashlib.sha256(make_manifest(ROOT / "training/examples/cases/notes")).hexdigest() == notes.sha256
     assert {row.count_max for row in case("sweep").resources.accelerators} == {1}
     assert "LEARNING_RATE" in case("sweep").envs

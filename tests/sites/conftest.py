@@ -58,11 +58,18 @@ def limits() -> str:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, sandbox: str, limits: str) -> SiteSettings:
+def data_yaml() -> str:
+    """The site's part in datasets, as YAML; where it takes one, datasets may come from this host's own addresses."""
+    return "{}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, sandbox: str, limits: str, data_yaml: str) -> SiteSettings:
     if sandbox == "bubblewrap" and not shutil.which("bwrap"):
         pytest.skip("no bubblewrap; on Debian: sudo apt-get install bubblewrap")
     (tmp_path / "site.yaml").write_text(
-        SITE_YAML.replace("sandbox: plain", f"sandbox: {sandbox}") + f"limits: {limits}\n"
+        SITE_YAML.replace("sandbox: plain", f"sandbox: {sandbox}") + f"limits: {limits}\ndata: {data_yaml}\n"
+        "policy: {data_sources_allowed: ['http://127.0.0.1/', 'file:///']}\n"
     )
     return load_settings(tmp_path / "site.yaml")
 
