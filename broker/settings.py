@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from broker.allocation.instance import RATE_MICROS_PER_HOUR_MAX
@@ -18,6 +18,7 @@ from sites.links.messages import PROBE_BYTES_MAX
 # A site's warden takes up to 2 s to kill what expired (`sites.drivers.warden.GRACE_EXPIRED_S`), and must be seen to have
 # done so on another machine's clock: with less a GPU could serve two.
 LIVENESS_MARGIN_S_MIN: Final = 3.0
+POSTGRESQL: Final = "postgresql+psycopg"
 # Two heartbeats may be lost on the way before a site's work is taken for lost.
 HEARTBEATS_PER_LIVENESS_MIN: Final = 3
 
@@ -25,7 +26,7 @@ HEARTBEATS_PER_LIVENESS_MIN: Final = 3
 class Settings(BaseSettings):
     """What an admin may set. `home` holds keys, artifacts, snapshots and the SQLite file."""
 
-    model_config = SettingsConfigDict(env_prefix="HANSA_", extra="ignore")
+    model_config = SettingsConfigDict(hide_input_in_errors=True, env_prefix="HANSA_", extra="ignore")
 
     home: Path = Path(".hansa/broker")
     database_url: str = Field(default="", description="SQLAlchemy URL; empty means SQLite in home")
@@ -125,6 +126,15 @@ class Settings(BaseSettings):
     site_certificate_s: int = 24 * 3600
     attempt_certificate_s: int = 24 * 3600
     snapshot_retention_rounds: int = 10_000
+
+    @field_validator("database_url")
+    @classmethod
+    def _name_the_driver(cls, url: str) -> str:
+        dialect, found, _ = url.partition("://")
+        if found and dialect.startswith("postgres") and dialect != POSTGRESQL:
+            message = f"PostgreSQL is reached through psycopg; write {POSTGRESQL}://… in place of {dialect}://…"
+            raise ValueError(message)
+        return url
 
     @model_validator(mode="after")
     def _require_heartbeats_within_a_liveness(self) -> Self:

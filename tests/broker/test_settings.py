@@ -1,4 +1,4 @@
-"""Settings under which a GPU could serve two, or a late heartbeat end good work, are refused with a sentence."""
+"""Settings under which a GPU could serve two, good work end or nothing be reached are refused with a sentence."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def test_a_liveness_spans_three_heartbeats() -> None:
     with pytest.raises(ValidationError, match="set HANSA_LIVENESS_S to 15 or more"):
         Settings(heartbeat_s=5, liveness_s=14.9)
     assert Settings(heartbeat_s=5, liveness_s=15).liveness_s == 15
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "postgresql+pg8000", "postgres"])
+def test_a_database_that_no_driver_here_reaches_is_refused_with_the_one_that_does(dialect: str) -> None:
+    with pytest.raises(ValidationError, match=r"write postgresql\+psycopg://") as refused:
+        Settings(database_url=f"{dialect}://hansa:secret@127.0.0.1/hansa")
+    assert "secret" not in str(refused.value)
+    assert Settings(database_url="postgresql+psycopg://hansa@127.0.0.1/hansa").database_url
